@@ -3,7 +3,8 @@
 option(REHOME_STATIC "Link agent and gate statically" ON)
 
 add_library(rehome_flags INTERFACE)
-target_include_directories(rehome_flags INTERFACE ${PROJECT_SOURCE_DIR}/src)
+# Quoted includes only: a folder named sys must not stand before the system's own sys/ headers.
+target_compile_options(rehome_flags INTERFACE "SHELL:-iquote ${PROJECT_SOURCE_DIR}/src")
 target_compile_options(rehome_flags INTERFACE -Wall -Wextra -Wconversion -Wno-missing-field-initializers)
 if(REHOME_WERROR)
   target_compile_options(rehome_flags INTERFACE -Werror)
