@@ -1,0 +1,265 @@
+#include "site/agent_site.h"
+
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdlib>
+
+#include "base/text.h"
+
+namespace rehome {
+
+std::string file_hash(const std::string& path) {
+  Outcome o = run_ok({.argv = {"sha256sum", path}}, Deadline::in(Millis(60000)));
+  return o.out.substr(0, 64);
+}
+
+std::string program_directory() {
+  char buf[4096];
+  ssize_t n = ::readlink("/proc/self/exe", buf, sizeof buf);
+  if (n <= 0) throw errno_error(errno, "readlink", "/proc/self/exe");
+  return parent_path(std::string(buf, static_cast<std::size_t>(n)));
+}
+
+AgentSite::AgentSite(const Deployment& deployment, Side side)
+    : side_(side), name_(deployment.name), config_(deployment.site[side]) {
+  label_ = std::string(side_name(side)) + (config_.local ? " (this machine)" : " (" + config_.ssh.host + ")");
+}
+
+std::unique_ptr<AgentSite> AgentSite::open(const Deployment& deployment, Side side, How how) {
+  std::unique_ptr<AgentSite> site(new AgentSite(deployment, side));
+  try {
+    if (!site->config_.local) site->ssh_ = std::make_unique<SshMaster>(site->config_.ssh);
+    site->learn_host();
+    if (how == How::ephemeral)
+      site->start_ephemeral();
+    else if (how == How::existing)
+      site->use_existing();
+    else
+      site->install(deployment);
+  } catch (const Error& e) {
+    throw e.in(site->label_);
+  }
+  return site;
+}
+
+AgentSite::~AgentSite() {
+  stopping_ = true;
+  for (auto& [key, door] : doors_) {
+    if (door->thread.joinable()) door->thread.join();
+    for (auto& s : door->sessions)
+      if (s.thread.joinable()) s.thread.join();
+  }
+  idle_.clear();
+  ephemeral_hold_.reset();
+  if (!ephemeral_remote_.empty()) {
+    try {
+      shell("rm -rf " + shell_quote(ephemeral_remote_));
+    } catch (const Error&) {
+      // Nobody to tell: the directory is under the host's temporary directory and holds no secret.
+    }
+  }
+}
+
+Outcome AgentSite::shell(const std::string& line, const std::string& input, Deadline deadline) {
+  if (ssh_) return ssh_->run_ok(line, input, deadline);
+  return run_ok({.argv = {"sh", "-c", line}, .input = input}, deadline, line.substr(0, 60).c_str());
+}
+
+void AgentSite::learn_host() {
+  // One round trip: who we are there, and what the host has. Lines are key=value.
+  Outcome o = shell(
+      "echo uid=$(id -u); echo home=$HOME; echo xdg=$XDG_STATE_HOME; echo arch=$(uname -m); echo kernel=$(uname -s); "
+      "if [ -d /run/systemd/system ]; then echo systemd=1; fi");
+  std::map<std::string, std::string> facts;
+  for (const auto& line : split(o.out, '\n'))
+    if (auto eq = line.find('='); eq != std::string::npos) facts[line.substr(0, eq)] = line.substr(eq + 1);
+  if (facts["kernel"] != "Linux" || facts["arch"] != "x86_64")
+    throw Error(Code::preflight, "the host runs " + facts["kernel"] + " on " + facts["arch"],
+                "rehome's agent runs on Linux x86_64");
+  systemd_ = facts.contains("systemd");
+  std::string side(side_name(side_));
+  if (!config_.state.empty())
+    state_ = config_.state;
+  else if (facts["uid"] == "0")
+    state_ = "/var/lib/rehome/" + name_ + "/" + side;
+  else
+    state_ = (facts["xdg"].empty() ? facts["home"] + "/.local/state" : facts["xdg"]) + "/rehome/" + name_ + "/" + side;
+}
+
+std::string AgentSite::upload_program(const std::string& program, const std::string& directory) {
+  std::string local = program_directory() + "/" + program;
+  if (!exists(local))
+    throw Error(Code::internal, program + " is not beside rehome in " + program_directory(), "install all three programs");
+  std::string remote = directory + "/" + program + "-" + file_hash(local).substr(0, 16);
+  if (ssh_) {
+    if (!ssh_->run("test -x " + shell_quote(remote)).ok()) ssh_->upload(local, remote, 0700);
+  } else if (!exists(remote)) {
+    make_directories(directory);
+    write_durably(remote, read_file(local), 0700);
+  }
+  return remote;
+}
+
+void AgentSite::attach() {
+  socket_ = state_ + "/run/agent.sock";
+  if (ssh_) socket_ = ssh_->forward(socket_);
+}
+
+void AgentSite::start_ephemeral() {
+  if (ssh_) {
+    ephemeral_remote_ = std::string(trim(shell("mktemp -d /tmp/rehome-XXXXXX").out));
+    state_ = ephemeral_remote_;
+  } else {
+    ephemeral_dir_ = std::make_unique<TempDir>("rehome");
+    state_ = ephemeral_dir_->path();
+  }
+  std::string program = upload_program("rehome-agent", state_ + "/bin");
+  std::string line = "mkdir -p " + shell_quote(state_ + "/log") + "; setsid " + shell_quote(program) + " serve --ephemeral --state " +
+                     shell_quote(state_) + " --side " + std::string(side_name(side_)) + " --name " + shell_quote(name_) +
+                     " </dev/null >>" + shell_quote(state_ + "/log/agent.log") +
+                     " 2>&1 & i=0; while [ ! -S " + shell_quote(state_ + "/run/agent.sock") +
+                     " ] && [ $i -lt 200 ]; do sleep 0.05; i=$((i+1)); done; test -S " +
+                     shell_quote(state_ + "/run/agent.sock") + " || { cat " + shell_quote(state_ + "/log/agent.log") + " >&2; exit 1; }";
+  shell(line);
+  attach();
+  ephemeral_hold_ = connect(Deadline::in(Millis(10000)));
+}
+
+void AgentSite::use_existing() {
+  attach();
+  std::string sock = shell_quote(state_ + "/run/agent.sock");
+  Outcome o = shell("if test -S " + sock + "; then echo yes; else echo no; fi");
+  if (trim(o.out) != "yes")
+    throw Error(Code::state, "no run of '" + name_ + "' is there: " + state_ + " has no agent", "start one with rehome begin");
+  connect(Deadline::in(Millis(10000)));
+}
+
+void AgentSite::install(const Deployment& deployment) {
+  std::string agent = upload_program("rehome-agent", state_ + "/bin");
+  upload_program("rehome-gate", state_ + "/bin");
+  attach();
+  std::string how = config_.boot;
+  if (how.empty()) how = systemd_ ? "systemd" : "none";
+  std::string line = "cd / && " + shell_quote(agent) + " install --state " + shell_quote(state_) + " --side " +
+                     std::string(side_name(side_)) + " --name " + shell_quote(name_) + " --boot " + shell_quote(how);
+  for (const auto& service : deployment.services)
+    if (!service.on[side_].unit.empty()) line += " --before " + shell_quote(service.on[side_].unit);
+  shell(line);
+  Deadline deadline = Deadline::in(Millis(15000));
+  while (true) {
+    try {
+      connect(deadline);
+      return;
+    } catch (const Error& e) {
+      if (!e.retryable || deadline.passed())
+        throw Error(Code::unreachable, "the agent was started but does not answer: " + e.message,
+                    "look at " + state_ + "/log/agent.log on that host");
+      system_clock().sleep(Millis(50));
+    }
+  }
+}
+
+Fd AgentSite::connect(Deadline deadline) const {
+  Fd fd = connect_to({.path = socket_}, deadline);
+  // Through ssh a connection that the other end refuses is accepted here first and then closed: ask before trusting it.
+  send_all(fd, "{\"op\":\"hello\"}\n", deadline);
+  Reader reader(fd);
+  auto line = reader.line(deadline);
+  if (!line) throw Error(Code::unreachable, "the agent does not answer at " + socket_, "is its host up?", true);
+  return fd;
+}
+
+Json AgentSite::call(const std::string& op, Json args, Deadline deadline) {
+  Fd fd;
+  {
+    std::lock_guard lock(mutex_);
+    if (!idle_.empty()) {
+      fd = std::move(idle_.back());
+      idle_.pop_back();
+    }
+  }
+  try {
+    if (!fd) fd = connect(deadline);
+    args["op"] = op;
+    args["gen"] = generation_;
+    send_all(fd, dump_line(args) + "\n", deadline);
+    Reader reader(fd);
+    auto line = reader.line(deadline);
+    if (!line) throw Error(Code::unreachable, "the agent closed the connection during " + op, "see status, then resume", true);
+    Json answer = parse_json(*line, "the agent's answer to " + op);
+    {
+      std::lock_guard lock(mutex_);
+      if (idle_.size() < 8) idle_.push_back(std::move(fd));
+    }
+    if (answer.contains("error")) throw error_from_json(answer["error"]);
+    return answer;
+  } catch (const Error& e) {
+    throw e.in(label_);
+  }
+}
+
+Fd AgentSite::open_relay(const std::string& address, const std::string& as_user, const std::string& keep) {
+  try {
+    Deadline deadline = Deadline::in(Millis(15000));
+    Fd fd = connect(deadline);
+    Json request{{"op", "relay"}, {"gen", generation_}, {"to", address}};
+    if (!as_user.empty()) request["as_user"] = as_user;
+    if (!keep.empty()) request["keep"] = keep;
+    send_all(fd, dump_line(request) + "\n", deadline);
+    // Byte by byte: nothing of the stream behind the answer line may be read ahead and lost.
+    std::string line;
+    while (true) {
+      char c;
+      ssize_t n = ::read(fd.get(), &c, 1);
+      if (n < 0 && errno == EINTR) continue;
+      if (n <= 0) throw Error(Code::unreachable, "the agent closed the connection during relay", "", true);
+      if (c == '\n') break;
+      line += c;
+    }
+    Json answer = parse_json(line, "the agent's answer to relay");
+    if (answer.contains("error")) throw error_from_json(answer["error"]);
+    return fd;
+  } catch (const Error& e) {
+    throw e.in(label_);
+  }
+}
+
+std::string AgentSite::local_socket_for(const std::string& address, const std::string& as_user, const std::string& keep) {
+  std::lock_guard lock(mutex_);
+  auto& door = doors_[address + "\n" + as_user + "\n" + keep];
+  if (!door) {
+    auto made = std::make_unique<Door>();
+    made->dir = std::make_unique<TempDir>("rehome-pg");
+    made->listener = listen_on({.path = made->dir->path() + "/.s.PGSQL.5432"}, 0600);
+    Door* d = made.get();
+    made->thread = std::thread([this, d, address, as_user, keep] { serve_door(*d, address, as_user, keep); });
+    door = std::move(made);
+  }
+  return door->dir->path();
+}
+
+void AgentSite::serve_door(Door& door, std::string address, std::string as_user, std::string keep) {
+  while (auto client = accept_from(door.listener, {}, &stopping_)) {
+    // Ended sessions are joined here, so that a long run does not collect threads.
+    door.sessions.remove_if([](Door::Session& s) {
+      if (!s.done) return false;
+      s.thread.join();
+      return true;
+    });
+    auto& session = door.sessions.emplace_back();
+    session.thread = std::thread([this, &session, address, as_user, keep, client = std::move(*client)]() mutable {
+      try {
+        Fd upstream = open_relay(address, as_user, keep);
+        relay(client, upstream, stopping_);
+      } catch (const Error&) {
+        // libpq sees the closed connection and reports it with the server's name.
+      }
+      client.reset();
+      session.done = true;
+    });
+  }
+}
+
+}  // namespace rehome

@@ -1,0 +1,84 @@
+// The real Site: an agent reached through its unix socket, here or through ssh.
+#pragma once
+
+#include <list>
+#include <map>
+#include <mutex>
+#include <thread>
+
+#include "site/site.h"
+#include "site/ssh.h"
+
+namespace rehome {
+
+class AgentSite : public Site {
+ public:
+  // How to find or start the agent:
+  //   ephemeral  one of our own in a temporary directory; gone with this object (check, plan before begin)
+  //   existing   the resident one; Error(state) when there is none
+  //   install    upload and start the resident one if it is not there (begin)
+  enum class How { ephemeral, existing, install };
+  static std::unique_ptr<AgentSite> open(const Deployment& deployment, Side side, How how);
+  ~AgentSite() override;
+
+  Side side() const override { return side_; }
+  std::string label() const override { return label_; }
+  std::string state() const override { return state_; }
+  std::int64_t generation() const override { return generation_; }
+  void set_generation(std::int64_t g) { generation_ = g; }
+
+  Json call(const std::string& op, Json args, Deadline deadline) override;
+  using Site::call;
+  Fd open_relay(const std::string& address, const std::string& as_user, const std::string& keep) override;
+  std::string local_socket_for(const std::string& address, const std::string& as_user, const std::string& keep) override;
+
+  // A connection of its own for a caller that must not wait for a pool (the lease).
+  Fd connect(Deadline deadline) const;
+  bool has_systemd() const { return systemd_; }
+
+ private:
+  struct Door {
+    std::unique_ptr<TempDir> dir;
+    Fd listener;
+    std::thread thread;
+    struct Session {
+      std::thread thread;
+      std::atomic<bool> done{false};
+    };
+    std::list<Session> sessions;
+  };
+  AgentSite(const Deployment& deployment, Side side);
+  void learn_host();
+  void start_ephemeral();
+  void use_existing();
+  void install(const Deployment& deployment);
+  void serve_door(Door& door, std::string address, std::string as_user, std::string keep);
+  Outcome shell(const std::string& line, const std::string& input = {}, Deadline deadline = Deadline::in(Millis(60000)));
+  std::string upload_program(const std::string& name, const std::string& directory);
+  void attach();
+
+  Side side_;
+  std::string name_;
+  std::string label_;
+  SiteConfig config_;
+  std::string state_;
+  std::string socket_;            // on this machine
+  bool systemd_ = false;
+  std::int64_t generation_ = 0;
+  std::unique_ptr<SshMaster> ssh_;
+  std::unique_ptr<TempDir> ephemeral_dir_;
+  std::string ephemeral_remote_;
+  std::unique_ptr<Child> ephemeral_;
+  Fd ephemeral_hold_;             // an ephemeral agent lives while somebody is connected
+  std::mutex mutex_;
+  std::vector<Fd> idle_;
+  std::map<std::string, std::unique_ptr<Door>> doors_;
+  std::atomic<bool> stopping_{false};
+};
+
+// SHA-256 of a file, hex, by sha256sum.
+std::string file_hash(const std::string& path);
+// The directory of the running program: rehome-agent and rehome-gate stand beside rehome.
+std::string program_directory();
+
+}  // namespace rehome
