@@ -1,0 +1,99 @@
+#include "track/owners.h"
+
+#include <charconv>
+#include <cstring>
+
+#include "base/error.h"
+#include "base/text.h"
+#include "sys/fs.h"
+#include "sys/process.h"
+
+namespace rehome::track {
+namespace {
+
+std::optional<id_t> number(std::string_view text) {
+  id_t v = 0;
+  auto [end, err] = std::from_chars(text.data(), text.data() + text.size(), v);
+  if (err != std::errc() || end != text.data() + text.size()) return std::nullopt;
+  return v;
+}
+
+// One line of getent's answer, or of the file: name:x:id:...
+std::optional<std::pair<std::string, id_t>> account_line(std::string_view line) {
+  auto fields = split(line, ':');
+  if (fields.size() < 3) return std::nullopt;
+  auto id = number(fields[2]);
+  if (!id) return std::nullopt;
+  return std::pair(fields[0], *id);
+}
+
+std::optional<std::pair<std::string, id_t>> ask_getent(Accounts::Kind kind, const std::string& key) {
+  try {
+    Outcome o = run({.argv = {"getent", kind == Accounts::Kind::user ? "passwd" : "group", key}}, Deadline::in(Millis(5000)));
+    if (o.ok()) return account_line(trim(o.out));
+  } catch (const Error&) {
+    // No getent (musl, containers): the files are all there is.
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+void Accounts::load(Kind kind) {
+  Table& t = tables_[kind == Kind::group];
+  if (t.loaded) return;
+  t.loaded = true;
+  const char* file = kind == Kind::user ? "/etc/passwd" : "/etc/group";
+  if (!exists(file)) return;
+  for (const auto& line : split(read_file(file), '\n'))
+    if (auto a = account_line(line)) {
+      t.names.emplace(a->second, a->first);
+      t.ids.emplace(a->first, a->second);
+    }
+}
+
+std::string Accounts::name(Kind kind, id_t id) {
+  std::lock_guard lock(mutex_);
+  load(kind);
+  Table& t = tables_[kind == Kind::group];
+  auto it = t.names.find(id);
+  if (it == t.names.end()) {
+    auto a = ask_getent(kind, std::to_string(id));
+    it = t.names.emplace(id, a && a->second == id ? a->first : std::string()).first;
+  }
+  return it->second;
+}
+
+std::optional<id_t> Accounts::id(Kind kind, const std::string& name) {
+  std::lock_guard lock(mutex_);
+  load(kind);
+  Table& t = tables_[kind == Kind::group];
+  auto it = t.ids.find(name);
+  if (it == t.ids.end()) {
+    auto a = ask_getent(kind, name);
+    it = t.ids.emplace(name, a && a->first == name ? std::optional(a->second) : std::nullopt).first;
+  }
+  return it->second;
+}
+
+void Accounts::refresh() {
+  std::lock_guard lock(mutex_);
+  for (auto& t : tables_) t = {};
+}
+
+std::string OwnerMap::map_acl(const std::string& value) const {
+  std::string out = value;
+  std::size_t at = 4;
+  for (; at + 8 <= out.size(); at += 8) {
+    std::uint16_t tag;
+    std::memcpy(&tag, out.data() + at, sizeof tag);
+    if (tag != 0x02 && tag != 0x08) continue;
+    id_t id;
+    std::memcpy(&id, out.data() + at + 4, sizeof id);
+    id = get(tag == 0x02 ? Accounts::Kind::user : Accounts::Kind::group, id);
+    std::memcpy(out.data() + at + 4, &id, sizeof id);
+  }
+  return out;
+}
+
+}  // namespace rehome::track

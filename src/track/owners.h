@@ -1,0 +1,65 @@
+// Accounts by number and name: owners are carried by name (or by number where a name is unknown, as rsync does).
+#pragma once
+
+#include <sys/types.h>
+
+#include <map>
+#include <mutex>
+#include <optional>
+#include <string>
+
+namespace rehome::track {
+
+// The accounts of this host: /etc/passwd and /etc/group, then getent for what is not there (a static binary cannot load
+// NSS modules); answers are remembered. Thread-safe.
+class Accounts {
+ public:
+  enum class Kind { user, group };
+  // The name of an id, empty when it has none.
+  std::string name(Kind kind, id_t id);
+  std::optional<id_t> id(Kind kind, const std::string& name);
+  // Reads the files again: accounts may have been made since.
+  void refresh();
+
+ private:
+  void load(Kind kind);
+  std::mutex mutex_;
+  struct Table {
+    bool loaded = false;
+    std::map<id_t, std::string> names;
+    std::map<std::string, std::optional<id_t>> ids;
+  } tables_[2];
+};
+
+// The sender's ids to the receiver's: told by name once, then a lookup. Id 0 is never mapped.
+class OwnerMap {
+ public:
+  void set(Accounts::Kind kind, id_t from, id_t to) { map_[kind == Accounts::Kind::group][from] = to; }
+  id_t get(Accounts::Kind kind, id_t from) const {
+    const auto& m = map_[kind == Accounts::Kind::group];
+    auto it = m.find(from);
+    return it == m.end() ? from : it->second;
+  }
+  // A POSIX ACL's binary value with its ids mapped.
+  std::string map_acl(const std::string& value) const;
+
+ private:
+  std::map<id_t, id_t> map_[2];
+};
+
+// Calls f(kind, id) for each account that a POSIX ACL's binary value names.
+template <class F>
+void each_acl_id(const std::string& value, F f) {
+  // u32 version, then {u16 tag, u16 permissions, u32 id}: see the kernel's posix_acl_xattr.h.
+  for (std::size_t at = 4; at + 8 <= value.size(); at += 8) {
+    unsigned tag = static_cast<unsigned char>(value[at]) | static_cast<unsigned>(static_cast<unsigned char>(value[at + 1])) << 8;
+    if (tag != 0x02 && tag != 0x08) continue;  // ACL_USER, ACL_GROUP
+    id_t id;
+    __builtin_memcpy(&id, value.data() + at + 4, sizeof id);
+    f(tag == 0x02 ? Accounts::Kind::user : Accounts::Kind::group, id);
+  }
+}
+
+inline bool is_acl(const std::string& xattr) { return xattr.starts_with("system.posix_acl_"); }
+
+}  // namespace rehome::track

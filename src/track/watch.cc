@@ -1,0 +1,249 @@
+#include "track/watch.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/fanotify.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "base/clock.h"
+#include "base/error.h"
+
+namespace rehome::track {
+namespace {
+
+constexpr std::uint64_t base_mask =
+    FAN_CREATE | FAN_DELETE | FAN_MODIFY | FAN_CLOSE_WRITE | FAN_ATTRIB | FAN_ONDIR;
+constexpr unsigned init_flags =
+    FAN_CLASS_NOTIF | FAN_REPORT_DFID_NAME | FAN_REPORT_FID | FAN_UNLIMITED_QUEUE | FAN_CLOEXEC | FAN_NONBLOCK;
+constexpr std::size_t most_places = 65536;
+
+Fd open_watch(int root, const std::string& label) {
+  Fd fd(::fanotify_init(init_flags, O_RDONLY | O_CLOEXEC | O_LARGEFILE));
+  if (!fd)
+    throw Error(Code::denied, "watch " + label + ": fanotify: " + std::strerror(errno),
+                errno == EPERM ? "run the agent as root (CAP_SYS_ADMIN); without it changes are found by reading the whole tree"
+                : errno == EMFILE ? "raise /proc/sys/fs/fanotify/max_user_groups"
+                                  : "Linux 5.9 or newer is needed; without it changes are found by reading the whole tree");
+  // FAN_RENAME (Linux 5.17) tells both names at once; before, they come as two events.
+  if (::fanotify_mark(fd.get(), FAN_MARK_ADD | FAN_MARK_FILESYSTEM, base_mask | FAN_RENAME, root, ".") == 0) return fd;
+  if (::fanotify_mark(fd.get(), FAN_MARK_ADD | FAN_MARK_FILESYSTEM, base_mask | FAN_MOVED_FROM | FAN_MOVED_TO, root, ".") == 0)
+    return fd;
+  throw Error(Code::io, "watch " + label + ": fanotify: " + std::strerror(errno),
+              "this file system reports no changes; they are found by reading the whole tree");
+}
+
+std::string link_of(int fd) {
+  char buf[8192];
+  ssize_t n = ::readlink(("/proc/self/fd/" + std::to_string(fd)).c_str(), buf, sizeof buf);
+  return n < 0 ? std::string() : std::string(buf, static_cast<std::size_t>(n));
+}
+
+Fd open_handle(int mount, std::string_view handle, int flags) {
+  alignas(file_handle) char copy[sizeof(file_handle) + MAX_HANDLE_SZ];
+  if (handle.size() > sizeof copy) return Fd();
+  std::memcpy(copy, handle.data(), handle.size());
+  return Fd(::open_by_handle_at(mount, reinterpret_cast<file_handle*>(copy), flags | O_CLOEXEC));
+}
+
+}  // namespace
+
+std::string Watch::obstacle(const std::string& path) {
+  Fd root(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (!root) return "open " + path + ": " + std::strerror(errno);
+  try {
+    open_watch(root.get(), path);
+  } catch (const Error& e) {
+    return e.message;
+  }
+  alignas(file_handle) char space[sizeof(file_handle) + MAX_HANDLE_SZ];
+  auto* h = reinterpret_cast<file_handle*>(space);
+  h->handle_bytes = MAX_HANDLE_SZ;
+  int mount_id;
+  if (::name_to_handle_at(root.get(), "", h, &mount_id, AT_EMPTY_PATH) != 0)
+    return "file handles of " + path + ": " + std::strerror(errno);
+  if (Fd fd(::open_by_handle_at(root.get(), h, O_PATH | O_CLOEXEC)); !fd)
+    return "opening files of " + path + " by handle: " + std::strerror(errno);
+  return {};
+}
+
+Watch::Watch(const Tree& tree, const Filter& filter, DirtySet& dirty) : tree_(tree), filter_(filter), dirty_(dirty) {
+  std::string trouble = obstacle("/proc/self/fd/" + std::to_string(tree.root()));
+  if (!trouble.empty())
+    throw Error(Code::denied, "watch " + tree.label() + ": " + trouble,
+                "changes are found by reading the whole tree, also inside the pause");
+  fd_ = open_watch(tree.root(), tree.label());
+  buffer_.resize(256 << 10);
+  thread_ = std::thread([this] { read_loop(); });
+}
+
+Watch::~Watch() {
+  stop_ = true;
+  thread_.join();
+}
+
+void Watch::read_loop() {
+  while (!stop_) {
+    pollfd p{fd_.get(), POLLIN, 0};
+    if (::poll(&p, 1, 100) <= 0) continue;
+    try {
+      drain();
+    } catch (const Error& e) {
+      dirty_.rescan(e.what());
+      system_clock().sleep(Millis(100));
+    }
+  }
+}
+
+void Watch::drain() {
+  std::lock_guard lock(mutex_);
+  while (true) {
+    ssize_t n = ::read(fd_.get(), buffer_.data(), buffer_.size());
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0 && errno == EAGAIN) return;
+    if (n <= 0) throw errno_error(errno, "read events of", tree_.label());
+    take(buffer_.data(), static_cast<std::size_t>(n));
+  }
+}
+
+void Watch::take(const char* data, std::size_t size) {
+  const char* end = data + size;
+  while (data + sizeof(fanotify_event_metadata) <= end) {
+    fanotify_event_metadata event;
+    std::memcpy(&event, data, sizeof event);
+    if (event.vers != FANOTIFY_METADATA_VERSION || event.event_len < sizeof event || data + event.event_len > end)
+      throw Error(Code::io, "events of " + tree_.label() + " have a form that is not known");
+    events_++;
+    if (event.mask & FAN_Q_OVERFLOW) {
+      dirty_.rescan("the kernel's event queue overflowed");
+      data += event.event_len;
+      continue;
+    }
+    std::string_view handle, name, object, old_handle, old_name, new_handle, new_name;
+    const char* info = data + event.metadata_len;
+    const char* info_end = data + event.event_len;
+    while (info + sizeof(fanotify_event_info_header) <= info_end) {
+      fanotify_event_info_header head;
+      std::memcpy(&head, info, sizeof head);
+      if (head.len < sizeof head || info + head.len > info_end) break;
+      const char* h = info + sizeof(fanotify_event_info_fid);
+      unsigned bytes = 0;
+      if (h + 8 <= info + head.len) {
+        std::memcpy(&bytes, h, sizeof bytes);
+        std::string_view fid(h, std::min<std::size_t>(8 + bytes, static_cast<std::size_t>(info + head.len - h)));
+        const char* text = h + fid.size();
+        std::string_view named(text, text < info + head.len ? ::strnlen(text, static_cast<std::size_t>(info + head.len - text)) : 0);
+        switch (head.info_type) {
+          case FAN_EVENT_INFO_TYPE_DFID_NAME: handle = fid, name = named; break;
+          case FAN_EVENT_INFO_TYPE_DFID: handle = fid, name = "."; break;
+          case FAN_EVENT_INFO_TYPE_FID: object = fid; break;
+          case FAN_EVENT_INFO_TYPE_OLD_DFID_NAME: old_handle = fid, old_name = named; break;
+          case FAN_EVENT_INFO_TYPE_NEW_DFID_NAME: new_handle = fid, new_name = named; break;
+          default: break;
+        }
+      }
+      info += head.len;
+    }
+    if (event.mask & FAN_RENAME) moved(event.mask & FAN_ONDIR, old_handle, old_name, new_handle, new_name);
+    if (!handle.empty()) one(event.mask, handle, name, object);
+    data += event.event_len;
+  }
+}
+
+bool Watch::place(std::string_view handle, std::string& path) {
+  std::string key(handle);
+  auto it = places_.find(key);
+  if (it == places_.end()) {
+    // A path from /proc is only believed when the tree has that very directory there: the tree's mount may be a bind of
+    // a part of the file system, and the directory may be moved while we look.
+    std::string found = "/";
+    for (int attempt = 0; attempt < 4; attempt++) {
+      Fd fd = open_handle(tree_.root(), handle, O_PATH | O_DIRECTORY);
+      if (!fd) break;  // removed: its own removal is another event
+      std::string root = link_of(tree_.root()), at = link_of(fd.get());
+      if (root == "/") root.clear();
+      struct stat st{}, seen{};
+      if (::fstat(fd.get(), &st) != 0) break;
+      std::string relative;
+      if (at.size() > root.size() && at.starts_with(root) && at[root.size()] == '/')
+        relative = at.substr(root.size() + 1);
+      else if (at != root && !(root.empty() && at == "/"))
+        break;
+      if (Fd again = tree_.open_directory(relative);
+          again && ::fstat(again.get(), &seen) == 0 && seen.st_ino == st.st_ino && seen.st_dev == st.st_dev) {
+        found = relative;
+        break;
+      }
+    }
+    if (places_.size() >= most_places) places_.clear();
+    it = places_.emplace(std::move(key), std::move(found)).first;
+  }
+  if (it->second == "/") return false;
+  path = it->second;
+  return true;
+}
+
+void Watch::added(const std::string& path, bool directory, std::uint8_t why) {
+  if (!filter_.includes(path, directory)) return;
+  dirty_.add(path, why);
+}
+
+void Watch::gone(const std::string& path, bool directory) {
+  if (filter_.includes(path, directory)) dirty_.add(path, why_name);
+}
+
+void Watch::moved(bool directory, std::string_view old_handle, std::string_view old_name, std::string_view new_handle,
+                  std::string_view new_name) {
+  if (directory) places_.clear();
+  std::string from, to;
+  bool from_inside = !old_handle.empty() && place(old_handle, from);
+  bool to_inside = !new_handle.empty() && place(new_handle, to);
+  if (from_inside) {
+    dirty_.add(from, why_attributes);
+    from = child_of(from, old_name);
+    gone(from, directory);
+  }
+  if (to_inside) {
+    dirty_.add(to, why_attributes);
+    to = child_of(to, new_name);
+    added(to, directory, static_cast<std::uint8_t>(why_name | why_moved | why_attributes | (directory ? why_tree : why_content)));
+  }
+  if (from_inside && to_inside && filter_.includes(from, directory) && filter_.includes(to, directory))
+    dirty_.add_move(from, to);
+}
+
+void Watch::one(std::uint64_t mask, std::string_view handle, std::string_view name, std::string_view object) {
+  const bool directory = mask & FAN_ONDIR;
+  if (directory && (mask & (FAN_MOVED_FROM | FAN_MOVED_TO))) places_.clear();
+  std::string parent;
+  if (!place(handle, parent)) return;
+  if (name == ".") {
+    // The directory itself.
+    if (mask & FAN_ATTRIB) added(parent, true, why_attributes);
+    return;
+  }
+  std::string path = child_of(parent, name);
+  if (mask & (FAN_CREATE | FAN_DELETE | FAN_MOVED_FROM | FAN_MOVED_TO)) dirty_.add(parent, why_attributes);
+  if (mask & (FAN_DELETE | FAN_MOVED_FROM)) gone(path, directory);
+  if (mask & FAN_CREATE)
+    added(path, directory, static_cast<std::uint8_t>(why_name | why_attributes | (directory ? 0 : why_content)));
+  if (mask & FAN_MOVED_TO)
+    added(path, directory, static_cast<std::uint8_t>(why_name | why_moved | why_attributes | (directory ? why_tree : why_content)));
+  if (mask & (FAN_MODIFY | FAN_CLOSE_WRITE | FAN_ATTRIB)) {
+    std::uint8_t why = why_attributes;
+    if (mask & (FAN_MODIFY | FAN_CLOSE_WRITE)) why |= why_content;
+    added(path, directory, why);
+    if (directory || object.empty()) return;
+    // A change through one name of a file changes its other names, which get no event of their own; and the name in the
+    // event may be gone, now or by the time that it is looked at.
+    Fd fd = open_handle(tree_.root(), object, O_PATH);
+    struct stat st{}, named{};
+    if (!fd || ::fstat(fd.get(), &st) != 0 || st.st_nlink == 0) return;
+    if (st.st_nlink > 1 || ::fstatat(tree_.root(), path.c_str(), &named, AT_SYMLINK_NOFOLLOW) != 0 ||
+        named.st_ino != st.st_ino)
+      dirty_.add_inode(st.st_ino);
+  }
+}
+
+}  // namespace rehome::track
