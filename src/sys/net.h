@@ -46,6 +46,7 @@ class Reader {
   // Error(unreachable) for an end in the middle, Error(timeout) at the deadline.
   std::optional<std::string> line(Deadline deadline = {}, std::size_t most = 64u << 20);
   std::string exactly(std::size_t count, Deadline deadline = {});
+  bool has_buffered() const { return at_ < buffer_.size(); }
   std::string take_buffered();  // what was read ahead, for handing the stream on
 
  private:
