@@ -1,0 +1,62 @@
+// traffic: how clients come to the application, one driver a kind, all behind this interface. A driver makes the gates of
+// the two sites stand between clients and application, and takes them out again. It switches nothing: holding, sealing
+// and releasing is the agents' business.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/json.h"
+#include "config/deployment.h"
+#include "site/site.h"
+#include "stores/store.h"
+
+namespace rehome {
+
+// What a driver is given for one run. The functions are those of StoreContext.
+struct TrafficContext {
+  const Deployment& deployment;
+  Site& source;
+  Site& target;
+  // Writes {what, how to undo} to the journal durably before the change is made.
+  std::function<void(const std::string& what, const Json& detail)> note;
+  // Facts of this run that later commands need: read (null when never written) and durably written.
+  std::function<Json(const std::string& key)> recall;
+  std::function<void(const std::string& key, const Json& value)> remember;
+  std::function<void(const std::string& line)> log;
+  const std::atomic<bool>& cancelled;  // looked at between pieces of work; then Error(interrupted)
+
+  Site& at(Side s) const { return s == Side::source ? source : target; }
+};
+
+class Traffic {
+ public:
+  virtual ~Traffic() = default;
+  virtual const std::string& name() const = 0;
+
+  // What would keep prepare() from working. Changes nothing at either site.
+  virtual std::vector<Finding> preflight(TrafficContext&) = 0;
+  // What a person should know before agreeing: one sentence each.
+  virtual std::vector<std::string> plan_notes() = 0;
+  // The gates of both sites stand in the way of clients when this returns; idempotent. When it throws, each site is
+  // either as before or has its gate in the way and open to its own application: clients are served either way, and
+  // calling it again, or withdraw(), goes on from there.
+  virtual void prepare(TrafficContext&) = 0;
+  // The gates are out of the way and the originals are back, byte for byte; idempotent, also after half a prepare().
+  // The gates themselves go on until their agents are shut down, so that connections in flight end in peace.
+  virtual void withdraw(TrafficContext&) = 0;
+  // How many connections have come to that side's gate from clients, not from the other gate, since it started: those
+  // who still use the old address. Throws Error(unreachable) when the gate does not answer.
+  virtual std::int64_t from_old_address(TrafficContext&, Side old_side) = 0;
+  // What of ours is still there; empty after withdraw().
+  virtual std::vector<std::string> leftovers(TrafficContext&) = 0;
+};
+
+// One driver for each `traffic` entry of the deployment, in its order.
+std::vector<std::unique_ptr<Traffic>> make_traffic(const Deployment& deployment);
+
+}  // namespace rehome
