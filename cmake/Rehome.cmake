@@ -1,5 +1,6 @@
-# rehome_library(NAME [DEPS lib...]): one static library from the .cc files of this folder (not its *_test.cc and
-# not *main.cc), and one test binary NAME_test from its *_test.cc files. Headers are included as "folder/name.h".
+# rehome_library(NAME [DEPS lib...] [WITHOUT file...]): one static library from the .cc files of this folder (not its
+# *_test.cc, not *main.cc and none of WITHOUT), and one test binary NAME_test from its *_test.cc files. Headers are
+# included as "folder/name.h".
 option(REHOME_STATIC "Link agent and gate statically" ON)
 
 add_library(rehome_flags INTERFACE)
@@ -11,8 +12,11 @@ if(REHOME_WERROR)
 endif()
 
 function(rehome_library name)
-  cmake_parse_arguments(A "" "" "DEPS" ${ARGN})
+  cmake_parse_arguments(A "" "" "DEPS;WITHOUT" ${ARGN})
   file(GLOB sources CONFIGURE_DEPENDS *.cc)
+  foreach(file ${A_WITHOUT})
+    list(REMOVE_ITEM sources ${CMAKE_CURRENT_SOURCE_DIR}/${file})
+  endforeach()
   set(tests ${sources})
   list(FILTER tests INCLUDE REGEX "_test\\.cc$")
   list(FILTER sources EXCLUDE REGEX "(_test|main)\\.cc$")

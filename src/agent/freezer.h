@@ -1,0 +1,58 @@
+// Freezing services: the cgroup freezer stops every thread of a service within milliseconds, without its knowing.
+// Both layouts are handled: cgroup v2 (cgroup.freeze), and the v1 freezer hierarchy beside it.
+#pragma once
+
+#include <functional>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "base/clock.h"
+#include "base/json.h"
+
+namespace rehome {
+
+struct Freezable {
+  std::string name;
+  std::string unit;      // a systemd unit: its own cgroup
+  std::string pid_file;  // or the process named there and its descendants, moved into a cgroup of ours
+  std::string cgroup;    // or a cgroup directory
+};
+
+// Thread-safe; one operation at a time.
+class Freezer {
+ public:
+  // `tag` names the cgroups that are made here, so that two agents on one host stay apart.
+  Freezer(std::string tag, std::function<void(const std::string&)> log) : tag_(std::move(tag)), log_(std::move(log)) {}
+
+  static std::vector<Freezable> parse(const Json& items);  // throws Error(usage)
+  // Resolves every item now, so that freezing needs no program. Throws Error(io), Error(config); the old items stay.
+  // `lenient`, for a restarted agent: what does not run (any more) is kept for thawing and starting.
+  void set(std::vector<Freezable> items, bool lenient = false);
+  // Each answers [{name, ms, processes}]. Throw Error(io) or Error(timeout) naming the item: the others keep what was done.
+  Json freeze();
+  Json thaw();
+  Json kill();     // frozen processes die without running another instruction; then the cgroup is thawed, empty
+  // Starts the systemd units among the items that do not run: those that a start condition made skip.
+  void start_units();
+  static bool available();
+
+ private:
+  struct Item {
+    Freezable what;
+    std::string directory;  // of the cgroup
+    bool v1 = false;
+    bool ours = false;
+  };
+  Item resolve(const Freezable& f, bool lenient) const;
+  void gather(Item& item) const;
+  template <class F>
+  Json each(const char* verb, F act);
+
+  std::string tag_;
+  std::function<void(const std::string&)> log_;
+  std::mutex mutex_;
+  std::vector<Item> items_;
+};
+
+}  // namespace rehome

@@ -1,0 +1,155 @@
+#include "agent/gate_keeper.h"
+
+#include "sys/fs.h"
+
+namespace rehome {
+namespace {
+
+constexpr Millis kAlive{500};
+
+}  // namespace
+
+void GateKeeper::start() {
+  thread_ = std::thread([this] { loop(); });
+}
+
+void GateKeeper::stop() {
+  {
+    std::lock_guard lock(mutex_);
+    stopping_ = true;
+    changed_.notify_all();
+  }
+  if (thread_.joinable()) thread_.join();
+}
+
+bool GateKeeper::exists() const { return rehome::exists(state_ + "/gate.json"); }
+
+Json GateKeeper::say(const Json& request, Deadline deadline) {
+  if (!client_ || !client_->usable()) {
+    client_.reset();
+    fresh_ = true;
+    client_ = std::make_unique<AgentClient>(state_ + "/run/gate.sock", deadline);
+  }
+  try {
+    return client_->call(request, deadline);
+  } catch (const Error& e) {
+    if (!client_->usable()) client_.reset();
+    throw Error(e).in("gate");
+  }
+}
+
+bool GateKeeper::tell(Deadline deadline) {
+  GateWish wish;
+  std::int64_t attempt;
+  std::uint64_t version;
+  Json hold;
+  {
+    std::lock_guard lock(mutex_);
+    wish = wish_;
+    attempt = attempt_;
+    version = version_;
+    hold = hold_;
+    if (version == told_ && !fresh_ && client_) return true;
+  }
+  try {
+    if (!client_) say({{"op", "alive"}}, deadline);
+    switch (wish) {
+      case GateWish::none: break;
+      case GateWish::local: say({{"op", "release"}, {"to", "local"}}, deadline); break;
+      case GateWish::peer: say({{"op", "release"}, {"to", "peer"}}, deadline); break;
+      case GateWish::hold:
+        // A gate that starts holds by itself; the controller's hold gives it back its timer.
+        if (!hold.is_null()) say(hold, deadline);
+        break;
+      case GateWish::sealed:
+        say({{"op", "hold"}, {"attempt", attempt}, {"timer_ms", 60'000}}, deadline);
+        say({{"op", "seal"}, {"attempt", attempt}}, deadline);
+        break;
+    }
+    fresh_ = false;
+    std::lock_guard lock(mutex_);
+    told_ = version;
+    error_.clear();
+    return true;
+  } catch (const Error& e) {
+    std::lock_guard lock(mutex_);
+    if (error_ != e.what()) log_(std::string(e.what()));
+    error_ = e.what();
+    return false;
+  }
+}
+
+void GateKeeper::wish(GateWish wish, std::int64_t attempt, Millis wait) {
+  {
+    std::lock_guard lock(mutex_);
+    if (wish == wish_ && attempt == attempt_) return;
+    if (wish != GateWish::hold || attempt != attempt_) hold_ = nullptr;
+    wish_ = wish;
+    attempt_ = attempt;
+    version_++;
+    log_("gate: " + std::string(name_of(wish)));
+  }
+  if (!exists()) return;
+  if (wait.count() > 0) {
+    Deadline deadline = Deadline::in(wait);
+    std::unique_lock talking(talking_, std::defer_lock);
+    if (talking.try_lock_for(wait) && tell(deadline)) return;
+  }
+  std::lock_guard lock(mutex_);
+  changed_.notify_all();
+}
+
+void GateKeeper::seal(std::int64_t attempt, Deadline deadline) {
+  if (!exists()) return;
+  std::unique_lock talking(talking_, std::defer_lock);
+  if (!talking.try_lock_for(deadline.left(Millis(5000))))
+    throw Error(Code::timeout, "the gate is busy", "", true);
+  say({{"op", "seal"}, {"attempt", attempt}}, deadline);
+  // From here a gate that restarts gets no timer back.
+  std::lock_guard lock(mutex_);
+  wish_ = GateWish::sealed;
+  attempt_ = attempt;
+  hold_ = nullptr;
+}
+
+Json GateKeeper::ask(const Json& request, Deadline deadline) {
+  if (!exists()) throw Error(Code::state, "this site has no gate", "send gate.set first");
+  std::unique_lock talking(talking_, std::defer_lock);
+  if (!talking.try_lock_for(deadline.left(Millis(5000)))) throw Error(Code::timeout, "the gate is busy", "", true);
+  bool hold = get_string(request, "op") == "hold";
+  if (hold) {
+    std::lock_guard lock(mutex_);
+    hold_ = request;
+  }
+  return say(request, deadline);
+}
+
+void GateKeeper::loop() {
+  while (!stopping_) {
+    if (exists()) {
+      std::unique_lock talking(talking_, std::defer_lock);
+      if (talking.try_lock_for(Millis(100))) {
+        Deadline deadline = Deadline::in(Millis(1000));
+        try {
+          say({{"op", "alive"}}, deadline);
+        } catch (const Error&) {
+          // tell() says what is wrong
+        }
+        tell(deadline);
+      }
+    }
+    std::unique_lock lock(mutex_);
+    Deadline next = Deadline::in(told_ == version_ && error_.empty() ? kAlive : Millis(100));
+    std::uint64_t version = version_;
+    while (!stopping_ && version == version_ && !next.passed()) changed_.wait_for(lock, next.left(Millis(100)));
+  }
+}
+
+Json GateKeeper::status() const {
+  std::lock_guard lock(mutex_);
+  Json j{{"wish", name_of(wish_)}, {"told", told_ == version_}};
+  if (!error_.empty()) j["error"] = error_;
+  return j;
+}
+
+}  // namespace rehome

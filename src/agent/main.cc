@@ -1,0 +1,102 @@
+// rehome-agent: serve, supervise, dial. Started by rehome itself, and by what brings it back after a reboot.
+#include <poll.h>
+#include <sys/socket.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "agent/agent.h"
+#include "agent/supervisor.h"
+#include "sys/fs.h"
+
+namespace {
+
+std::atomic<bool> stop_serving{false};
+std::atomic<int> stop_supervising{0};
+
+void on_signal(int signal) {
+  stop_serving = true;
+  stop_supervising = signal == SIGTERM ? 1 : 2;
+}
+
+const char* const kUsage =
+    "rehome-agent serve --state DIR [--ephemeral] [--side source|target] [--name NAME]\n"
+    "rehome-agent supervise --state DIR [--detach] [--wait]\n"
+    "rehome-agent dial SOCKET\n"
+    "rehome-agent version\n";
+
+// Joins standard input and output to a socket: for ssh servers that forbid forwarding sockets.
+int dial(const std::string& path) {
+  rehome::Fd fd = rehome::connect_to({.path = path}, rehome::Deadline::in(rehome::Millis(5000)));
+  bool in_open = true;
+  char buf[65536];
+  while (true) {
+    pollfd p[2] = {{in_open ? 0 : -1, POLLIN, 0}, {fd.get(), POLLIN, 0}};
+    if (::poll(p, 2, -1) < 0 && errno != EINTR) return 1;
+    if (p[0].revents) {
+      ssize_t n = ::read(0, buf, sizeof buf);
+      if (n > 0) {
+        rehome::send_all(fd, std::string_view(buf, static_cast<std::size_t>(n)));
+      } else if (n == 0 || errno != EINTR) {
+        in_open = false;
+        ::shutdown(fd.get(), SHUT_WR);
+      }
+    }
+    if (p[1].revents) {
+      ssize_t n = ::recv(fd.get(), buf, sizeof buf, 0);
+      if (n == 0) return 0;
+      if (n < 0 && errno != EINTR) return 1;
+      if (n > 0) rehome::write_all(1, std::string_view(buf, static_cast<std::size_t>(n)), "standard output");
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::vector<std::string> args(argv + 1, argv + argc);
+  std::string command = args.empty() ? "" : args[0];
+  rehome::AgentOptions serve;
+  rehome::SuperviseOptions supervise;
+  bool detach = false;
+  std::string plain;
+  for (std::size_t i = 1; i < args.size(); i++) {
+    bool more = i + 1 < args.size();
+    if (args[i] == "--state" && more) serve.state = supervise.state = args[++i];
+    else if (args[i] == "--side" && more) serve.side = args[++i];
+    else if (args[i] == "--name" && more) serve.name = args[++i];
+    else if (args[i] == "--ephemeral") serve.ephemeral = true;
+    else if (args[i] == "--detach") detach = true;
+    else if (args[i] == "--wait") supervise.wait = true;
+    else if (plain.empty() && args[i][0] != '-') plain = args[i];
+    else return std::fprintf(stderr, "rehome-agent: '%s' is not understood\n%s", args[i].c_str(), kUsage), 2;
+  }
+  while (serve.state.size() > 1 && serve.state.ends_with('/')) serve.state.pop_back();
+  supervise.state = serve.state;
+  if (command == "version") return std::printf("%s\n", rehome::kAgentVersion), 0;
+  struct sigaction action {};
+  action.sa_handler = on_signal;
+  ::sigaction(SIGTERM, &action, nullptr);
+  ::sigaction(SIGINT, &action, nullptr);
+  ::signal(SIGPIPE, SIG_IGN);
+  try {
+    if (command == "dial" && !plain.empty()) return dial(plain);
+    if (serve.state.empty() || serve.state[0] != '/' || (command != "serve" && command != "supervise"))
+      return std::fputs(kUsage, stderr), 2;
+    if (command == "serve") return rehome::Agent(serve).serve(stop_serving);
+    if (detach) return rehome::supervise_detached(supervise), 0;
+    return rehome::supervise(supervise, stop_supervising);
+  } catch (const rehome::Error& e) {
+    std::fprintf(stderr, "rehome-agent: %s\n", e.what());
+    if (!e.hint.empty()) std::fprintf(stderr, "  %s\n", e.hint.c_str());
+    return rehome::error_info(e.code).exit_status;
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "rehome-agent: %s\n", e.what());
+    return 70;
+  }
+}
