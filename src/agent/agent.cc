@@ -206,13 +206,15 @@ void Agent::tails(std::int64_t attempt, std::int64_t epoch, Deadline deadline) {
 }
 
 void Agent::check_generation(const Json& request, bool changes) const {
+  // Looking is everybody's right: status must work for whoever has lost the run to another.
+  if (!changes) return;
   std::int64_t now = generation_, got = get_int(request, "gen", -1);
-  if (got < 0 && (!changes || now == 0)) return;
+  if (got < 0 && now == 0) return;
   if (got < 0) throw Error(Code::usage, "the request carries no generation", "send 'gen'");
   if (got < now)
     throw Error(Code::conflict, "another controller took over: generation " + std::to_string(now) + " replaced " + std::to_string(got),
                 "see status; resume takes the run over again");
-  if (got > now && (changes || now > 0))
+  if (got > now)
     throw Error(Code::conflict, "generation " + std::to_string(got) + " is not known here yet; this site has " + std::to_string(now),
                 "send generation.adopt first");
 }
@@ -226,7 +228,8 @@ Json Agent::handle(const Json& request, AgentConnection& c) {
   }
   for (auto& m : modules_)
     if (m->owns(op)) {
-      if (!c.from_peer) check_generation(request, false);
+      // A module's request that changes nothing may leave the generation out; an old one is refused all the same.
+      if (!c.from_peer && request.contains("gen")) check_generation(request, true);
       return m->handle(op, request, c);
     }
   throw Error(Code::usage, "the agent does not know '" + op + "'", "are the program and the agent of the same version?");
