@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "agent/agent.h"
+#include "agent/boot.h"
 #include "agent/supervisor.h"
 #include "sys/fs.h"
 
@@ -26,6 +27,7 @@ void on_signal(int signal) {
 
 const char* const kUsage =
     "rehome-agent serve --state DIR [--ephemeral] [--side source|target] [--name NAME]\n"
+    "rehome-agent install --state DIR --side source|target --name NAME [--boot HOW] [--before UNIT]...\n"
     "rehome-agent supervise --state DIR [--detach] [--wait]\n"
     "rehome-agent dial SOCKET\n"
     "rehome-agent version\n";
@@ -56,6 +58,32 @@ int dial(const std::string& path) {
   }
 }
 
+// Makes the agent of a state directory resident: what a restarted one needs, what brings it back after a reboot, and
+// then itself. Idempotent; returns when it answers.
+void install(const rehome::AgentOptions& options, rehome::Boot boot) {
+  using namespace rehome;
+  if (options.side.empty() || options.name.empty()) throw Error(Code::usage, "install needs --side and --name");
+  agent_side_from(options.side);
+  boot.name = options.name;
+  boot.side = options.side;
+  boot.state = options.state;
+  make_directories(options.state);
+  const std::string path = options.state + "/agent.json";
+  if (boot.how.empty()) boot.how = "none";
+  // A running agent owns the file; then only what brings it back may be new.
+  Json config = exists(path) ? parse_json(read_file(path), path) : Json::object();
+  if (config.value("side", "") != options.side || config.value("name", "") != options.name || config.value("boot", "") != boot.how) {
+    config["side"] = options.side;
+    config["name"] = options.name;
+    config["boot"] = boot.how;  // before it is made, so that boot.remove finds whatever a crash leaves
+    write_durably(path, config.dump(1) + "\n");
+  }
+  install_boot(boot, "");
+  // systemd has started it by now, or will take over when this one ends.
+  if (boot.how != "systemd") supervise_detached({options.state});
+  else wait_for_agent(options.state);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -63,6 +91,7 @@ int main(int argc, char** argv) {
   std::string command = args.empty() ? "" : args[0];
   rehome::AgentOptions serve;
   rehome::SuperviseOptions supervise;
+  rehome::Boot boot;
   bool detach = false;
   std::string plain;
   for (std::size_t i = 1; i < args.size(); i++) {
@@ -70,6 +99,8 @@ int main(int argc, char** argv) {
     if (args[i] == "--state" && more) serve.state = supervise.state = args[++i];
     else if (args[i] == "--side" && more) serve.side = args[++i];
     else if (args[i] == "--name" && more) serve.name = args[++i];
+    else if (args[i] == "--boot" && more) boot.how = args[++i];
+    else if (args[i] == "--before" && more) boot.before.push_back(args[++i]);
     else if (args[i] == "--ephemeral") serve.ephemeral = true;
     else if (args[i] == "--detach") detach = true;
     else if (args[i] == "--wait") supervise.wait = true;
@@ -86,8 +117,9 @@ int main(int argc, char** argv) {
   ::signal(SIGPIPE, SIG_IGN);
   try {
     if (command == "dial" && !plain.empty()) return dial(plain);
-    if (serve.state.empty() || serve.state[0] != '/' || (command != "serve" && command != "supervise"))
+    if (serve.state.empty() || serve.state[0] != '/' || (command != "serve" && command != "supervise" && command != "install"))
       return std::fputs(kUsage, stderr), 2;
+    if (command == "install") return install(serve, boot), 0;
     if (command == "serve") return rehome::Agent(serve).serve(stop_serving);
     if (detach) return rehome::supervise_detached(supervise), 0;
     return rehome::supervise(supervise, stop_supervising);

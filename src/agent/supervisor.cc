@@ -284,10 +284,15 @@ void supervise_detached(const SuperviseOptions& options) {
     ::_exit(127);
   }
   ::waitpid(pid, nullptr, 0);
+  wait_for_agent(options.state);
+}
+
+void wait_for_agent(const std::string& state) {
+  const std::string log = state + "/log/agent.log";
   Deadline deadline = Deadline::in(Millis(15'000));
   while (!deadline.passed()) {
     try {
-      AgentClient(options.state + "/run/agent.sock", Deadline::in(Millis(1000))).call("hello", Json::object(), Deadline::in(Millis(2000)));
+      AgentClient(state + "/run/agent.sock", Deadline::in(Millis(1000))).call("hello", Json::object(), Deadline::in(Millis(2000)));
       return;
     } catch (const Error&) {
       system_clock().sleep(Millis(10));
@@ -295,7 +300,7 @@ void supervise_detached(const SuperviseOptions& options) {
   }
   std::string said = exists(log) ? read_file(log) : "";
   if (said.size() > 600) said = said.substr(said.size() - 600);
-  throw Error(Code::state, "the agent in " + options.state + " did not answer within 15 s", std::string("its log ends with: ") + std::string(trim(said)));
+  throw Error(Code::state, "the agent in " + state + " did not answer within 15 s", std::string("its log ends with: ") + std::string(trim(said)));
 }
 
 }  // namespace rehome

@@ -20,5 +20,7 @@ int supervise(const SuperviseOptions& options, const std::atomic<int>& stop);
 // Starts `supervise` in a session of its own and returns when the agent answers. Throws Error(state) with the end of
 // the log when it does not within 15 s.
 void supervise_detached(const SuperviseOptions& options);
+// The second half of that: for an agent that something else starts.
+void wait_for_agent(const std::string& state);
 
 }  // namespace rehome
