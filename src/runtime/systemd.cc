@@ -1,0 +1,80 @@
+#include "base/text.h"
+#include "runtime/runtime.h"
+
+namespace rehome {
+namespace {
+
+class SystemdService : public Service {
+ public:
+  explicit SystemdService(const ServiceConfig& config) : config_(config) {}
+  const ServiceConfig& config() const override { return config_; }
+
+  std::vector<Finding> preflight(StoreContext& context, Side side) override {
+    std::vector<Finding> found;
+    const std::string& unit = config_.on[side].unit;
+    std::string where = std::string(side_name(side)) + ": unit " + unit;
+    Outcome o = context.at(side).exec({.argv = {"systemctl", "show", "-p", "LoadState,ActiveState,NRestarts", unit}});
+    if (!o.ok()) {
+      found.push_back({Finding::Level::error, "service.systemd", where, "systemctl does not answer: " + std::string(trim(o.err)),
+                       "is systemd the first process of that host? otherwise use runtime command"});
+    } else if (o.out.find("LoadState=loaded") == std::string::npos) {
+      found.push_back({Finding::Level::error, "service.missing", where, "the unit is not there",
+                       "install the service on the " + std::string(side_name(side)) + ", or correct its name"});
+    } else if (side == Side::source && o.out.find("ActiveState=active") == std::string::npos) {
+      found.push_back({Finding::Level::warning, "service.down", where, "the service does not run", "start it: systemctl start " + unit});
+    }
+    return found;
+  }
+
+  bool running(Site& site) override {
+    return site.exec({.argv = {"systemctl", "is-active", "-q", config_.on[site.side()].unit}}).ok();
+  }
+  void start(Site& site) override { act(site, "start"); }
+  void stop(Site& site) override { act(site, "stop"); }
+  Json freeze_item(Side side) const override { return {{"name", config_.name}, {"unit", config_.on[side].unit}}; }
+
+  // `systemctl mask` fails on a unit that lies in /etc/systemd/system, and a person lifts it without a thought; a
+  // condition in a drop-in does neither.
+  void guard(StoreContext& context, Site& site) override {
+    context.note("start condition for " + config_.on[site.side()].unit, {{"where", site.label()}, {"file", drop_in(site)}});
+    site.call("put", {{"path", drop_in(site)},
+                      {"mode", 0644},
+                      {"content", "[Unit]\nConditionPathExists=!" + site.state() + "/not-serving\n"}});
+    site.exec_ok({.argv = {"systemctl", "daemon-reload"}});
+  }
+  void unguard(Site& site) override {
+    site.exec_ok({.argv = {"rm", "-f", drop_in(site)}});
+    site.exec_ok({.argv = {"sh", "-c", "rmdir \"$1\" 2>/dev/null; systemctl daemon-reload", "sh", drop_in_dir(site)}});
+  }
+  std::vector<std::string> leftovers(Site& site) override {
+    if (site.exec({.argv = {"test", "-e", drop_in(site)}}).ok()) return {site.label() + ": " + drop_in(site)};
+    return {};
+  }
+  Action start_action(Side side) const override {
+    Action a;
+    a.name = "start " + config_.name;
+    a.argv = {"systemctl", "start", config_.on[side].unit};
+    a.timeout = config_.start_timeout;
+    return a;
+  }
+
+ private:
+  std::string drop_in_dir(Site& site) const { return "/etc/systemd/system/" + config_.on[site.side()].unit + ".d"; }
+  std::string drop_in(Site& site) const { return drop_in_dir(site) + "/50-rehome.conf"; }
+  void act(Site& site, const char* verb) {
+    const std::string& unit = config_.on[site.side()].unit;
+    Outcome o = site.exec({.argv = {"systemctl", verb, unit}}, Deadline::in(config_.start_timeout));
+    if (o.ok()) return;
+    throw Error(Code::store, std::string("systemctl ") + verb + " " + unit + ": " + std::string(trim(o.err)),
+                "look at journalctl -u " + unit + " on that host")
+        .in(site.label());
+  }
+
+  ServiceConfig config_;
+};
+
+}  // namespace
+
+std::unique_ptr<Service> make_systemd_service(const ServiceConfig& config) { return std::make_unique<SystemdService>(config); }
+
+}  // namespace rehome
