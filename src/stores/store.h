@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "base/clock.h"
+#include "base/error.h"
 #include "base/json.h"
 #include "config/deployment.h"
 #include "site/site.h"
@@ -163,6 +164,10 @@ class Store {
   // cancel: as finish with the source serving, and what was copied to the target is removed.
   virtual std::vector<std::string> abandon(StoreContext&) = 0;
   virtual void unfence_source(StoreContext&) = 0;
+  // One value from one query at one side, for the deployment's own checks; stores without a query language refuse.
+  virtual std::string ask(StoreContext&, Side, const std::string& /*database*/, const std::string& /*query*/) {
+    throw Error(Code::config, "store " + name() + " answers no queries", "use an http or command check");
+  }
   // What of ours is still there (empty after finish or abandon): the proof of `complete`.
   virtual std::vector<std::string> leftovers(StoreContext&) = 0;
 };

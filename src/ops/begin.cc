@@ -1,0 +1,146 @@
+#include "base/text.h"
+#include "ops/life.h"
+
+namespace rehome::ops {
+namespace {
+
+// The ssh program and arguments that bring the initiator's agent to the other site; null where both are one host.
+Json link_request(Run& run) {
+  const LinkConfig& link = run.deployment().link;
+  Side to = other(link.initiator);
+  if (link.ssh.host.empty()) return {{"socket", run.site(to).state() + "/run/agent.sock"}};
+  auto argv = ssh_argv(link.ssh);
+  return {{"argv", argv}, {"peer_state", run.site(to).state()}};
+}
+
+void raise_link(Run& run) {
+  const LinkConfig& link = run.deployment().link;
+  AgentSite& from = run.site(link.initiator);
+  Json request = link_request(run);
+  run.stores_context().note("link between the agents", {{"where", from.label()}});
+  from.call("link.set", request);
+  if (request.contains("socket")) {
+    // Two agents of one host reach each other directly, both ways.
+    run.site(other(link.initiator)).call("link.set", {{"socket", from.state() + "/run/agent.sock"}});
+  }
+  Deadline deadline = Deadline::in(Millis(20000));
+  while (true) {
+    Json up = from.call("hello").value("link", Json::object());
+    if (get_bool(up, "up", false)) {
+      Json back = run.site(other(link.initiator)).call("hello").value("link", Json::object());
+      if (get_bool(back, "up", false)) return;
+      up = back;
+    }
+    if (deadline.passed())
+      throw Error(Code::unreachable, "the link from " + from.label() + " does not come up: " + get_string(up, "error", "no answer"),
+                  "on that host, as the agent's account, this must work without a person: ssh " + link.ssh.host + " true");
+    system_clock().sleep(Millis(50));
+  }
+}
+
+}  // namespace
+
+std::vector<Step> begin_steps(Run& run) {
+  std::vector<Step> steps;
+  auto add = [&](Step s) { steps.push_back(std::move(s)); };
+  StoreContext& context = run.stores_context();
+
+  add({.id = "link", .title = "connect the two agents", .run = [&run] { raise_link(run); },
+       .still_done = [&run] {
+         return get_bool(run.site(Side::source).call("hello").value("link", Json::object()), "up", false) &&
+                get_bool(run.site(Side::target).call("hello").value("link", Json::object()), "up", false);
+       }});
+  for (auto& service : run.services())
+    for (Side side : {Side::source, Side::target})
+      add({.id = "guard " + service->config().name + " " + std::string(side_name(side)),
+           .title = "start condition for " + service->config().name + " on the " + std::string(side_name(side)),
+           .run = [&run, &context, &service, side] { service->guard(context, run.site(side)); },
+           .undo = [&run, &service, side] { service->unguard(run.site(side)); }});
+  for (auto& store : run.stores())
+    add({.id = "prepare " + store->name(), .title = "prepare " + store->name(),
+         .run = [&context, &store] { store->prepare(context); }, .undo = [&context, &store] { store->abandon(context); }});
+  for (auto& store : run.stores())
+    add({.id = "copy " + store->name(), .title = "copy " + store->name(), .group = "copy",
+         .run = [&context, &store] { store->copy(context); }});
+  for (auto& store : run.stores())
+    add({.id = "follow " + store->name(), .title = "follow " + store->name(),
+         .run = [&context, &store] { store->follow(context); },
+         .still_done = [&context, &store] { return store->follow_status(context).following; }});
+  for (auto& service : run.services())
+    if (service->config().warm)
+      add({.id = "warm " + service->config().name, .title = "start " + service->config().name + " on the target, warm",
+           .run = [&run, &context, &service] {
+             if (service->running(run.site(Side::target))) return;
+             context.note("service " + service->config().name + " started", {{"where", run.site(Side::target).label()}});
+             service->start(run.site(Side::target));
+           },
+           .undo = [&run, &service] { service->stop(run.site(Side::target)); }});
+  for (auto& traffic : run.traffic())
+    add({.id = "traffic " + traffic->name(), .title = "lead " + traffic->name() + " through the gates",
+         .run = [&run, &traffic] { traffic->prepare(run.traffic_context()); },
+         .undo = [&run, &traffic] { traffic->withdraw(run.traffic_context()); }});
+  add({.id = "following", .title = "everything follows", .run = [&run] { run.set_phase("following"); }});
+  return steps;
+}
+
+std::vector<std::string> take_down(Run& run, Side serves, bool cancel) {
+  std::vector<std::string> left;
+  StoreContext& context = run.stores_context();
+  // Traffic first: nothing may go through a gate that is about to end.
+  for (auto& traffic : run.traffic()) traffic->withdraw(run.traffic_context());
+  if (cancel) {
+    for (auto& service : run.services()) {
+      // Only what this run started; the journal knows.
+      StepState warm = run.journal().step("warm " + service->config().name);
+      if (warm == StepState::done || warm == StepState::started || warm == StepState::failed) service->stop(run.site(Side::target));
+    }
+  }
+  for (auto& store : run.stores()) {
+    auto kept = cancel ? store->abandon(context) : store->finish(context, serves);
+    left.insert(left.end(), kept.begin(), kept.end());
+  }
+  for (auto& service : run.services()) {
+    service->unguard(run.site(serves));
+    if (cancel) {
+      service->unguard(run.site(other(serves)));
+    } else {
+      auto kept = service->leftovers(run.site(other(serves)));
+      left.insert(left.end(), kept.begin(), kept.end());
+    }
+  }
+  return left;
+}
+
+std::vector<std::string> leftovers(Run& run) {
+  std::vector<std::string> all;
+  auto add = [&](std::vector<std::string> more) { all.insert(all.end(), more.begin(), more.end()); };
+  for (auto& traffic : run.traffic()) add(traffic->leftovers(run.traffic_context()));
+  for (auto& store : run.stores()) add(store->leftovers(run.stores_context()));
+  return all;
+}
+
+Prediction wait_until_ready(Run& run, Switchover& switchover, Millis patience, bool when_ready) {
+  Deadline deadline = Deadline::in(patience);
+  // Micro-fences: at most three in a row, then none for five minutes; each cancels autovacuum on the tables it locks.
+  int measured = 0;
+  Deadline measure_again;
+  while (true) {
+    if (cancel_flag()) throw Error(Code::interrupted, "stopped while waiting for the moment to switch", "switch again when you like");
+    Prediction p = switchover.predict(false);
+    if (p.obstacles.empty()) {
+      if (measured == 3 && measure_again.passed()) measured = 0;
+      if (measured < 3) {
+        p = switchover.predict(true);
+        if (++measured == 3) measure_again = Deadline::in(Millis(300000));
+        if (p.obstacles.empty()) return p;
+      }
+    }
+    run.journal().append("message", {{"text", "not yet: " + join(p.obstacles, "; ")}});
+    if (!when_ready || deadline.passed())
+      throw Error(Code::timeout, "no switch now: " + join(p.obstacles, "; "),
+                  when_ready ? "see status" : "use --when-ready to wait for the moment");
+    system_clock().sleep(Millis(1000));
+  }
+}
+
+}  // namespace rehome::ops

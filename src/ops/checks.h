@@ -1,0 +1,37 @@
+// The deployment's own checks: HTTP, SQL, commands; and the canaries, which are checks at a special moment.
+#pragma once
+
+#include <string>
+
+#include "ops/run.h"
+
+namespace rehome::ops {
+
+struct CheckResult {
+  std::string name;
+  Side side;
+  bool ok = false;
+  double ms = 0;
+  std::string said;   // why not: status, body's beginning, value; never a secret
+};
+
+// Runs one check at one side; a check that cannot be run is a failed one that says why.
+CheckResult run_check(Run& run, const CheckConfig& check, Side side, Deadline deadline);
+// Every check that is meant for this side.
+std::vector<CheckResult> run_checks(Run& run, Side side);
+
+// An HTTP request whose connection is made ahead, so that inside the pause only the request itself costs time.
+class HttpCanary {
+ public:
+  HttpCanary(Site& site, const CheckConfig& check, const std::string& address_override);
+  void open();                          // connects; may be called again after ask()
+  CheckResult ask(Deadline deadline);
+
+ private:
+  Site& site_;
+  CheckConfig check_;
+  std::string address_, host_, path_;
+  Fd fd_;
+};
+
+}  // namespace rehome::ops

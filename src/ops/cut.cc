@@ -1,0 +1,435 @@
+#include "ops/cut.h"
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+
+#include "base/text.h"
+
+namespace rehome::ops {
+
+// Renews the lease every 500 ms on a connection of its own; the pool's connections may all be busy.
+class Switchover::Lease {
+ public:
+  Lease(AgentSite& site, std::int64_t attempt)
+      : fd_(site.connect(Deadline::in(Millis(5000)))), generation_(site.generation()), attempt_(attempt),
+        thread_([this](std::stop_token stop) { renew(stop); }) {}
+  // Why the lease is over; empty while it holds.
+  std::string lost() {
+    std::lock_guard lock(mutex_);
+    return lost_;
+  }
+
+ private:
+  void renew(std::stop_token stop) {
+    Reader reader(fd_);
+    std::string request = dump_line({{"op", "lease.renew"}, {"gen", generation_}, {"attempt", attempt_}}) + "\n";
+    while (!stop.stop_requested()) {
+      try {
+        send_all(fd_, request, Deadline::in(Millis(2000)));
+        auto line = reader.line(Deadline::in(Millis(2000)));
+        Json answer = line ? parse_json(*line, "the answer to lease.renew") : Json::object();
+        if (answer.contains("error")) throw error_from_json(answer["error"]);
+        if (!line) throw Error(Code::unreachable, "the agent closed the lease's connection");
+      } catch (const Error& e) {
+        std::lock_guard lock(mutex_);
+        lost_ = e.what();
+        return;
+      }
+      for (int i = 0; i < 50 && !stop.stop_requested(); i++) system_clock().sleep(Millis(10));
+    }
+  }
+  Fd fd_;
+  std::int64_t generation_, attempt_;
+  std::mutex mutex_;
+  std::string lost_;
+  std::jthread thread_;
+};
+
+Switchover::Switchover(Run& run, Direction direction) : run_(run), direction_(direction) {}
+Switchover::~Switchover() = default;
+
+namespace {
+
+Json action_json(Site& site, const Action& a) {
+  for (const auto& [file, content] : a.credentials)
+    site.call("put", {{"path", site.state() + "/credentials/" + file}, {"content", content}, {"mode", 0600}});
+  Json env = Json::object();
+  for (const auto& [k, v] : a.env) env[k] = v;
+  Json j{{"name", a.name}, {"argv", a.argv}, {"env", env}, {"warm", a.warm}, {"timeout_ms", a.timeout.count()}};
+  if (!a.input.empty()) j["input"] = a.input;
+  if (!a.try_input.empty()) j["try_input"] = a.try_input;
+  if (!a.user.empty()) j["user"] = a.user;
+  return j;
+}
+
+void set_actions(Site& site, const char* set, const std::vector<Action>& actions) {
+  Json items = Json::array();
+  for (const auto& a : actions) items.push_back(action_json(site, a));
+  site.call("action.set", {{"set", set}, {"items", items}});
+}
+
+}  // namespace
+
+void Switchover::store_actions() {
+  ActionSets all;
+  auto add = [](std::vector<Action>& to, const std::vector<Action>& from) { to.insert(to.end(), from.begin(), from.end()); };
+  for (auto& store : run_.stores()) {
+    ActionSets sets = store->actions(run_.stores_context(), direction_);
+    add(all.undo, sets.undo);
+    add(all.open, sets.open);
+    add(all.tail_takes, sets.tail_takes);
+    add(all.tail_yields, sets.tail_yields);
+  }
+  Json starts_y = Json::array(), freeze = Json::array();
+  for (auto& service : run_.services()) {
+    freeze.push_back(service->freeze_item(direction_.yields));
+    // Units that the start condition skipped (a host that rebooted in the attempt) come back with the undo.
+    all.undo.push_back(service->start_action(direction_.yields));
+    // A target that rebooted after the commit must bring its services with it.
+    all.open.push_back(service->start_action(direction_.takes()));
+  }
+  set_actions(yields(), "undo", all.undo);
+  set_actions(takes(), "open", all.open);
+  set_actions(takes(), "tail_takes", all.tail_takes);
+  set_actions(yields(), "tail_yields", all.tail_yields);
+  yields().call("freeze.set", {{"items", freeze}});
+  yields().call("action.try", {{"set", "undo"}}, Deadline::in(Millis(60000)));
+  takes().call("action.try", {{"set", "open"}}, Deadline::in(Millis(60000)));
+  yields().call("action.warm", {{"set", "undo"}}, Deadline::in(Millis(60000)));
+  takes().call("action.warm", {{"set", "open"}}, Deadline::in(Millis(60000)));
+}
+
+void Switchover::start_services() {
+  for (auto& service : run_.services()) {
+    if (!service->config().warm) continue;
+    if (!service->running(takes())) {
+      run_.stores_context().note("service " + service->config().name + " started on the side that takes over",
+                                 {{"where", takes().label()}});
+      service->start(takes());
+    }
+  }
+}
+
+void Switchover::prepare() {
+  for (auto& store : run_.stores()) {
+    auto again = store->needs_recopy(run_.stores_context());
+    if (!again.empty())
+      throw Error(Code::state, store->name() + " must be copied again before a switch: " + join(again, "; "),
+                  "rehome resume --recopy does it");
+    FollowStatus status = store->follow_status(run_.stores_context());
+    if (!status.following) throw Error(Code::state, store->name() + " does not follow: " + status.trouble, "see status, then rehome resume");
+    store->prepare_reverse(run_.stores_context(), direction_);
+  }
+  start_services();
+  store_actions();
+}
+
+Prediction Switchover::predict(bool measure) {
+  Prediction p;
+  double ms = 0;
+  for (auto& store : run_.stores()) {
+    FollowStatus status = store->follow_status(run_.stores_context());
+    if (!status.trouble.empty()) p.obstacles.push_back(store->name() + ": " + status.trouble);
+    if (status.open_write_age_ms > 1000)
+      p.obstacles.push_back(store->name() + ": a writing transaction is open since " +
+                            human_duration(Millis(status.open_write_age_ms)) + "; its changes arrive only with its commit");
+    double catch_up = static_cast<double>(status.lag.count());
+    ms = std::max(ms, catch_up);
+    if (catch_up >= 1) p.reasons.push_back(store->name() + ": behind by " + human_duration(status.lag));
+  }
+  if (measure && p.obstacles.empty()) {
+    for (auto& store : run_.stores()) {
+      if (!store->capabilities().soft_fence) continue;
+      Millis took = store->micro_fence(run_.stores_context(), direction_, Deadline::in(Millis(1000)));
+      p.reasons.push_back(store->name() + ": micro-fence (lock, marker, proof, let go) took " + human_duration(took));
+      ms += static_cast<double>(took.count());
+    }
+  }
+  if (gated()) {
+    Json status = yields().call("gate", {{"request", {{"op", "status"}}}});
+    std::int64_t in_flight = get_int(status, "in_flight", 0);
+    p.reasons.push_back(std::to_string(in_flight) + " requests in flight: they are let finish first");
+    std::int64_t oldest = get_int(status, "oldest_ms", 0);
+    if (Millis(oldest) > run_.deployment().drain_deadline)
+      p.obstacles.push_back("a request is in flight since " + human_duration(Millis(oldest)) + ", longer than drain_deadline");
+  }
+  // Round trips and durable writes of the protocol itself, from this very path.
+  Ticks from = system_clock().now();
+  yields().call("hello");
+  takes().call("hello");
+  double trip = ms_between(from, system_clock().now());
+  ms += 12 * trip + 20;
+  p.reasons.push_back("a round trip to both sites takes " + std::to_string(std::lround(trip * 10) / 10) + " ms; the protocol needs about 12");
+  p.pause = Millis(std::lround(ms));
+  p.within = p.pause <= run_.deployment().max_pause;
+  if (!p.within)
+    p.obstacles.push_back("the predicted pause of " + human_duration(p.pause) + " is above max_pause (" +
+                          human_duration(run_.deployment().max_pause) + ")");
+  predicted_ms_ = ms;
+  return p;
+}
+
+void Switchover::phase(const char* name, const std::function<void()>& work) {
+  if (std::string lost = lease_->lost(); !lost.empty()) throw Error(Code::timeout, "the lease is over: " + lost);
+  Ticks from = system_clock().now();
+  std::int64_t wall = system_clock().wall_us();
+  auto record = [&](const Error* error) {
+    double ms = ms_between(from, system_clock().now());
+    Json j{{"attempt", attempt_}, {"name", name}, {"ms", ms}, {"from_us", wall}, {"to_us", wall + std::llround(ms * 1000)}};
+    if (error) j["error"] = error_to_json(*error);
+    result_.phases.push_back(j);
+    run_.journal().append("phase", j);
+  };
+  try {
+    work();
+  } catch (const Error& e) {
+    record(&e);
+    throw e.in(name);
+  }
+  record(nullptr);
+  // Until the seal everything is revocable, and an overrun is; after it the attempt finishes or the lease decides.
+  if (pause_deadline_.passed() && std::string(name) != "open")
+    throw Error(Code::timeout, std::string("the pause is longer than max_pause (") + human_duration(run_.deployment().max_pause) + ") after " + name,
+                "raise max_pause, or wait for less load");
+  if (cancel_flag()) throw Error(Code::interrupted, std::string("stopped during the pause, after ") + name);
+}
+
+void Switchover::each_cut(void (Cut::*what)(Deadline)) {
+  std::vector<std::optional<Error>> failures(cuts_.size());
+  {
+    std::vector<std::jthread> threads;
+    for (std::size_t i = 1; i < cuts_.size(); i++)
+      threads.emplace_back([&, i] {
+        try {
+          (cuts_[i].get()->*what)(pause_deadline_);
+        } catch (const Error& e) {
+          failures[i] = e.in(run_.stores()[i]->name());
+        }
+      });
+    try {
+      if (!cuts_.empty()) (cuts_[0].get()->*what)(pause_deadline_);
+    } catch (const Error& e) {
+      failures[0] = e.in(run_.stores()[0]->name());
+    }
+  }
+  for (auto& f : failures)
+    if (f) throw *f;
+}
+
+void Switchover::hold() {
+  if (!gated()) return;
+  // Clients of the taking-over site come through its gate: they wait there, since a connection that came through the
+  // link is never sent back.
+  Json request{{"op", "hold"}, {"attempt", attempt_}, {"timer_ms", 5000}};
+  takes().call("gate", {{"request", {{"op", "ledger.reset"}}}});
+  yields().call("gate", {{"request", {{"op", "ledger.reset"}}}});
+  takes().call("gate", {{"request", request}});
+  yields().call("gate", {{"request", request}});
+}
+
+void Switchover::drain() {
+  if (!gated()) return;
+  Deadline deadline = Deadline::in(run_.deployment().drain_deadline);
+  bool may_cut = true;
+  for (const auto& t : run_.deployment().traffic) may_cut = may_cut && t.longer_requests == TrafficConfig::Longer::cut;
+  while (true) {
+    Json y = yields().call("gate", {{"request", {{"op", "status"}}}});
+    std::int64_t in_flight = get_int(y, "in_flight");
+    if (in_flight == 0) return;
+    if (deadline.passed() || (!may_cut && pause_deadline_.passed())) {
+      if (!may_cut)
+        throw Error(Code::timeout, std::to_string(in_flight) + " requests were still in flight at the drain deadline",
+                    "raise drain_deadline and max_pause, wait for them to end, or let longer requests be cut");
+      yields().call("gate", {{"request", {{"op", "cut"}}}});
+      return;
+    }
+    system_clock().sleep(Millis(1));
+  }
+}
+
+void Switchover::freeze() {
+  if (!run_.services().empty()) yields().call("freeze");
+}
+
+void Switchover::ask_canaries() {
+  for (auto& canary : canaries_) {
+    CheckResult r = canary->ask(pause_deadline_);
+    run_.journal().append("canary", {{"name", r.name}, {"ok", r.ok}, {"ms", r.ms}, {"said", r.said}, {"kind", "read"}});
+    if (!r.ok) throw Error(Code::check_failed, "the read canary " + r.name + " failed on the side that takes over: " + r.said);
+  }
+}
+
+// What Y's agent has durably decided of this attempt, asked until it answers.
+Json Switchover::decided(Deadline deadline) {
+  while (true) {
+    try {
+      Json status = yields().call("attempt.status", Json::object(), Deadline::in(Millis(2000)));
+      std::string decision = get_string(status, "decision");
+      if (decision != "ATTEMPT") return status;
+    } catch (const Error& e) {
+      if (deadline.passed()) throw;
+    }
+    if (deadline.passed())
+      throw Error(Code::unknown, "the yielding side's agent has not decided attempt " + std::to_string(attempt_), "see status");
+    system_clock().sleep(Millis(50));
+  }
+}
+
+void Switchover::back_out(const Error& reason) {
+  // Sessions that hold soft fences go first: the agent's undo must not wait for their locks.
+  for (auto& cut : cuts_) {
+    try {
+      cut->release();
+    } catch (const Error&) {
+      // The agent cuts the session's relay, which has the same effect.
+    }
+  }
+  cuts_.clear();
+  std::string undone = "Y's agent undoes it when the lease ends";
+  try {
+    yields().call("attempt.abort", {{"attempt", attempt_}, {"reason", std::string(reason.what())}}, Deadline::in(Millis(15000)));
+  } catch (const Error&) {
+    // Refused because it is decided, or out of reach: what is durable there tells.
+  }
+  lease_.reset();
+  Json status;
+  try {
+    status = decided(Deadline::in(Millis(20000)));
+  } catch (const Error& e) {
+    run_.journal().flush();
+    throw Error(Code::unknown, std::string("the attempt failed (") + reason.what() + "), and its outcome is not known: " + e.what(),
+                "the agents decide it by themselves; see status");
+  }
+  if (get_string(status, "decision") == "COMMIT" ||
+      (get_string(status, "decision") == "SERVING" && get_string(status, "serves", "") == side_name(direction_.takes())))
+    throw Error(Code::unknown, std::string("the controller failed after the commit (") + reason.what() + "); the agents finish it",
+                "rehome resume follows them to the end");
+  try {
+    if (gated()) {
+      // The taking-over site's gate goes back to forwarding.
+      takes().call("gate", {{"request", {{"op", "release"}, {"to", "peer"}}}});
+    }
+  } catch (const Error&) {
+    // Its own timer does the same.
+  }
+  double ms = ms_between(pause_from_, system_clock().now());
+  run_.journal().append("pause", {{"attempt", attempt_}, {"direction", direction_.yields == Side::source ? "switch" : "reverse"},
+                                  {"total_ms", ms}, {"predicted_ms", predicted_ms_}, {"result", "backed out"},
+                                  {"error", error_to_json(reason)}});
+  run_.journal().flush();
+  throw Error(Code::backed_out, std::string("backed out: ") + reason.what() + "; " + std::string(side_name(direction_.yields)) +
+                                    " serves as before, nothing is lost",
+              reason.hint.empty() ? "try again, or see rehome report" : reason.hint);
+}
+
+void Switchover::commit() {
+  Json answer;
+  try {
+    answer = yields().call("attempt.commit", {{"attempt", attempt_}, {"wait_ms", 10000}}, Deadline::in(Millis(15000)));
+  } catch (const Error& e) {
+    // Refused, or the connection broke: what is durable decides, not what we heard.
+    Json status = decided(Deadline::in(Millis(20000)));
+    std::string decision = get_string(status, "decision");
+    if (decision != "COMMIT" && decision != "SERVING") throw;
+    answer = status;
+    if (decision == "SERVING" && get_string(status, "serves", "") != side_name(direction_.takes())) throw;
+  }
+  if (get_bool(answer, "refused", false))
+    throw Error(Code::store, "the side that takes over refused to open: " + get_string(answer, "error", "see its agent's log"));
+  Deadline deadline = Deadline::in(Millis(30000));
+  while (!get_bool(answer, "opened", false)) {
+    if (deadline.passed())
+      throw Error(Code::unknown, "committed, and the side that takes over has not yet said that it is open",
+                  "the agents finish it by themselves when the link is up; see status");
+    system_clock().sleep(Millis(20));
+    try {
+      answer = yields().call("attempt.status", Json::object(), Deadline::in(Millis(2000)));
+    } catch (const Error&) {
+      // The agent is restarting; asked again until the deadline.
+    }
+  }
+}
+
+CutResult Switchover::cut() {
+  result_ = {};
+  cuts_.clear();
+  canaries_.clear();
+  for (auto& store : run_.stores()) cuts_.push_back(store->open_cut(run_.stores_context(), direction_));
+  for (const auto& check : run_.deployment().checks) {
+    if (!check.canary || check.kind != CheckConfig::Kind::http) continue;
+    // To the application itself: the site's front door leads through its gate, which still forwards to the side that yields.
+    std::string application = run_.deployment().traffic.empty() ? "" : run_.deployment().traffic[0].on[direction_.takes()].application;
+    canaries_.push_back(std::make_unique<HttpCanary>(takes(), check, application));
+    canaries_.back()->open();
+  }
+  attempt_ = get_int(yields().call("attempt.open"), "attempt");
+  result_.attempt = attempt_;
+  lease_ = std::make_unique<Lease>(run_.site(direction_.yields), attempt_);
+  run_.journal().hold_back();
+  pause_from_ = system_clock().now();
+  pause_deadline_ = Deadline::in(run_.deployment().max_pause);
+  bool committing = false;
+  try {
+    phase("hold", [&] { hold(); });
+    phase("drain", [&] { drain(); });
+    phase("soft fence", [&] { each_cut(&Cut::soft_fence); });
+    phase("freeze", [&] { freeze(); });
+    phase("marker", [&] { each_cut(&Cut::marker); });
+    phase("catch up", [&] { each_cut(&Cut::catch_up); });
+    phase("compare", [&] { each_cut(&Cut::compare); });
+    phase("arm reverse", [&] { each_cut(&Cut::arm_reverse); });
+    phase("read canary", [&] { ask_canaries(); });
+    phase("seal", [&] { yields().call("attempt.seal", {{"attempt", attempt_}}); });
+    phase("hard fence", [&] { each_cut(&Cut::hard_fence); });
+    committing = true;
+    phase("open", [&] { commit(); });
+  } catch (const Error& e) {
+    if (committing && e.code == Code::unknown) {
+      lease_.reset();
+      run_.journal().flush();
+      throw;
+    }
+    back_out(e);
+  }
+  result_.pause_ms = ms_between(pause_from_, system_clock().now());
+  lease_.reset();
+  cuts_.clear();
+  Side serves = direction_.takes();
+  run_.journal().append("serves", {{"side", side_name(serves)}});
+  run_.journal().append("fact", {{"key", "phase"}, {"value", serves == Side::target ? "switched" : "following"}});
+  if (gated()) {
+    Json ledger = yields().call("gate", {{"request", {{"op", "status"}}}}).value("ledger", Json::object());
+    Json at_takes = takes().call("gate", {{"request", {{"op", "status"}}}}).value("ledger", Json::object());
+    for (const char* key : {"held", "dropped", "cut"}) result_.ledger[key] = get_int(ledger, key, 0) + get_int(at_takes, key, 0);
+    result_.ledger["longest_wait_ms"] = std::max(ledger.value("longest_wait_ms", 0.0), at_takes.value("longest_wait_ms", 0.0));
+    run_.journal().append("ledger", result_.ledger);
+  }
+  run_.journal().append("pause", {{"attempt", attempt_}, {"direction", direction_.yields == Side::source ? "switch" : "reverse"},
+                                  {"total_ms", result_.pause_ms}, {"predicted_ms", predicted_ms_}, {"result", "switched"}});
+  run_.journal().flush();
+  return result_;
+}
+
+void Switchover::settle() {
+  Deadline deadline = Deadline::in(Millis(120000));
+  while (true) {
+    Json status = yields().call("attempt.status");
+    bool all = true;
+    std::string waiting;
+    for (const auto& tail : status.value("tails", Json::array()))
+      if (!get_bool(tail, "done", false)) all = false, waiting = get_string(tail, "name") + ": " + get_string(tail, "error", "running");
+    if (all && get_string(status, "decision") == "SERVING") break;
+    if (deadline.passed())
+      throw Error(Code::unknown, "the new side serves, but the agents have not finished: " + waiting, "they try again by themselves; see status");
+    system_clock().sleep(Millis(20));
+  }
+  for (const auto& check : run_.deployment().checks) {
+    if (!check.write_canary) continue;
+    CheckResult r = run_check(run_, check, direction_.takes(), Deadline::in(check.timeout));
+    run_.journal().append("canary", {{"name", r.name}, {"ok", r.ok}, {"ms", r.ms}, {"said", r.said}, {"kind", "write"}});
+    if (!r.ok) throw Error(Code::check_failed, "the write canary " + r.name + " failed after the commit: " + r.said);
+  }
+}
+
+}  // namespace rehome::ops

@@ -1,0 +1,75 @@
+// One try of a switch or a reverse: everything outside the pause made ready, then the pause, then its end. The same code
+// for both directions; protocol: docs/PROTOCOL.md and docs/ARCHITECTURE.md.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "ops/checks.h"
+#include "ops/run.h"
+
+namespace rehome::ops {
+
+// What a pause is expected to cost, and why; made from measurements, not from hope.
+struct Prediction {
+  Millis pause{0};
+  bool within = false;                  // max_pause
+  std::vector<std::string> reasons;
+  std::vector<std::string> obstacles;   // why no switch may start now
+};
+
+struct CutResult {
+  std::int64_t attempt = 0;
+  double pause_ms = 0;                  // hold to release
+  Json phases = Json::array();          // {name, ms, from_us, to_us}
+  Json ledger = Json::object();
+};
+
+class Switchover {
+ public:
+  Switchover(Run& run, Direction direction);
+  ~Switchover();
+
+  // Idempotent, outside the pause: reverse followers prepared, actions stored and tried, services warm.
+  void prepare();
+  // `measure`: run the micro-fence of every store (at most 3 in a row; each cancels autovacuum on the tables it locks).
+  Prediction predict(bool measure);
+  // The pause. On return the other side serves. Error(backed_out): Y serves as before, nothing is lost, it can be tried
+  // again. Error(unknown): the commit was asked for and its outcome is not known here; the agents decide it, see status.
+  CutResult cut();
+  // After cut(): waits for the agents' tails, runs the write canaries; Error(check_failed) when one fails.
+  void settle();
+
+ private:
+  class Lease;
+  struct Phase;
+  void store_actions();
+  void start_services();
+  void phase(const char* name, const std::function<void()>& work);
+  void each_cut(void (Cut::*what)(Deadline));
+  void hold();
+  void drain();
+  void freeze();
+  void ask_canaries();
+  void commit();
+  [[noreturn]] void back_out(const Error& reason);
+  Json decided(Deadline deadline);
+  Site& yields() { return run_.site(direction_.yields); }
+  Site& takes() { return run_.site(direction_.takes()); }
+  bool gated() const { return !run_.deployment().traffic.empty(); }
+
+  Run& run_;
+  Direction direction_;
+  std::vector<std::unique_ptr<Cut>> cuts_;
+  std::vector<std::unique_ptr<HttpCanary>> canaries_;
+  std::unique_ptr<Lease> lease_;
+  std::int64_t attempt_ = 0;
+  Deadline pause_deadline_;
+  Ticks pause_from_ = 0;
+  double predicted_ms_ = 0;
+  CutResult result_;
+};
+
+}  // namespace rehome::ops

@@ -1,0 +1,26 @@
+// The steps of a run's life, shared by the commands.
+#pragma once
+
+#include <vector>
+
+#include "ops/cut.h"
+#include "ops/run.h"
+
+namespace rehome::ops {
+
+// Every finding of the sites, stores, services, traffic and checks; changes nothing.
+std::vector<Finding> preflight(Run& run);
+// Throws Error(preflight) that lists the errors among them.
+void require_clean(const std::vector<Finding>& findings);
+
+// begin: link, guards, stores prepared, copied and following, traffic through the gates, services warm.
+std::vector<Step> begin_steps(Run& run);
+// complete and cancel: everything of ours gone. `committed`: the old side keeps its fence. Returns what was left.
+std::vector<std::string> take_down(Run& run, Side serves, bool cancel);
+// What of ours is still there on either site.
+std::vector<std::string> leftovers(Run& run);
+
+// Waits until the stores' lag allows the prediction to be within max_pause; Error(timeout) after `patience`.
+Prediction wait_until_ready(Run& run, Switchover& switchover, Millis patience, bool when_ready);
+
+}  // namespace rehome::ops

@@ -1,0 +1,96 @@
+#include <map>
+#include <set>
+
+#include "base/text.h"
+#include "ops/life.h"
+
+namespace rehome::ops {
+namespace {
+
+void add(std::vector<Finding>& to, std::vector<Finding> more) {
+  for (auto& f : more) to.push_back(std::move(f));
+}
+
+Finding from_error(const Error& e, const std::string& id, const std::string& object) {
+  return {Finding::Level::error, id, object, e.what(), e.hint};
+}
+
+// The link must come up at three in the morning without anybody: the key is tried from the host that will use it.
+void check_link(Run& run, std::vector<Finding>& found) {
+  const LinkConfig& link = run.deployment().link;
+  if (link.ssh.host.empty()) return;
+  std::string object = "link: " + std::string(side_name(link.initiator)) + " to " + link.ssh.host;
+  auto argv = ssh_argv(link.ssh);
+  argv.push_back("true");
+  Outcome o = run.site(link.initiator).exec({.argv = argv}, Deadline::in(Millis(25000)));
+  if (o.ok()) return;
+  Error e = ssh_error(link.ssh, o.err);
+  found.push_back(from_error(e, "link.ssh", object));
+}
+
+void check_supervisor(Run& run, Side side, std::vector<Finding>& found) {
+  const SiteConfig& config = run.deployment().site[side];
+  bool none = config.boot == "none" || (config.boot.empty() && !run.site(side).has_systemd());
+  if (!none) return;
+  std::string object = std::string(side_name(side)) + ": supervisor";
+  if (run.deployment().traffic.empty())
+    found.push_back({Finding::Level::warning, "agent.supervisor", object, "nothing starts the agent again after a reboot",
+                     "set boot: to cron, or to directory:/a/directory whose programs the host runs at boot"});
+  else
+    found.push_back({Finding::Level::error, "agent.supervisor", object,
+                     "nothing starts the agent and the gate again after a reboot, and clients come through the gate",
+                     "set boot: to cron, or to directory:/a/directory whose programs the host runs at boot"});
+}
+
+void check_run_there(Run& run, Side side, std::vector<Finding>& found) {
+  Json hello = run.site(side).call("hello");
+  (void)hello;
+  for (const char* tool : {"rsync"}) {
+    bool needed = false;
+    for (const auto& s : run.deployment().stores) needed = needed || s.kind == StoreConfig::Kind::files;
+    if (needed && !run.site(side).exec({.argv = {"sh", "-c", std::string("command -v ") + tool + " >/dev/null"}}).ok())
+      found.push_back({Finding::Level::error, std::string("site.") + tool, std::string(side_name(side)), std::string(tool) + " is not installed",
+                       std::string("install it on that host: apt-get install ") + tool});
+  }
+}
+
+}  // namespace
+
+std::vector<Finding> preflight(Run& run) {
+  std::vector<Finding> found;
+  auto guarded = [&](const std::string& id, const std::string& object, const std::function<void()>& work) {
+    try {
+      work();
+    } catch (const Error& e) {
+      found.push_back(from_error(e, id, object));
+    }
+  };
+  guarded("link", "link", [&] { check_link(run, found); });
+  for (Side side : {Side::source, Side::target}) {
+    std::string object(side_name(side));
+    guarded("supervisor", object, [&] { check_supervisor(run, side, found); });
+    guarded("site", object, [&] { check_run_there(run, side, found); });
+    for (auto& service : run.services())
+      guarded("service", object + ": service " + service->config().name, [&] { add(found, service->preflight(run.stores_context(), side)); });
+  }
+  for (auto& store : run.stores())
+    guarded("store", "store " + store->name(), [&] { add(found, store->preflight(run.stores_context())); });
+  for (auto& traffic : run.traffic())
+    guarded("traffic", "traffic " + traffic->name(), [&] { add(found, traffic->preflight(run.traffic_context())); });
+  return found;
+}
+
+void require_clean(const std::vector<Finding>& findings) {
+  std::string text;
+  int errors = 0;
+  for (const auto& f : findings) {
+    if (f.level != Finding::Level::error) continue;
+    errors++;
+    text += "\n  " + f.object + ": " + f.message + (f.mend.empty() ? "" : "\n      " + f.mend);
+  }
+  if (errors)
+    throw Error(Code::preflight, std::to_string(errors) + (errors == 1 ? " finding" : " findings") + " would break the migration:" + text,
+                "mend them and run rehome check again");
+}
+
+}  // namespace rehome::ops

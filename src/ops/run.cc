@@ -1,0 +1,200 @@
+#include "ops/run.h"
+
+#include <cstdlib>
+
+#include "base/text.h"
+#include "stores/registry.h"
+#include "sys/fs.h"
+
+namespace rehome::ops {
+namespace {
+
+// The source's agent keeps the authoritative journal, the target's a copy. After the loss of the source the copy is
+// what there is, and becomes the one that is written.
+class SiteJournal : public JournalBackend {
+ public:
+  SiteJournal(AgentSite* source, AgentSite* target) : source_(source), target_(target) {}
+
+  std::vector<std::string> read_all() override {
+    AgentSite& from = source_ ? *source_ : *target_;
+    lines_.clear();
+    while (true) {
+      Json answer = from.call("journal.read", {{"from", lines_.size()}});
+      const Json& more = answer.at("lines");
+      for (const auto& l : more) lines_.push_back(l.get<std::string>());
+      if (more.empty() || static_cast<std::int64_t>(lines_.size()) >= get_int(answer, "next")) return lines_;
+    }
+  }
+
+  void append(std::size_t from, const std::vector<std::string>& lines) override {
+    if (source_) source_->call("journal.append", {{"from", from}, {"lines", lines}});
+    lines_.insert(lines_.end(), lines.begin(), lines.end());
+    if (!target_) return;
+    try {
+      if (!copied_) copied_ = static_cast<std::size_t>(get_int(target_->call("journal.read", {{"from", 1 << 30}}), "next"));
+      if (*copied_ < lines_.size()) {
+        std::vector<std::string> missing(lines_.begin() + static_cast<std::ptrdiff_t>(*copied_), lines_.end());
+        target_->call("journal.append", {{"from", *copied_}, {"lines", missing}});
+        copied_ = lines_.size();
+      }
+    } catch (const Error&) {
+      if (!source_) throw;
+      // The copy lags while the target is away; the next append brings it up.
+      copied_.reset();
+    }
+  }
+
+ private:
+  AgentSite* source_;
+  AgentSite* target_;
+  std::vector<std::string> lines_;
+  std::optional<std::size_t> copied_;
+};
+
+// For check and plan before a run: nothing is written anywhere.
+class MemoryJournal : public JournalBackend {
+ public:
+  std::vector<std::string> read_all() override { return {}; }
+  void append(std::size_t, const std::vector<std::string>&) override {}
+};
+
+std::string archive_directory() {
+  if (::geteuid() == 0) return "/var/lib/rehome/archive";
+  const char* xdg = std::getenv("XDG_STATE_HOME");
+  const char* home = std::getenv("HOME");
+  return (xdg && *xdg ? std::string(xdg) : std::string(home ? home : ".") + "/.local/state") + "/rehome/archive";
+}
+
+}  // namespace
+
+std::atomic<bool>& cancel_flag() {
+  static std::atomic<bool> flag{false};
+  return flag;
+}
+
+Run::Run(Deployment deployment, Mode mode, bool may_miss) : deployment_(std::move(deployment)) {
+  connect(mode, may_miss);
+  make_journal(mode);
+  make_contexts();
+  stores_ = make_stores(deployment_);
+  services_ = make_services(deployment_);
+  traffic_ = make_traffic(deployment_);
+}
+
+Run::~Run() {
+  // Drivers hold connections through the sites: they go first.
+  traffic_.clear();
+  services_.clear();
+  stores_.clear();
+}
+
+AgentSite& Run::site(Side side) {
+  if (!sites_[side]) throw missing_[side] ? *missing_[side] : Error(Code::unreachable, std::string(side_name(side)) + " is not there");
+  return *sites_[side];
+}
+
+void Run::connect(Mode mode, bool may_miss) {
+  const AgentSite::How how = mode == Mode::look    ? AgentSite::How::ephemeral
+                             : mode == Mode::begin ? AgentSite::How::install
+                                                   : AgentSite::How::existing;
+  for (Side side : {Side::source, Side::target}) {
+    try {
+      sites_[side] = AgentSite::open(deployment_, side, how);
+    } catch (const Error& e) {
+      if (!may_miss) throw;
+      missing_[side] = std::make_unique<Error>(e);
+    }
+  }
+  if (!sites_.source && !sites_.target) throw *missing_.source;
+  if (mode != Mode::control && mode != Mode::begin) return;
+  if (sites_.source) {
+    std::int64_t generation = get_int(sites_.source->call("generation.new"), "gen");
+    sites_.source->set_generation(generation);
+    if (sites_.target) {
+      sites_.target->set_generation(generation);
+      sites_.target->call("generation.adopt");
+    }
+  } else {
+    // Without the source nobody else can allocate: the target's own next one.
+    Json hello = sites_.target->call("hello");
+    sites_.target->set_generation(get_int(hello, "gen") + 1);
+    sites_.target->call("generation.adopt");
+  }
+}
+
+void Run::make_journal(Mode mode) {
+  std::unique_ptr<JournalBackend> backend;
+  if (mode == Mode::look)
+    backend = std::make_unique<MemoryJournal>();
+  else
+    backend = std::make_unique<SiteJournal>(sites_.source.get(), sites_.target.get());
+  journal_ = std::make_unique<Journal>(std::move(backend), system_clock());
+}
+
+void Run::make_contexts() {
+  // Contexts need both sites; after the loss of one, only what does not use it may be asked of the drivers.
+  AgentSite& source = sites_.source ? *sites_.source : *sites_.target;
+  AgentSite& target = sites_.target ? *sites_.target : *sites_.source;
+  auto note = [this](const std::string& what, const Json& detail) {
+    Json entry = detail.is_object() ? detail : Json{{"detail", detail}};
+    entry["what"] = what;
+    journal_->append_intent("change", entry);
+  };
+  auto recall = [this](const std::string& key) { return journal_->fact(key); };
+  auto remember = [this](const std::string& key, const Json& value) { journal_->set_fact(key, value); };
+  auto log = [this](const std::string& line) { journal_->append("message", {{"text", line}}); };
+  store_context_ = std::make_unique<StoreContext>(
+      StoreContext{deployment_, source, target, [](const Progress&) {}, note, recall, remember, log, cancel_flag()});
+  traffic_context_ = std::make_unique<TrafficContext>(
+      TrafficContext{deployment_, source, target, note, recall, remember, log, cancel_flag()});
+}
+
+std::string Run::phase() const {
+  Json p = journal_->fact("phase");
+  return p.is_string() ? p.get<std::string>() : "none";
+}
+
+Side Run::serves() {
+  struct Seen {
+    std::int64_t epoch;
+    std::string serves;
+  };
+  std::optional<Seen> best;
+  for (Side side : {Side::source, Side::target}) {
+    if (!sites_[side]) continue;
+    Json hello = sites_[side]->call("hello");
+    if (hello.contains("record_error"))
+      throw Error(Code::unknown, "the record cannot be read: " + get_string(hello, "record_error"),
+                  "nothing was undone; restore STATE/record from the other site's knowledge only with both hosts in view")
+          .in(sites_[side]->label());
+    const Json& r = hello.at("record");
+    Seen seen{get_int(r, "epoch"), get_string(r, "serves")};
+    if (!best || seen.epoch > best->epoch) best = seen;
+  }
+  return best->serves == "target" ? Side::target : Side::source;
+}
+
+std::string Run::archive() {
+  std::string directory = archive_directory();
+  make_directories(directory);
+  std::string stamp = format_wall(system_clock().wall_us());
+  for (char& c : stamp)
+    if (c == ':' || c == '.') c = '-';
+  std::string path = directory + "/" + deployment_.name + "." + stamp + ".jsonl";
+  std::string text;
+  for (const auto& e : journal_->entries()) text += dump_line(e) + "\n";
+  write_durably(path, text);
+  return path;
+}
+
+std::string newest_archive(const std::string& name) {
+  std::string directory = archive_directory();
+  if (!exists(directory)) return {};
+  std::string best;
+  // Names carry the time, so the last in order is the newest.
+  for (const auto& file : list_directory(directory))
+    if (file.starts_with(name + ".") && file.ends_with(".jsonl") && file > best) best = file;
+  return best.empty() ? best : directory + "/" + best;
+}
+
+}  // namespace rehome::ops

@@ -1,0 +1,76 @@
+// ops: what the commands do: a deployment becomes steps, and a switch becomes one cut. This is the only place that knows
+// stores, services, traffic and sites together; it includes no driver's own header but their makers.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "config/deployment.h"
+#include "engine/journal.h"
+#include "engine/step.h"
+#include "runtime/runtime.h"
+#include "site/agent_site.h"
+#include "stores/store.h"
+#include "traffic/traffic.h"
+
+namespace rehome::ops {
+
+// The process-wide wish to stop: set by the first Ctrl-C.
+std::atomic<bool>& cancel_flag();
+
+// One deployment with everything that a command needs, opened in one of three ways:
+//   look     agents in temporary directories, nothing changed on either site (check, plan before begin)
+//   observe  the resident agents, nothing changed (status, report)
+//   control  the resident agents and a new generation: older controllers are refused from here on (everything else)
+//   begin    control, and agents are installed where they are missing
+class Run {
+ public:
+  enum class Mode { look, observe, control, begin };
+  // Throws what the sites throw. With `may_miss`, a site that does not answer is left out (source() or target() then
+  // throw); for the commands after the loss of a host.
+  Run(Deployment deployment, Mode mode, bool may_miss = false);
+  ~Run();
+
+  const Deployment& deployment() const { return deployment_; }
+  AgentSite& site(Side side);
+  bool has(Side side) const { return sites_[side] != nullptr; }
+  // Why a left-out site is missing.
+  const Error* missing(Side side) const { return missing_[side].get(); }
+  Journal& journal() { return *journal_; }
+  StoreContext& stores_context() { return *store_context_; }
+  TrafficContext& traffic_context() { return *traffic_context_; }
+  std::vector<std::unique_ptr<Store>>& stores() { return stores_; }
+  std::vector<std::unique_ptr<Service>>& services() { return services_; }
+  std::vector<std::unique_ptr<Traffic>>& traffic() { return traffic_; }
+
+  // Where the run stands, from the journal: none, begun (steps open), following, switched, completed, cancelled.
+  std::string phase() const;
+  // Who serves, from the agents' records; throws Error(unknown) when they do not say the same and no attempt explains it.
+  Side serves();
+  void set_phase(const std::string& phase) { journal_->set_fact("phase", phase); }
+  bool allow_restart = false;
+
+  // Moves the journal to the controller's archive, so that report works after complete and cancel; the path.
+  std::string archive();
+
+ private:
+  void connect(Mode mode, bool may_miss);
+  void make_journal(Mode mode);
+  void make_contexts();
+  Deployment deployment_;
+  BySide<std::unique_ptr<AgentSite>> sites_;
+  BySide<std::unique_ptr<Error>> missing_;
+  std::unique_ptr<Journal> journal_;
+  std::unique_ptr<StoreContext> store_context_;
+  std::unique_ptr<TrafficContext> traffic_context_;
+  std::vector<std::unique_ptr<Store>> stores_;
+  std::vector<std::unique_ptr<Service>> services_;
+  std::vector<std::unique_ptr<Traffic>> traffic_;
+};
+
+// The newest archived journal of this deployment, or empty: what status and report show when no run is there.
+std::string newest_archive(const std::string& name);
+
+}  // namespace rehome::ops
