@@ -1,0 +1,155 @@
+#include "stores/postgres/postgres.h"
+
+#include <xxhash.h>
+
+#include <cstdio>
+
+#include "base/text.h"
+#include "config/config.h"
+
+namespace rehome {
+
+PostgresStore::PostgresStore(const StoreConfig& config, const Deployment& deployment) : config_(config) {
+  std::string seed = deployment.name + "/" + config.name;
+  char hex[17];
+  std::snprintf(hex, sizeof hex, "%08x", static_cast<unsigned>(XXH64(seed.data(), seed.size(), 0) & 0xffffffffu));
+  tag_ = hex;
+}
+
+std::string PostgresStore::key(const std::string& what, const std::string& database) const {
+  return "postgres." + config_.name + (database.empty() ? "" : "." + database) + "." + what;
+}
+
+std::string PostgresStore::secret(Side side, const std::string& database) {
+  const PostgresServer& s = server(side);
+  if (s.password.from == SecretRef::From::none) return {};
+  std::lock_guard lock(mutex_);
+  auto& cached = secrets_[std::string(side_name(side)) + "/" + database];
+  if (cached.empty()) cached = read_secret(s.password, s.host, s.port, database, s.user);
+  return cached;
+}
+
+PgAddress PostgresStore::address(StoreContext& c, Side side, const std::string& database, const std::string& keep) {
+  const PostgresServer& s = server(side);
+  std::string at = s.host.starts_with('/') ? "unix:" + s.host + "/.s.PGSQL." + std::to_string(s.port)
+                                           : (s.host.find(':') == std::string::npos ? s.host : "[" + s.host + "]") + ":" + std::to_string(s.port);
+  return {.label = std::string(side_name(side)) + ": database " + database,
+          .host = c.at(side).local_socket_for(at, s.os_user, keep),
+          .port = 5432,
+          .user = s.user,
+          .password = secret(side, database),
+          .database = database};
+}
+
+std::unique_ptr<PgSession> PostgresStore::session(StoreContext& c, Side side, const std::string& database, const std::string& application) {
+  return std::make_unique<PgSession>(address(c, side, database), application);
+}
+
+std::vector<std::string> PostgresStore::databases(StoreContext& c) {
+  if (!config_.postgres.databases.empty()) return config_.postgres.databases;
+  Json known = c.recall(key("databases"));
+  if (known.is_array()) return known.get<std::vector<std::string>>();
+  auto s = session(c, Side::source, server(Side::source).admin_database);
+  std::vector<std::string> names;
+  for (auto& row : s->query("SELECT datname FROM pg_database WHERE NOT datistemplate AND datallowconn ORDER BY 1")) names.push_back(*row[0]);
+  return names;
+}
+
+PgFlow PostgresStore::flow(const std::string& database, Side publisher) const {
+  const char* way = publisher == Side::source ? "f" : "r";
+  char db[17];
+  std::snprintf(db, sizeof db, "%08x", static_cast<unsigned>(XXH64(database.data(), database.size(), 1) & 0xffffffffu));
+  std::string id = tag_ + "_" + db + "_" + way;
+  return {.publisher = publisher,
+          .publication = std::string("rehome_") + tag_ + "_" + way,
+          .subscription = std::string("rehome_") + id,
+          .slot = std::string("rehome_") + id,
+          .service = "pg-" + config_.name + "-" + std::string(side_name(publisher)),
+          .listener = "pg-" + config_.name + "-" + std::string(side_name(publisher))};
+}
+
+std::vector<PgTable> PostgresStore::tables(PgSession& s) {
+  // Extension members are made by CREATE EXTENSION. Binary COPY only for types whose wire form has not changed since 13 and
+  // that hold no oid of a catalogue row.
+  auto rows = s.query(R"(
+    SELECT n.nspname, c.relname, c.oid, pg_table_size(c.oid), c.relkind = 'p', c.relpersistence = 'u',
+           EXISTS (SELECT 1 FROM pg_index i WHERE i.indrelid = c.oid AND (i.indisprimary OR i.indisreplident)),
+           (SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) FROM pg_attribute a
+             WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''),
+           NOT EXISTS (SELECT 1 FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+             WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND t.oid NOT IN
+              (16,17,18,20,21,23,25,700,701,1042,1043,1082,1083,1114,1184,1186,1266,1700,2950,114,3802,19))
+      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+     WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't'
+       AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'rehome') AND n.nspname NOT LIKE 'pg\_toast%'
+       AND NOT EXISTS (SELECT 1 FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e')
+     ORDER BY 4 DESC, 1, 2)");
+  std::vector<PgTable> found;
+  for (auto& r : rows) {
+    PgTable t;
+    t.schema = *r[0];
+    t.name = *r[1];
+    t.oid = std::stoll(*r[2]);
+    t.bytes = std::stoll(r[3].value_or("0"));
+    t.partitioned = *r[4] == "t";
+    t.unlogged = *r[5] == "t";
+    t.has_key = *r[6] == "t";
+    t.columns = r[7].value_or("");
+    t.binary = *r[8] == "t";
+    found.push_back(std::move(t));
+  }
+  return found;
+}
+
+std::string PostgresStore::ask(StoreContext& c, Side side, const std::string& database, const std::string& query) {
+  auto s = session(c, side, database, "rehome check");
+  s->exec("RESET search_path");
+  s->exec("SET default_transaction_read_only = on");
+  return s->value(query, Deadline::in(Millis(30000)));
+}
+
+namespace pgsql {
+
+const char* const kFenceApplication = "rehome fence";
+
+// Statement-level triggers do not fire for the rows that an apply worker writes, but TRUNCATE triggers do: an origin session
+// is what tells an apply worker apart. SECURITY DEFINER, since that function is not for everybody.
+std::string fence_function(bool refusing, const std::string& where) {
+  if (!refusing)
+    return "CREATE OR REPLACE FUNCTION rehome.fence() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog AS "
+           "$rehome$ BEGIN RETURN NULL; END $rehome$";
+  return "CREATE OR REPLACE FUNCTION rehome.fence() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog AS "
+         "$rehome$ BEGIN IF TG_OP = 'TRUNCATE' AND pg_replication_origin_session_is_setup() THEN RETURN NULL; END IF; "
+         "RAISE EXCEPTION USING ERRCODE = 'read_only_sql_transaction', MESSAGE = 'this database does not serve', "
+         "HINT = " +
+         pg_literal(where) + "; END $rehome$";
+}
+
+// Recorded: what was changed, and by whom. Our own work and temporary objects are not the application's schema.
+std::string ddl_function(bool refusing) {
+  std::string head =
+      "CREATE OR REPLACE FUNCTION rehome.ddl() RETURNS event_trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog AS "
+      "$rehome$ DECLARE r record; BEGIN IF current_setting('application_name') LIKE 'rehome%' THEN RETURN; END IF; ";
+  if (refusing)
+    return head +
+           "RAISE EXCEPTION USING ERRCODE = 'read_only_sql_transaction', MESSAGE = 'this database is being moved: no change of its schema', "
+           "HINT = 'rehome status says when it is over'; END $rehome$";
+  return head +
+         "IF TG_EVENT = 'sql_drop' THEN FOR r IN SELECT * FROM pg_event_trigger_dropped_objects() LOOP "
+         "IF NOT r.is_temporary AND r.original THEN INSERT INTO rehome.ddl_log(tag, object) VALUES (TG_TAG, r.object_identity); END IF; END LOOP; "
+         "ELSE FOR r IN SELECT * FROM pg_event_trigger_ddl_commands() LOOP "
+         "IF r.schema_name IS DISTINCT FROM 'pg_temp' AND r.object_type NOT IN ('publication', 'subscription') "
+         "AND r.command_tag NOT IN ('REFRESH MATERIALIZED VIEW', 'CREATE TABLE AS') OR r.command_tag = 'CREATE TABLE AS' AND r.schema_name IS DISTINCT FROM 'pg_temp' THEN "
+         "INSERT INTO rehome.ddl_log(tag, object) VALUES (r.command_tag, r.object_identity); END IF; END LOOP; END IF; END $rehome$";
+}
+
+std::string end_fence_sessions() {
+  return "DO $rehome$ DECLARE n int; BEGIN FOR i IN 1..500 LOOP "
+         "SELECT count(pg_terminate_backend(pid)) INTO n FROM pg_stat_activity WHERE application_name = 'rehome fence' "
+         "AND datname = current_database() AND pid <> pg_backend_pid(); EXIT WHEN n = 0; PERFORM pg_sleep(0.01); "
+         "PERFORM pg_stat_clear_snapshot(); END LOOP; IF n > 0 THEN RAISE EXCEPTION 'sessions that hold a fence do not end'; END IF; END $rehome$";
+}
+
+}  // namespace pgsql
+
+}  // namespace rehome

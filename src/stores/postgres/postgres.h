@@ -1,0 +1,111 @@
+// The PostgreSQL driver. One store may hold one, several or all databases of a cluster; each database has a forward flow
+// (source publishes, target subscribes) and, before a switch, a reverse one.
+//
+// The driver's phases are a file each: prepare, copy, follow, fence (the Cut), verify, actions, cleanup, preflight.
+#pragma once
+
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "stores/postgres/session.h"
+#include "stores/store.h"
+
+namespace rehome {
+
+struct PgTable {
+  std::string schema, name;
+  std::int64_t oid = 0, bytes = 0;
+  bool partitioned = false;    // a parent without rows of its own
+  bool unlogged = false;
+  bool has_key = false;        // a primary key, or a replica identity index
+  std::string columns;         // quoted, without generated ones
+  bool binary = false;         // every type's binary form is the same on all majors
+  std::string full() const { return pg_identifier(schema) + "." + pg_identifier(name); }
+};
+
+// Names of one flow's objects in one database. `publisher` is the side whose changes it carries.
+struct PgFlow {
+  Side publisher = Side::source;
+  std::string publication, subscription, slot, service, listener;
+  Side subscriber() const { return other(publisher); }
+};
+
+class PostgresStore : public Store {
+ public:
+  PostgresStore(const StoreConfig& config, const Deployment& deployment);
+
+  const std::string& name() const override { return config_.name; }
+  const char* kind() const override { return "postgres"; }
+  Capabilities capabilities() const override {
+    return {.follow = true, .reverse = true, .soft_fence = true, .hard_fence = true, .verify = true};
+  }
+  std::vector<Finding> preflight(StoreContext&) override;
+  Estimate estimate(StoreContext&) override;
+  void prepare(StoreContext&) override;
+  void copy(StoreContext&) override;
+  void follow(StoreContext&) override;
+  FollowStatus follow_status(StoreContext&) override;
+  std::vector<std::string> needs_recopy(StoreContext&) override;
+  void recopy(StoreContext&) override;
+  Verdict verify(StoreContext&) override;
+  void prepare_reverse(StoreContext&, Direction) override;
+  ActionSets actions(StoreContext&, Direction) override;
+  std::unique_ptr<Cut> open_cut(StoreContext&, Direction) override;
+  Millis micro_fence(StoreContext&, Direction, Deadline) override;
+  std::vector<std::string> finish(StoreContext&, Side serves) override;
+  std::vector<std::string> abandon(StoreContext&) override;
+  void unfence_source(StoreContext&) override;
+  std::vector<std::string> leftovers(StoreContext&) override;
+  std::string ask(StoreContext&, Side, const std::string& database, const std::string& query) override;
+
+  // For the phases and the Cut.
+  PgAddress address(StoreContext&, Side, const std::string& database, const std::string& keep = {});
+  std::unique_ptr<PgSession> session(StoreContext&, Side, const std::string& database, const std::string& application = "rehome");
+  std::vector<std::string> databases(StoreContext&);
+  PgFlow flow(const std::string& database, Side publisher) const;
+  std::vector<PgTable> tables(PgSession&);
+  // The key under which a fact of this store is remembered.
+  std::string key(const std::string& what, const std::string& database = {}) const;
+  const PostgresServer& server(Side side) const { return config_.postgres.server[side]; }
+  const StoreConfig& config() const { return config_; }
+
+ private:
+  void prepare_source(StoreContext&, const std::string& database);
+  void install_fence(StoreContext&, PgSession&, Side, const std::vector<PgTable>&, bool refusing);
+  void publish(StoreContext&, PgSession&, const PgFlow&, const std::vector<PgTable>&);
+  void open_path(StoreContext&, const std::string& database, const PgFlow&);
+  void subscribe(StoreContext&, const std::string& database, const PgFlow&, bool enabled);
+  std::string connection_string(StoreContext&, const std::string& database, const PgFlow&);
+  void restore_roles(StoreContext&);
+  void create_database(StoreContext&, const std::string& database);
+  void restore_section(StoreContext&, const std::string& database, const std::string& section, const std::string& snapshot);
+  void copy_database(StoreContext&, const std::string& database);
+  std::string hold_snapshot(StoreContext&, const std::string& database, const PgFlow&);
+  void tune(StoreContext&, Side);
+  void untune(StoreContext&, Side);
+  void remove_flow(StoreContext&, const std::string& database, const PgFlow&);
+  void remove_objects(StoreContext&, Side, const std::string& database, bool keep_fence);
+  std::string secret(Side, const std::string& database);
+  std::string compare_rows(StoreContext&, const std::string& database, const PgTable&, const std::string& snap_s,
+                           const std::string& snap_t, Verdict&);
+
+  StoreConfig config_;
+  std::string tag_;          // short hash of deployment and store: part of every name that is global to a cluster
+  std::mutex mutex_;
+  std::map<std::string, std::string> secrets_;
+};
+
+// SQL that several phases share.
+namespace pgsql {
+// The trigger functions' bodies. The open one lets everything through, the refusing one nothing but replication.
+std::string fence_function(bool refusing, const std::string& where);
+std::string ddl_function(bool refusing);
+// Terminates our earlier sessions that could still commit a fence, and waits until they are gone. A statement sent by a
+// dead agent's life may land late; docs/model has the run in which that loses a write.
+std::string end_fence_sessions();
+extern const char* const kFenceApplication;
+}  // namespace pgsql
+
+}  // namespace rehome

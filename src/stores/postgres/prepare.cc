@@ -1,0 +1,257 @@
+// Phase prepare: what the source needs before a slot is made, the target's roles, databases and paths for replication.
+#include <algorithm>
+
+#include "base/text.h"
+#include "stores/postgres/postgres.h"
+#include "sys/fs.h"
+
+namespace rehome {
+namespace {
+
+constexpr Millis kLockPatience(60000);
+
+void bounded(PgSession& s, const std::string& sql) {
+  pg_retry_locks(Deadline::in(kLockPatience), [&] {
+    try {
+      s.exec("BEGIN; SET LOCAL lock_timeout = '100ms'; " + sql + "; COMMIT");
+    } catch (const Error&) {
+      if (!s.broken()) s.exec("ROLLBACK");
+      throw;
+    }
+  });
+}
+
+}  // namespace
+
+void PostgresStore::tune(StoreContext& c, Side side) {
+  auto s = session(c, side, server(side).admin_database);
+  // After a blip of the link an apply worker waits wal_retrieve_retry_interval (5 s) before it tries again: longer than any pause.
+  if (c.recall(key("tuned." + std::string(side_name(side)))).is_null()) {
+    bool ours = s->number("SELECT count(*) FROM pg_file_settings WHERE name = 'wal_retrieve_retry_interval' AND sourcefile LIKE '%auto.conf'") == 0;
+    c.note("wal_retrieve_retry_interval = 100ms", {{"where", std::string(side_name(side))}, {"was", s->value("SHOW wal_retrieve_retry_interval")}, {"undo", "ALTER SYSTEM RESET"}});
+    c.remember(key("tuned." + std::string(side_name(side))), ours ? Json("reset") : Json(s->value("SHOW wal_retrieve_retry_interval")));
+  }
+  s->exec("ALTER SYSTEM SET wal_retrieve_retry_interval = '100ms'");
+  s->exec("SELECT pg_reload_conf()");
+}
+
+void PostgresStore::untune(StoreContext& c, Side side) {
+  Json was = c.recall(key("tuned." + std::string(side_name(side))));
+  if (!was.is_string()) return;
+  auto s = session(c, side, server(side).admin_database);
+  if (was == "reset")
+    s->exec("ALTER SYSTEM RESET wal_retrieve_retry_interval");
+  else
+    s->exec("ALTER SYSTEM SET wal_retrieve_retry_interval = " + pg_literal(was.get<std::string>()));
+  s->exec("SELECT pg_reload_conf()");
+}
+
+void PostgresStore::install_fence(StoreContext& c, PgSession& s, Side side, const std::vector<PgTable>& tables, bool refusing) {
+  c.note("schema rehome, fence triggers, event triggers", {{"where", s.address().label}, {"tables", tables.size()}});
+  std::string where = side == Side::target ? "the source serves until the switch" : "the target serves now";
+  s.exec("CREATE SCHEMA IF NOT EXISTS rehome; GRANT USAGE ON SCHEMA rehome TO public");
+  s.exec("CREATE TABLE IF NOT EXISTS rehome.marker(token text PRIMARY KEY, at timestamptz NOT NULL DEFAULT now())");
+  s.exec("CREATE TABLE IF NOT EXISTS rehome.ddl_log(n bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, at timestamptz NOT NULL DEFAULT "
+         "clock_timestamp(), who text NOT NULL DEFAULT session_user, tag text NOT NULL, object text)");
+  if (s.number("SELECT count(*) FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace WHERE n.nspname = 'rehome' AND p.proname = 'fence'") == 0)
+    s.exec(pgsql::fence_function(refusing, where));
+  s.exec(pgsql::ddl_function(config_.postgres.ddl == PostgresConfig::Ddl::block && side == Side::source));
+  if (s.number("SELECT count(*) FROM pg_event_trigger WHERE evtname = 'rehome_ddl'") == 0)
+    s.exec("CREATE EVENT TRIGGER rehome_ddl ON ddl_command_end EXECUTE FUNCTION rehome.ddl(); ALTER EVENT TRIGGER rehome_ddl ENABLE ALWAYS");
+  if (s.number("SELECT count(*) FROM pg_event_trigger WHERE evtname = 'rehome_drop'") == 0)
+    s.exec("CREATE EVENT TRIGGER rehome_drop ON sql_drop EXECUTE FUNCTION rehome.ddl(); ALTER EVENT TRIGGER rehome_drop ENABLE ALWAYS");
+  // Which tables have both triggers already: a resumed prepare makes only the missing ones.
+  std::vector<std::string> done;
+  for (auto& r : s.query("SELECT tgrelid FROM pg_trigger WHERE tgname IN ('rehome_fence', 'rehome_fence_t') AND tgenabled = 'A' GROUP BY 1 HAVING count(*) = 2"))
+    done.push_back(*r[0]);
+  std::sort(done.begin(), done.end());
+  for (const auto& t : tables) {
+    if (std::binary_search(done.begin(), done.end(), std::to_string(t.oid))) continue;
+    bounded(s, "DROP TRIGGER IF EXISTS rehome_fence ON " + t.full() + "; DROP TRIGGER IF EXISTS rehome_fence_t ON " + t.full() +
+                   "; CREATE TRIGGER rehome_fence BEFORE INSERT OR UPDATE OR DELETE ON " + t.full() +
+                   " FOR EACH STATEMENT EXECUTE FUNCTION rehome.fence(); ALTER TABLE " + t.full() +
+                   " ENABLE ALWAYS TRIGGER rehome_fence; CREATE TRIGGER rehome_fence_t BEFORE TRUNCATE ON " + t.full() +
+                   " FOR EACH STATEMENT EXECUTE FUNCTION rehome.fence(); ALTER TABLE " + t.full() + " ENABLE ALWAYS TRIGGER rehome_fence_t");
+  }
+  s.take_notices();
+}
+
+void PostgresStore::publish(StoreContext& c, PgSession& s, const PgFlow& flow, const std::vector<PgTable>& tables) {
+  // A keyless table's UPDATEs fail on the publisher from the moment it is published: FULL comes first.
+  for (const auto& t : tables) {
+    if (t.partitioned || t.unlogged || t.has_key) continue;
+    if (s.value("SELECT relreplident FROM pg_class WHERE oid = " + std::to_string(t.oid)) == "f") continue;
+    c.note("replica identity full", {{"where", s.address().label}, {"object", t.full()}, {"undo", "REPLICA IDENTITY DEFAULT"}});
+    Json list = c.recall(key("full", s.address().database));
+    if (!list.is_array()) list = Json::array();
+    if (std::find(list.begin(), list.end(), Json(t.full())) == list.end()) list.push_back(t.full());
+    c.remember(key("full", s.address().database), list);
+    bounded(s, "ALTER TABLE " + t.full() + " REPLICA IDENTITY FULL");
+  }
+  std::string list = "rehome.marker";
+  for (const auto& t : tables)
+    if (!t.partitioned && !t.unlogged) list += ", ONLY " + t.full();
+  c.note("publication " + flow.publication, {{"where", s.address().label}, {"undo", "DROP PUBLICATION"}});
+  if (s.number("SELECT count(*) FROM pg_publication WHERE pubname = " + pg_literal(flow.publication)) == 0)
+    bounded(s, "CREATE PUBLICATION " + pg_identifier(flow.publication) + " FOR TABLE " + list);
+  else
+    bounded(s, "ALTER PUBLICATION " + pg_identifier(flow.publication) + " SET TABLE " + list);
+}
+
+// The subscriber's server reaches the publisher's through both agents: a socket beside it, the link, a service over there.
+void PostgresStore::open_path(StoreContext& c, const std::string& database, const PgFlow& flow) {
+  const PostgresServer& publisher = server(flow.publisher);
+  Site& there = c.at(flow.publisher);
+  Site& here = c.at(flow.subscriber());
+  std::string to = publisher.host.starts_with('/') ? "unix:" + publisher.host + "/.s.PGSQL." + std::to_string(publisher.port)
+                                                   : publisher.host + ":" + std::to_string(publisher.port);
+  there.call("service.set", {{"name", flow.service}, {"to", to}, {"as_user", publisher.os_user}});
+  // The server's account must reach the socket, and the agent's state is closed to it.
+  std::string dir = "/tmp/.rehome-" + tag_ + "-" + std::string(side_name(flow.subscriber()));
+  c.note("socket directory " + dir, {{"where", here.label()}, {"undo", "removed"}});
+  here.exec_ok({.argv = {"sh", "-c", "mkdir -p \"$1\" && chmod 755 \"$1\"", "sh", dir}});
+  here.call("listen.set", {{"name", flow.listener}, {"at", "unix:" + dir + "/.s.PGSQL.5432"}, {"mode", 0666}, {"service", flow.service}});
+  std::string password = secret(flow.publisher, database);
+  if (!password.empty()) {
+    // In a file of the server's account: in the connection string it would be in the log, pg_subscription and pg_stat_activity.
+    std::string owner = c.at(flow.subscriber()).exec_ok({.argv = {"sh", "-c", "stat -c %U \"$1\"", "sh", session(c, flow.subscriber(), database)->value("SHOW data_directory")}}).out;
+    std::string file = dir + "/pgpass";
+    std::string escaped;
+    for (char ch : password) {
+      if (ch == ':' || ch == '\\') escaped += '\\';
+      escaped += ch;
+    }
+    here.call("put", {{"path", file}, {"content", "*:*:*:*:" + escaped + "\n"}, {"mode", 0600}});
+    here.exec_ok({.argv = {"chown", std::string(trim(owner)), file}});
+  }
+}
+
+std::string PostgresStore::connection_string(StoreContext&, const std::string& database, const PgFlow& flow) {
+  const PostgresServer& publisher = server(flow.publisher);
+  auto quoted = [](const std::string& v) {
+    std::string out = "'";
+    for (char ch : v) {
+      if (ch == '\'' || ch == '\\') out += '\\';
+      out += ch;
+    }
+    return out + "'";
+  };
+  std::string dir = "/tmp/.rehome-" + tag_ + "-" + std::string(side_name(flow.subscriber()));
+  std::string text = "host=" + quoted(dir) + " port=5432 user=" + quoted(publisher.user) + " dbname=" + quoted(database) +
+                     " keepalives=0 application_name=" + quoted(flow.subscription);
+  if (publisher.password.from != SecretRef::From::none) text += " passfile=" + quoted(dir + "/pgpass");
+  return text;
+}
+
+void PostgresStore::subscribe(StoreContext& c, const std::string& database, const PgFlow& flow, bool enabled) {
+  auto s = session(c, flow.subscriber(), database);
+  std::string name = pg_identifier(flow.subscription);
+  if (s->number("SELECT count(*) FROM pg_subscription WHERE subname = " + pg_literal(flow.subscription) +
+                " AND subdbid = (SELECT oid FROM pg_database WHERE datname = current_database())") == 0) {
+    c.note("subscription " + flow.subscription, {{"where", s->address().label}, {"undo", "DROP SUBSCRIPTION"}});
+    s->exec("CREATE SUBSCRIPTION " + name + " CONNECTION " + pg_literal(connection_string(c, database, flow)) + " PUBLICATION " +
+            pg_identifier(flow.publication) + " WITH (copy_data = false, create_slot = false, enabled = false, slot_name = " +
+            pg_literal(flow.slot) + ")");
+  } else {
+    s->exec("ALTER SUBSCRIPTION " + name + " REFRESH PUBLICATION WITH (copy_data = false)");
+  }
+  if (enabled) s->exec("ALTER SUBSCRIPTION " + name + " ENABLE");
+}
+
+void PostgresStore::restore_roles(StoreContext& c) {
+  if (!config_.postgres.roles) return;
+  auto from = session(c, Side::source, server(Side::source).admin_database);
+  auto to = session(c, Side::target, server(Side::target).admin_database);
+  std::vector<std::string> there;
+  for (auto& r : to->query("SELECT rolname FROM pg_roles")) there.push_back(*r[0]);
+  auto known = [&](const std::string& r) { return std::find(there.begin(), there.end(), r) != there.end(); };
+  Json made = c.recall(key("roles"));
+  if (!made.is_array()) made = Json::array();
+  auto rows = from->query(
+      "SELECT rolname, rolsuper, rolinherit, rolcreaterole, rolcreatedb, rolcanlogin, rolreplication, rolbypassrls, rolconnlimit, rolpassword, "
+      "rolvaliduntil FROM pg_authid WHERE rolname NOT LIKE 'pg\\_%' ORDER BY oid");
+  for (auto& r : rows) {
+    if (known(*r[0])) continue;
+    auto flag = [&](std::size_t i, const char* word) { return std::string(*r[i] == "t" ? " " : " NO") + word; };
+    std::string sql = "CREATE ROLE " + pg_identifier(*r[0]) + flag(1, "SUPERUSER") + flag(2, "INHERIT") + flag(3, "CREATEROLE") +
+                      flag(4, "CREATEDB") + flag(5, "LOGIN") + flag(6, "REPLICATION") + flag(7, "BYPASSRLS") + " CONNECTION LIMIT " + *r[8];
+    if (r[10]) sql += " VALID UNTIL " + pg_literal(*r[10]);
+    c.note("role " + *r[0], {{"where", "target"}, {"undo", "stays, when it owns something"}});
+    made.push_back(*r[0]);
+    c.remember(key("roles"), made);
+    to->exec(sql);
+    if (r[9]) {
+      // The stored verifier, not a password; still nothing for a log.
+      to->exec("BEGIN; SET LOCAL log_statement = 'none'; SET LOCAL log_min_duration_statement = -1; SET LOCAL log_min_error_statement = 'panic'; "
+               "ALTER ROLE " + pg_identifier(*r[0]) + " PASSWORD " + pg_literal(*r[9]) + "; COMMIT");
+    }
+  }
+  for (auto& r : from->query("SELECT b.rolname, m.rolname, a.admin_option FROM pg_auth_members a JOIN pg_roles b ON b.oid = a.roleid JOIN pg_roles m "
+                             "ON m.oid = a.member WHERE m.rolname NOT LIKE 'pg\\_%'"))
+    to->exec("GRANT " + pg_identifier(*r[0]) + " TO " + pg_identifier(*r[1]) + (*r[2] == "t" ? " WITH ADMIN OPTION" : ""));
+  for (auto& r : from->query("SELECT r.rolname, unnest(s.setconfig) FROM pg_db_role_setting s JOIN pg_roles r ON r.oid = s.setrole WHERE s.setdatabase = 0")) {
+    if (known(*r[0])) continue;
+    auto eq = r[1]->find('=');
+    to->exec("ALTER ROLE " + pg_identifier(*r[0]) + " SET " + pg_identifier(r[1]->substr(0, eq)) + " TO " + pg_literal(r[1]->substr(eq + 1)));
+  }
+  to->take_notices();
+}
+
+void PostgresStore::create_database(StoreContext& c, const std::string& database) {
+  auto from = session(c, Side::source, server(Side::source).admin_database);
+  auto to = session(c, Side::target, server(Side::target).admin_database);
+  auto row = from->query("SELECT pg_encoding_to_char(encoding), datcollate, datctype, pg_get_userbyid(datdba), datconnlimit, oid FROM pg_database WHERE datname = " +
+                         pg_literal(database));
+  if (row.empty())
+    throw Error(Code::config, "source: database " + database + " does not exist", "correct databases: in rehome.yaml");
+  auto& r = row[0];
+  if (to->number("SELECT count(*) FROM pg_database WHERE datname = " + pg_literal(database)) == 0) {
+    c.note("database " + database, {{"where", "target"}, {"undo", "DROP DATABASE"}});
+    Json made = c.recall(key("made"));
+    if (!made.is_array()) made = Json::array();
+    made.push_back(database);
+    c.remember(key("made"), made);
+    to->exec("CREATE DATABASE " + pg_identifier(database) + " TEMPLATE template0 ENCODING " + pg_literal(*r[0]) + " LC_COLLATE " + pg_literal(*r[1]) +
+             " LC_CTYPE " + pg_literal(*r[2]) + " OWNER " + pg_identifier(*r[3]) + " CONNECTION LIMIT " + *r[4]);
+  }
+  for (auto& s : from->query("SELECT coalesce(r.rolname, ''), unnest(s.setconfig) FROM pg_db_role_setting s LEFT JOIN pg_roles r ON r.oid = s.setrole "
+                             "WHERE s.setdatabase = " + *r[5])) {
+    auto eq = s[1]->find('=');
+    std::string value = s[1]->substr(eq + 1), setting = s[1]->substr(0, eq);
+    // Lists like search_path are stored as they are written in SQL.
+    bool list = setting == "search_path" || setting == "temp_tablespaces" || setting == "session_preload_libraries" || setting == "local_preload_libraries";
+    to->exec((s[0]->empty() ? "ALTER DATABASE " + pg_identifier(database) : "ALTER ROLE " + pg_identifier(*s[0]) + " IN DATABASE " + pg_identifier(database)) +
+             " SET " + pg_identifier(setting) + " TO " + (list ? value : pg_literal(value)));
+  }
+  // Rights on the database itself are not in a dump of one database.
+  for (auto& g : from->query("SELECT CASE WHEN x.grantee = 0 THEN 'public' ELSE quote_ident(pg_get_userbyid(x.grantee)) END, x.privilege_type, x.is_grantable FROM "
+                             "pg_database d, aclexplode(d.datacl) x WHERE d.datname = " + pg_literal(database)))
+    to->exec("GRANT " + *g[1] + " ON DATABASE " + pg_identifier(database) + " TO " + *g[0] + (*g[2] == "t" ? " WITH GRANT OPTION" : ""));
+  if (from->number("SELECT count(*) FROM pg_database WHERE datacl IS NOT NULL AND datname = " + pg_literal(database)) > 0)
+    for (const char* right : {"CONNECT", "TEMPORARY"})
+      if (from->value("SELECT bool_or(x.grantee = 0) FROM pg_database d, aclexplode(d.datacl) x WHERE x.privilege_type = " + pg_literal(right) + " AND d.datname = " + pg_literal(database)) != "t")
+        to->exec(std::string("REVOKE ") + right + " ON DATABASE " + pg_identifier(database) + " FROM public");
+}
+
+void PostgresStore::prepare_source(StoreContext& c, const std::string& database) {
+  auto s = session(c, Side::source, database);
+  auto list = tables(*s);
+  install_fence(c, *s, Side::source, list, false);
+  publish(c, *s, flow(database, Side::source), list);
+}
+
+void PostgresStore::prepare(StoreContext& c) {
+  auto names = databases(c);
+  c.remember(key("databases"), names);
+  tune(c, Side::source);
+  tune(c, Side::target);
+  restore_roles(c);
+  for (const auto& database : names) {
+    if (c.cancelled) throw Error(Code::interrupted, "stopped while preparing " + database);
+    create_database(c, database);
+    prepare_source(c, database);
+    open_path(c, database, flow(database, Side::source));
+  }
+}
+
+}  // namespace rehome

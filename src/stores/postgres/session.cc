@@ -1,0 +1,278 @@
+#include "stores/postgres/session.h"
+
+#include <poll.h>
+
+#include <cerrno>
+#include <random>
+#include <utility>
+
+#include "base/text.h"
+
+namespace rehome {
+
+PgSession::PgSession(const PgAddress& address, const std::string& application, bool replication) : address_(address) {
+  std::string port = std::to_string(address.port);
+  const char* keys[] = {"host", "port", "user", "password", "dbname", "application_name", "connect_timeout", "replication",
+                        "client_encoding", "options", "fallback_application_name", nullptr};
+  // Settings of a role or database must not end our sessions or change what values look like.
+  const char* options = replication ? "" : "-c idle_in_transaction_session_timeout=0 -c statement_timeout=0 -c DateStyle=ISO "
+                                           "-c IntervalStyle=postgres -c extra_float_digits=3 -c row_security=off -c search_path=pg_catalog";
+  const char* values[] = {address.host.c_str(), port.c_str(), address.user.c_str(), address.password.c_str(),
+                          address.database.c_str(), application.c_str(), "15", replication ? "database" : nullptr,
+                          nullptr, options, "rehome", nullptr};
+  connection_.reset(PQconnectdbParams(keys, values, 0));
+  if (!connection_) throw Error(Code::internal, "out of memory for a connection");
+  if (PQstatus(connection_.get()) != CONNECTION_OK) {
+    std::string said(trim(PQerrorMessage(connection_.get())));
+    bool denied = said.find("authentication") != std::string::npos || said.find("no pg_hba.conf entry") != std::string::npos ||
+                  said.find("password") != std::string::npos || said.find("role \"") != std::string::npos;
+    bool missing = said.find("does not exist") != std::string::npos && said.find("database") != std::string::npos;
+    throw Error(denied ? Code::denied : missing ? Code::config : Code::unreachable,
+                address.label + ": cannot connect as " + address.user + ": " + said,
+                denied    ? "check user, os_user and password of this server, and its pg_hba.conf"
+                : missing ? "correct the database's name, or create it"
+                          : "is the server running, and is this its address as seen from its site?",
+                !denied && !missing);
+  }
+  PQsetNoticeReceiver(
+      connection_.get(),
+      [](void* self, const PGresult* r) {
+        const char* severity = PQresultErrorField(r, PG_DIAG_SEVERITY_NONLOCALIZED);
+        if (severity && std::string_view(severity) == "WARNING")
+          static_cast<PgSession*>(self)->notices_.emplace_back(PQresultErrorField(r, PG_DIAG_MESSAGE_PRIMARY));
+      },
+      this);
+}
+
+std::vector<std::string> PgSession::take_notices() { return std::exchange(notices_, {}); }
+
+void PgSession::fail(const PGresult* result, std::string_view sql) {
+  auto field = [&](int code) -> std::string {
+    const char* v = result ? PQresultErrorField(result, code) : nullptr;
+    return v ? v : "";
+  };
+  std::string state = field(PG_DIAG_SQLSTATE), message = field(PG_DIAG_MESSAGE_PRIMARY);
+  if (message.empty()) message = trim(PQerrorMessage(connection_.get()));
+  std::string detail = field(PG_DIAG_MESSAGE_DETAIL);
+  std::string text = address_.label + ": " + message;
+  if (!detail.empty()) text += " (" + detail.substr(0, 300) + ")";
+  // The statement's beginning tells which one; values are parameters and not in it.
+  std::string head(sql.substr(0, 100));
+  for (char& c : head)
+    if (c == '\n') c = ' ';
+  text += " [" + head + (sql.size() > 100 ? "..." : "") + "]";
+  bool lost = PQstatus(connection_.get()) != CONNECTION_OK;
+  throw PgError(lost ? Code::unreachable : state == "28000" || state == "42501" ? Code::denied : Code::store, text,
+                lost ? "is the server running? then resume" : "", lost || pg_is_lock_failure(state) || state.starts_with("40"),
+                state);
+}
+
+void PgSession::cancel() {
+  std::unique_ptr<PGcancel, decltype(&PQfreeCancel)> handle(PQgetCancel(connection_.get()), &PQfreeCancel);
+  char said[256];
+  if (handle) PQcancel(handle.get(), said, sizeof said);
+}
+
+std::vector<PgRow> PgSession::collect(std::string_view sql, Deadline deadline) {
+  std::vector<PgRow> rows;
+  bool cancelled = false;
+  Result bad;
+  while (true) {
+    while (PQisBusy(connection_.get())) {
+      pollfd p{PQsocket(connection_.get()), POLLIN, 0};
+      int r = ::poll(&p, 1, static_cast<int>(deadline.left(Millis(60000)).count()));
+      if (r < 0 && errno != EINTR) throw errno_error(errno, "poll", address_.label);
+      if (deadline.passed() && !cancelled) {
+        cancel();
+        cancelled = true;
+        deadline = Deadline::in(Millis(3000));
+      } else if (deadline.passed()) {
+        throw Error(Code::timeout, address_.label + ": no answer in time to [" + std::string(sql.substr(0, 80)) + "]", "", true);
+      }
+      if (r > 0 && !PQconsumeInput(connection_.get())) fail(nullptr, sql);
+    }
+    Result result(PQgetResult(connection_.get()));
+    if (!result) break;
+    switch (PQresultStatus(result.get())) {
+      case PGRES_TUPLES_OK: {
+        rows.clear();
+        int n = PQntuples(result.get()), m = PQnfields(result.get());
+        for (int i = 0; i < n; i++) {
+          PgRow row;
+          for (int k = 0; k < m; k++) {
+            if (PQgetisnull(result.get(), i, k))
+              row.emplace_back(std::nullopt);
+            else
+              row.emplace_back(std::string(PQgetvalue(result.get(), i, k), static_cast<std::size_t>(PQgetlength(result.get(), i, k))));
+          }
+          rows.push_back(std::move(row));
+        }
+        break;
+      }
+      case PGRES_COMMAND_OK:
+        rows.clear();
+        break;
+      case PGRES_EMPTY_QUERY:
+        break;
+      default:
+        if (!bad) bad = std::move(result);
+    }
+  }
+  if (bad && cancelled) {
+    throw Error(Code::timeout, address_.label + ": took too long and was cancelled [" + std::string(sql.substr(0, 80)) + "]", "", true);
+  }
+  if (bad) fail(bad.get(), sql);
+  return rows;
+}
+
+std::vector<PgRow> PgSession::query(const std::string& sql, Deadline deadline) {
+  if (!PQsendQuery(connection_.get(), sql.c_str())) fail(nullptr, sql);
+  return collect(sql, deadline);
+}
+
+std::vector<PgRow> PgSession::query(const std::string& sql, const std::vector<std::string>& parameters, Deadline deadline) {
+  std::vector<const char*> values;
+  for (const auto& p : parameters) values.push_back(p.c_str());
+  if (!PQsendQueryParams(connection_.get(), sql.c_str(), static_cast<int>(values.size()), nullptr, values.data(), nullptr, nullptr, 0))
+    fail(nullptr, sql);
+  return collect(sql, deadline);
+}
+
+std::string PgSession::value(const std::string& sql, Deadline deadline) {
+  auto rows = query(sql, deadline);
+  if (rows.size() != 1 || rows[0].size() != 1)
+    throw Error(Code::store, address_.label + ": expected one value from [" + sql.substr(0, 100) + "]");
+  return rows[0][0].value_or("");
+}
+
+std::string PgSession::value(const std::string& sql, const std::vector<std::string>& parameters, Deadline deadline) {
+  auto rows = query(sql, parameters, deadline);
+  if (rows.size() != 1 || rows[0].size() != 1)
+    throw Error(Code::store, address_.label + ": expected one value from [" + sql.substr(0, 100) + "]");
+  return rows[0][0].value_or("");
+}
+
+std::int64_t PgSession::copy_to(const std::string& copy_out, PgSession& to, const std::string& copy_in,
+                                const std::function<void(std::int64_t)>& moved) {
+  PGconn* out = connection_.get();
+  PGconn* in = to.connection_.get();
+  {
+    Result r(PQexec(out, copy_out.c_str()));
+    if (PQresultStatus(r.get()) != PGRES_COPY_OUT) fail(r.get(), copy_out);
+  }
+  {
+    Result r(PQexec(in, copy_in.c_str()));
+    if (PQresultStatus(r.get()) != PGRES_COPY_IN) {
+      cancel();
+      while (Result rest{PQgetResult(out)}) {
+        if (PQresultStatus(rest.get()) == PGRES_COPY_OUT) {
+          char* drop = nullptr;
+          while (PQgetCopyData(out, &drop, 0) > 0) PQfreemem(drop);
+        }
+      }
+      to.fail(r.get(), copy_in);
+    }
+  }
+  std::int64_t total = 0, unreported = 0;
+  std::optional<Error> stopped;
+  // Batched: one PQputCopyData a row costs a function call and a buffer check for each.
+  std::string batch;
+  batch.reserve(1 << 17);
+  auto put = [&] {
+    if (!batch.empty() && PQputCopyData(in, batch.data(), static_cast<int>(batch.size())) != 1) to.fail(nullptr, copy_in);
+    batch.clear();
+  };
+  while (true) {
+    char* data = nullptr;
+    int n = PQgetCopyData(out, &data, 0);
+    if (n <= 0) {
+      if (n == -2) stopped = Error(Code::store, address_.label + ": " + std::string(trim(PQerrorMessage(out))) + " [" + copy_out.substr(0, 100) + "]");
+      break;
+    }
+    batch.append(data, static_cast<std::size_t>(n));
+    PQfreemem(data);
+    total += n;
+    unreported += n;
+    if (batch.size() >= (1 << 16)) put();
+    if (unreported >= (1 << 20)) {
+      try {
+        moved(unreported);
+      } catch (const Error& e) {
+        stopped = e;
+        break;
+      }
+      unreported = 0;
+    }
+  }
+  if (stopped) {
+    PQputCopyEnd(in, "stopped by rehome");
+    while (Result rest{PQgetResult(in)}) {
+    }
+    cancel();
+    char* drop = nullptr;
+    while (PQgetCopyData(out, &drop, 0) > 0) PQfreemem(drop);
+    while (Result rest{PQgetResult(out)}) {
+    }
+    throw *stopped;
+  }
+  put();
+  moved(unreported);
+  std::optional<Error> source_error;
+  while (Result r{PQgetResult(out)}) {
+    if (PQresultStatus(r.get()) != PGRES_COMMAND_OK) {
+      // The target must not take a truncated table for a whole one.
+      source_error = Error(Code::store, address_.label + ": " + std::string(trim(PQresultErrorMessage(r.get()))), "", true);
+    }
+  }
+  if (PQputCopyEnd(in, source_error ? "the source failed" : nullptr) != 1) to.fail(nullptr, copy_in);
+  Result failure;
+  while (Result r{PQgetResult(in)})
+    if (PQresultStatus(r.get()) != PGRES_COMMAND_OK && !failure) failure = std::move(r);
+  if (source_error) throw *source_error;
+  if (failure) to.fail(failure.get(), copy_in);
+  return total;
+}
+
+std::string PgSession::quote(const std::string& literal) const { return pg_literal(literal); }
+
+std::string pg_identifier(std::string_view name) {
+  std::string out = "\"";
+  for (char c : name) {
+    if (c == '"') out += '"';
+    out += c;
+  }
+  return out + "\"";
+}
+
+std::string pg_literal(std::string_view text) {
+  // E'' with doubled backslashes reads the same whatever standard_conforming_strings says.
+  bool backslash = text.find('\\') != std::string_view::npos;
+  std::string out = backslash ? "E'" : "'";
+  for (char c : text) {
+    if (c == '\'' || c == '\\') out += c;
+    out += c;
+  }
+  return out + "'";
+}
+
+bool pg_is_lock_failure(const std::string& s) {
+  return s == "55P03" /* lock_timeout */ || s == "57014" /* statement_timeout */ || s == "40P01" /* deadlock */ ||
+         s == "55006" /* object in use */;
+}
+
+void pg_retry_locks(Deadline deadline, const std::function<void()>& work) {
+  thread_local std::mt19937 random{std::random_device{}()};
+  while (true) {
+    try {
+      return work();
+    } catch (const PgError& e) {
+      if (!pg_is_lock_failure(e.sqlstate) || deadline.passed()) throw;
+    } catch (const Error& e) {
+      if (e.code != Code::timeout || !e.retryable || deadline.passed()) throw;
+    }
+    // Random, so that two who wait for each other do not meet again.
+    system_clock().sleep(Millis(std::uniform_int_distribution<int>(5, 100)(random)));
+  }
+}
+
+}  // namespace rehome

@@ -1,0 +1,92 @@
+// stores/postgres: PostgreSQL 13 to 18, by libpq and native logical replication. session: one connection, errors that name
+// server, database and what was asked; no password is ever in a text.
+#pragma once
+
+#include <libpq-fe.h>
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/clock.h"
+#include "base/error.h"
+
+namespace rehome {
+
+// Where a session goes. Holds the password: never printed.
+struct PgAddress {
+  std::string label;      // "source: shop": for errors
+  std::string host;       // socket directory or host, from this machine
+  int port = 5432;
+  std::string user;
+  std::string password;
+  std::string database;
+};
+
+using PgRow = std::vector<std::optional<std::string>>;
+
+// An error of the server carries its SQLSTATE in `sqlstate`.
+class PgError : public Error {
+ public:
+  PgError(Code code, std::string message, std::string hint, bool retryable, std::string sqlstate)
+      : Error(code, std::move(message), std::move(hint), retryable), sqlstate(std::move(sqlstate)) {}
+  std::string sqlstate;
+};
+
+class PgSession {
+ public:
+  // `application`: what pg_stat_activity shows; our undo finds our own sessions by it. `replication`: a walsender.
+  PgSession(const PgAddress& address, const std::string& application, bool replication = false);
+  PgSession(const PgSession&) = delete;
+  PgSession& operator=(const PgSession&) = delete;
+
+  // Runs one or several statements; the rows of the last one. With a deadline the statement is cancelled there and
+  // Error(timeout) thrown.
+  std::vector<PgRow> query(const std::string& sql, Deadline deadline = {});
+  std::vector<PgRow> query(const std::string& sql, const std::vector<std::string>& parameters, Deadline deadline = {});
+  void exec(const std::string& sql, Deadline deadline = {}) { query(sql, deadline); }
+  // The only value of the only row; throws when there is none. NULL is "".
+  std::string value(const std::string& sql, Deadline deadline = {});
+  std::string value(const std::string& sql, const std::vector<std::string>& parameters, Deadline deadline = {});
+  std::int64_t number(const std::string& sql) { return std::stoll(value(sql)); }
+
+  // Pumps COPY ... TO STDOUT of this session into COPY ... FROM STDIN of the other; `moved` hears the bytes as they go
+  // and may throw, which ends both copies with an error. Returns all bytes.
+  std::int64_t copy_to(const std::string& copy_out, PgSession& to, const std::string& copy_in,
+                       const std::function<void(std::int64_t)>& moved);
+
+  int version() const { return PQserverVersion(connection_.get()); }   // 150004
+  int major() const { return version() / 10000; }
+  const PgAddress& address() const { return address_; }
+  std::string quote(const std::string& literal) const;
+  bool broken() const { return PQstatus(connection_.get()) != CONNECTION_OK; }
+  // Notices (WARNING and above) since the last call.
+  std::vector<std::string> take_notices();
+
+ private:
+  struct Close {
+    void operator()(PGconn* c) const { PQfinish(c); }
+  };
+  struct Clear {
+    void operator()(PGresult* r) const { PQclear(r); }
+  };
+  using Result = std::unique_ptr<PGresult, Clear>;
+  [[noreturn]] void fail(const PGresult* result, std::string_view sql);
+  std::vector<PgRow> collect(std::string_view sql, Deadline deadline);
+  void cancel();
+  PgAddress address_;
+  std::unique_ptr<PGconn, Close> connection_;
+  std::vector<std::string> notices_;
+};
+
+std::string pg_identifier(std::string_view name);                           // "quoted"
+std::string pg_literal(std::string_view text);                              // 'quoted', standard_conforming_strings on
+// Runs `work` under lock_timeout 100 ms and tries it again after a random wait (5 to 100 ms) when it met a lock, until
+// the deadline; then the last error. `work` must leave no transaction open when it throws.
+void pg_retry_locks(Deadline deadline, const std::function<void()>& work);
+bool pg_is_lock_failure(const std::string& sqlstate);
+
+}  // namespace rehome
