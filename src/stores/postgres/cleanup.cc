@@ -1,0 +1,163 @@
+// complete and cancel: everything of ours gone at both servers, and the proof of it.
+#include "base/text.h"
+#include "stores/postgres/postgres.h"
+
+namespace rehome {
+
+void PostgresStore::remove_flow(StoreContext& c, const std::string& database, const PgFlow& f) {
+  auto sub = session(c, f.subscriber(), database);
+  std::string name = pg_identifier(f.subscription);
+  if (sub->number("SELECT count(*) FROM pg_subscription WHERE subname = " + pg_literal(f.subscription) + " AND subdbid = (SELECT oid FROM pg_database WHERE datname = current_database())") > 0) {
+    sub->exec("ALTER SUBSCRIPTION " + name + " DISABLE");
+    sub->exec("ALTER SUBSCRIPTION " + name + " SET (slot_name = NONE)");
+    sub->exec("DROP SUBSCRIPTION " + name);
+  }
+  auto pub = session(c, f.publisher, database);
+  c.at(f.publisher).call("keep.drop", {{"name", f.slot}});
+  Deadline deadline = Deadline::in(Millis(10000));
+  while (true) {
+    auto slot = pub->query("SELECT active_pid FROM pg_replication_slots WHERE slot_name = " + pg_literal(f.slot));
+    if (slot.empty()) break;
+    if (!slot[0][0]) {
+      pub->exec("SELECT pg_drop_replication_slot(" + pg_literal(f.slot) + ")");
+      break;
+    }
+    pub->exec("SELECT pg_terminate_backend(" + *slot[0][0] + ")");
+    if (deadline.passed()) throw Error(Code::store, pub->address().label + ": slot " + f.slot + " stays in use", "end the session that uses it, then repeat the command");
+    system_clock().sleep(Millis(20));
+  }
+  pub->exec("DROP PUBLICATION IF EXISTS " + pg_identifier(f.publication));
+}
+
+void PostgresStore::remove_objects(StoreContext& c, Side side, const std::string& database, bool keep_fence) {
+  auto s = session(c, side, database);
+  s->exec("SET client_min_messages = 'error'");
+  s->exec("DROP EVENT TRIGGER IF EXISTS rehome_ddl; DROP EVENT TRIGGER IF EXISTS rehome_drop");
+  // Put back only what this run changed; tables that were FULL before are not in the list.
+  Json full = c.recall(key("full", database));
+  auto list = tables(*s);
+  auto bounded = [&](const std::string& sql) {
+    pg_retry_locks(Deadline::in(Millis(120000)), [&] {
+      try {
+        s->exec("BEGIN; SET LOCAL lock_timeout = '100ms'; " + sql + "; COMMIT");
+      } catch (const Error&) {
+        if (!s->broken()) s->exec("ROLLBACK");
+        throw;
+      }
+    });
+  };
+  if (full.is_array())
+    for (const auto& t : full) {
+      std::string table = t.get<std::string>();
+      if (s->value("SELECT to_regclass(" + pg_literal(table) + ") IS NOT NULL") == "t") bounded("ALTER TABLE " + table + " REPLICA IDENTITY DEFAULT");
+    }
+  if (keep_fence) {
+    // What refuses must not depend on what goes.
+    s->exec("DROP FUNCTION IF EXISTS rehome.ddl(); DROP TABLE IF EXISTS rehome.ddl_log; DROP TABLE IF EXISTS rehome.marker");
+    return;
+  }
+  for (auto& r : s->query("SELECT DISTINCT quote_ident(n.nspname) || '.' || quote_ident(c.relname) FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace "
+                          "WHERE t.tgname IN ('rehome_fence', 'rehome_fence_t')"))
+    bounded("DROP TRIGGER IF EXISTS rehome_fence ON " + *r[0] + "; DROP TRIGGER IF EXISTS rehome_fence_t ON " + *r[0]);
+  s->exec("DROP SCHEMA IF EXISTS rehome CASCADE");
+}
+
+std::vector<std::string> PostgresStore::finish(StoreContext& c, Side serves) {
+  std::vector<std::string> left;
+  for (const auto& database : databases(c)) {
+    for (Side publisher : {Side::source, Side::target}) remove_flow(c, database, flow(database, publisher));
+    remove_objects(c, serves, database, false);
+    remove_objects(c, other(serves), database, true);
+    auto s = session(c, other(serves), database);
+    left.push_back(s->address().label + ": refusing trigger on " +
+                   s->value("SELECT count(DISTINCT tgrelid) FROM pg_trigger WHERE tgname IN ('rehome_fence', 'rehome_fence_t')") + " tables (the fence)");
+  }
+  for (Side side : {Side::source, Side::target}) {
+    untune(c, side);
+    c.at(side).call("child.drop", {{"name", "wal-limit-" + config_.name}});
+    c.at(side).exec_ok({.argv = {"rm", "-rf", "/tmp/.rehome-" + tag_ + "-" + std::string(side_name(side))}});
+  }
+  return left;
+}
+
+std::vector<std::string> PostgresStore::abandon(StoreContext& c) {
+  std::vector<std::string> left;
+  auto admin = session(c, Side::target, server(Side::target).admin_database);
+  Json made = c.recall(key("made"));
+  auto is_made = [&](const std::string& d) {
+    if (!made.is_array()) return false;
+    for (const auto& m : made)
+      if (m == d) return true;
+    return false;
+  };
+  for (const auto& database : databases(c)) {
+    bool there = admin->number("SELECT count(*) FROM pg_database WHERE datname = " + pg_literal(database)) > 0;
+    if (there) {
+      for (Side publisher : {Side::source, Side::target}) remove_flow(c, database, flow(database, publisher));
+    } else {
+      auto s = session(c, Side::source, database);
+      PgFlow f = flow(database, Side::source);
+      c.source.call("keep.drop", {{"name", f.slot}});
+      s->exec("DROP PUBLICATION IF EXISTS " + pg_identifier(f.publication));
+    }
+    remove_objects(c, Side::source, database, false);
+    if (there && is_made(database)) {
+      // Nobody but us may have used it: the fence refused everything.
+      admin->exec("ALTER DATABASE " + pg_identifier(database) + " CONNECTION LIMIT 0");
+      pg_retry_locks(Deadline::in(Millis(30000)), [&] {
+        admin->exec("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = " + pg_literal(database) + " AND pid <> pg_backend_pid()");
+        admin->exec("DROP DATABASE IF EXISTS " + pg_identifier(database));
+      });
+    } else if (there) {
+      remove_objects(c, Side::target, database, false);
+      left.push_back("target: database " + database + " was there before the run and stays, with what was copied");
+    }
+  }
+  Json roles = c.recall(key("roles"));
+  if (roles.is_array())
+    for (const auto& r : roles) {
+      try {
+        admin->exec("DROP ROLE IF EXISTS " + pg_identifier(r.get<std::string>()));
+      } catch (const PgError& e) {
+        left.push_back("target: role " + r.get<std::string>() + " (" + e.message + ")");
+      }
+    }
+  for (Side side : {Side::source, Side::target}) {
+    untune(c, side);
+    c.at(side).call("child.drop", {{"name", "wal-limit-" + config_.name}});
+    c.at(side).exec_ok({.argv = {"rm", "-rf", "/tmp/.rehome-" + tag_ + "-" + std::string(side_name(side))}});
+  }
+  return left;
+}
+
+void PostgresStore::unfence_source(StoreContext& c) {
+  for (const auto& database : databases(c)) {
+    for (Side side : {Side::source, Side::target}) {
+      auto s = session(c, side, database);
+      if (s->value("SELECT EXISTS (SELECT 1 FROM pg_namespace WHERE nspname = 'rehome')") != "t") continue;
+      remove_objects(c, side, database, false);
+    }
+  }
+}
+
+std::vector<std::string> PostgresStore::leftovers(StoreContext& c) {
+  std::vector<std::string> all;
+  for (Side side : {Side::source, Side::target}) {
+    auto admin = session(c, side, server(side).admin_database);
+    std::string where(side_name(side));
+    for (auto& r : admin->query("SELECT slot_name FROM pg_replication_slots WHERE slot_name LIKE 'rehome\\_" + tag_ + "%'")) all.push_back(where + ": slot " + *r[0]);
+    for (auto& r : admin->query("SELECT subname FROM pg_subscription WHERE subname LIKE 'rehome\\_" + tag_ + "%'")) all.push_back(where + ": subscription " + *r[0]);
+    for (const auto& database : databases(c)) {
+      if (admin->number("SELECT count(*) FROM pg_database WHERE datname = " + pg_literal(database)) == 0) continue;
+      auto s = session(c, side, database);
+      for (auto& r : s->query("SELECT pubname FROM pg_publication WHERE pubname LIKE 'rehome\\_" + tag_ + "%'")) all.push_back(where + ": " + database + ": publication " + *r[0]);
+      for (auto& r : s->query("SELECT evtname FROM pg_event_trigger WHERE evtname LIKE 'rehome\\_%'")) all.push_back(where + ": " + database + ": event trigger " + *r[0]);
+      auto fence = s->number("SELECT count(DISTINCT tgrelid) FROM pg_trigger WHERE tgname IN ('rehome_fence', 'rehome_fence_t')");
+      if (fence) all.push_back(where + ": " + database + ": refusing trigger on " + std::to_string(fence) + " tables (the fence)");
+    }
+    if (c.at(side).exec({.argv = {"test", "-e", "/tmp/.rehome-" + tag_ + "-" + where}}).ok()) all.push_back(where + ": /tmp/.rehome-" + tag_ + "-" + where);
+  }
+  return all;
+}
+
+}  // namespace rehome

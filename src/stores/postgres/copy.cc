@@ -1,0 +1,301 @@
+// Phase copy: one slot with its exported snapshot a database, schema by pg_dump from that snapshot, tables by parallel COPY, the rest
+// by pg_restore with parallel index builds. Finished tables are remembered and not copied again.
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <set>
+#include <thread>
+
+#include "base/text.h"
+#include "stores/postgres/postgres.h"
+#include "sys/fs.h"
+#include "sys/process.h"
+
+namespace rehome {
+namespace {
+
+// Tables above this are split by ctid ranges, so that one large table does not keep one worker busy alone.
+constexpr std::int64_t kSplitBytes = 256 << 20;
+
+struct Piece {
+  std::size_t table;
+  std::string range;     // WHERE clause, or empty
+  std::int64_t bytes = 0;
+  bool whole = false;
+};
+
+// A token bucket over all workers; 0 bytes a second means no limit.
+class Throttle {
+ public:
+  explicit Throttle(std::int64_t bytes_per_second) : rate_(bytes_per_second), from_(system_clock().now()) {}
+  void spend(std::int64_t bytes) {
+    if (rate_ <= 0) return;
+    std::int64_t all = spent_ += bytes;
+    double due_ms = static_cast<double>(all) * 1000 / static_cast<double>(rate_);
+    double ahead = due_ms - ms_between(from_, system_clock().now());
+    if (ahead > 1) system_clock().sleep(Millis(static_cast<std::int64_t>(std::min(ahead, 1000.0))));
+  }
+
+ private:
+  std::int64_t rate_;
+  Ticks from_;
+  std::atomic<std::int64_t> spent_{0};
+};
+
+std::vector<std::pair<std::string, std::string>> client_environment(const PgAddress& a) {
+  std::vector<std::pair<std::string, std::string>> env{{"PGHOST", a.host}, {"PGPORT", std::to_string(a.port)}, {"PGUSER", a.user},
+                                                       {"PGDATABASE", a.database}, {"PGAPPNAME", "rehome copy"}};
+  if (!a.password.empty()) env.emplace_back("PGPASSWORD", a.password);
+  return env;
+}
+
+}  // namespace
+
+// The walsender's connection is kept by the source's agent, so that the snapshot lives on when this process dies.
+std::string PostgresStore::hold_snapshot(StoreContext& c, const std::string& database, const PgFlow& flow) {
+  std::string keep = flow.slot;
+  Json known = c.recall(key("snapshot", database));
+  if (known.is_string()) {
+    Json kept = c.source.call("keep.list");
+    bool alive = false;
+    for (const auto& k : kept.value("keeps", Json::array()))
+      alive = alive || (get_string(k, "name") == keep && get_bool(k, "alive"));
+    if (alive) {
+      try {
+        auto s = session(c, Side::source, database, "rehome copy");
+        s->exec("BEGIN ISOLATION LEVEL REPEATABLE READ");
+        s->exec("SET TRANSACTION SNAPSHOT " + pg_literal(known.get<std::string>()));
+        return known.get<std::string>();
+      } catch (const PgError&) {
+        // Gone with its session: a new slot and snapshot below.
+      }
+    }
+  }
+  auto admin = session(c, Side::source, database);
+  c.source.call("keep.drop", {{"name", keep}});
+  Deadline deadline = Deadline::in(Millis(10000));
+  while (true) {
+    auto slot = admin->query("SELECT active FROM pg_replication_slots WHERE slot_name = " + pg_literal(flow.slot));
+    if (slot.empty()) break;
+    if (*slot[0][0] == "f") {
+      // What an earlier slot held back is covered by no snapshot any more: the tables that used it start again.
+      admin->exec("SELECT pg_drop_replication_slot(" + pg_literal(flow.slot) + ")");
+      break;
+    }
+    if (deadline.passed()) throw Error(Code::store, "source: slot " + flow.slot + " is in use by another session", "end that session, then resume");
+    system_clock().sleep(Millis(50));
+  }
+  if (known.is_string()) {
+    // Tables finished under the lost slot cannot be followed by the new one.
+    c.log(config_.name + ": the snapshot of " + database + " is lost; its tables are copied again");
+    c.remember(key("done", database), Json::array());
+    c.remember(key("sections", database), Json::array());
+    auto t = session(c, Side::target, database);
+    t->exec("DROP SCHEMA IF EXISTS rehome CASCADE");
+  }
+  c.note("slot " + flow.slot, {{"where", "source: " + database}, {"undo", "pg_drop_replication_slot"}});
+  PgAddress a = address(c, Side::source, database, keep);
+  PgSession walsender(a, "rehome snapshot", true);
+  auto rows = walsender.query("CREATE_REPLICATION_SLOT " + pg_identifier(flow.slot) + " LOGICAL pgoutput EXPORT_SNAPSHOT");
+  std::string snapshot = rows.at(0).at(2).value_or("");
+  c.remember(key("snapshot", database), snapshot);
+  // The relay's upstream stays with the agent when this session's own end closes.
+  return snapshot;
+}
+
+void PostgresStore::restore_section(StoreContext& c, const std::string& database, const std::string& section, const std::string& snapshot) {
+  Json done = c.recall(key("sections", database));
+  if (!done.is_array()) done = Json::array();
+  if (std::find(done.begin(), done.end(), Json(section)) != done.end()) return;
+  PgAddress from = address(c, Side::source, database), to = address(c, Side::target, database);
+  TempDir dir("rehome-dump");
+  std::string dump = dir.path() + "/" + section;
+  std::vector<std::string> argv{"pg_dump", "-Fc", "--section=" + section, "--exclude-schema=rehome", "--no-publications", "--no-subscriptions", "-f", dump};
+  if (!snapshot.empty()) argv.push_back("--snapshot=" + snapshot);
+  run_ok({.argv = argv, .env = client_environment(from)}, Deadline::in(std::chrono::hours(1)), "pg_dump");
+  // Our own triggers are on the application's tables, and in its dump.
+  Outcome toc = run_ok({.argv = {"pg_restore", "-l", dump}}, {}, "pg_restore -l");
+  std::string list;
+  for (const auto& line : split(toc.out, '\n'))
+    if (line.find(" rehome_fence") == std::string::npos && line.find("EVENT TRIGGER - rehome_") == std::string::npos &&
+        line.find("SCHEMA - rehome") == std::string::npos)
+      list += line + "\n";
+  write_durably(dir.path() + "/list", list);
+  auto target = session(c, Side::target, database);
+  if (section == "pre-data") {
+    // A resumed run may meet half a schema: it is ours, and without data.
+    for (auto& r : target->query("SELECT nspname FROM pg_namespace WHERE nspname NOT LIKE 'pg\\_%' AND nspname NOT IN ('information_schema', 'public')"))
+      if (!c.recall(key("predata_begun", database)).is_null()) target->exec("DROP SCHEMA " + pg_identifier(*r[0]) + " CASCADE");
+    if (!c.recall(key("predata_begun", database)).is_null())
+      target->exec("DROP SCHEMA IF EXISTS public CASCADE; CREATE SCHEMA public");
+    c.remember(key("predata_begun", database), true);
+  }
+  std::vector<std::string> restore{"pg_restore", "--exit-on-error", "-L", dir.path() + "/list", "-d", database};
+  if (section == "post-data") {
+    restore.insert(restore.end(), {"-j", std::to_string(std::max(1, c.deployment.limits.jobs))});
+    if (!c.recall(key("postdata_begun", database)).is_null()) {
+      // Half of it may be there from an interrupted run.
+      restore.insert(restore.begin() + 2, {"--clean", "--if-exists"});
+    }
+    c.remember(key("postdata_begun", database), true);
+  } else {
+    restore.push_back("--single-transaction");
+  }
+  restore.push_back(dump);
+  auto env = client_environment(to);
+  env.emplace_back("PGOPTIONS", "-c maintenance_work_mem=256MB -c synchronous_commit=off -c statement_timeout=0 -c lock_timeout=0");
+  Outcome o = run({.argv = restore, .env = env}, Deadline::in(std::chrono::hours(48)));
+  if (!o.ok()) {
+    std::string_view said = trim(o.err);
+    if (said.size() > 1200) said = said.substr(0, 1200);
+    throw Error(Code::store, "target: pg_restore of " + section + " into " + database + ": " + std::string(said),
+                "mend what it names on the target, then resume");
+  }
+  done.push_back(section);
+  c.remember(key("sections", database), done);
+}
+
+void PostgresStore::copy_database(StoreContext& c, const std::string& database) {
+  PgFlow f = flow(database, Side::source);
+  std::string snapshot = hold_snapshot(c, database, f);
+  c.progress({.store = config_.name, .phase = "schema", .detail = database});
+  restore_section(c, database, "pre-data", snapshot);
+
+  std::vector<PgTable> all;
+  {
+    auto s = session(c, Side::source, database, "rehome copy");
+    s->exec("BEGIN ISOLATION LEVEL REPEATABLE READ");
+    s->exec("SET TRANSACTION SNAPSHOT " + pg_literal(snapshot));
+    all = tables(*s);
+  }
+  std::set<std::string> finished;
+  Json done = c.recall(key("done", database));
+  if (done.is_array())
+    for (const auto& d : done) finished.insert(d.get<std::string>());
+
+  int source_major = 0;
+  std::vector<Piece> pieces;
+  std::int64_t total = 0, before = 0;
+  {
+    auto s = session(c, Side::source, database, "rehome copy");
+    source_major = s->major();
+    for (std::size_t i = 0; i < all.size(); i++) {
+      const PgTable& t = all[i];
+      if (t.partitioned) continue;
+      total += t.bytes;
+      if (finished.contains(t.full())) {
+        before += t.bytes;
+        continue;
+      }
+      // Before 14 a ctid range scans the whole table.
+      std::int64_t parts = source_major >= 14 && !t.unlogged ? (t.bytes + kSplitBytes - 1) / kSplitBytes : 1;
+      if (parts <= 1) {
+        pieces.push_back({i, "", t.bytes, true});
+        continue;
+      }
+      // relpages is stale without ANALYZE: the file's size is not. The last range is open-ended.
+      std::int64_t pages = s->number("SELECT pg_relation_size(" + std::to_string(t.oid) + ") / current_setting('block_size')::int");
+      std::int64_t step = pages / parts + 1;
+      for (std::int64_t p = 0; p < parts; p++) {
+        std::string range = " WHERE ctid >= '(" + std::to_string(p * step) + ",0)'::tid";
+        if (p + 1 < parts) range += " AND ctid < '(" + std::to_string((p + 1) * step) + ",0)'::tid";
+        pieces.push_back({i, range, t.bytes / parts, false});
+      }
+    }
+  }
+  std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) { return a.bytes > b.bytes; });
+
+  std::vector<int> open_pieces(all.size(), 0);
+  for (const auto& p : pieces) open_pieces[p.table]++;
+  // Split tables are emptied once, before any of their pieces; whole ones in their own transaction, which also lets FREEZE work.
+  {
+    auto t = session(c, Side::target, database, "rehome copy");
+    std::set<std::size_t> split_tables;
+    for (const auto& p : pieces)
+      if (!p.whole) split_tables.insert(p.table);
+    for (std::size_t i : split_tables) t->exec("TRUNCATE ONLY " + all[i].full());
+  }
+
+  std::mutex mutex;
+  std::deque<Piece> queue(pieces.begin(), pieces.end());
+  std::optional<Error> failure;
+  std::atomic<std::int64_t> moved{before};
+  Throttle throttle(c.deployment.limits.bandwidth);
+  Ticks reported = 0;
+  auto worker = [&] {
+    try {
+      auto from = session(c, Side::source, database, "rehome copy");
+      from->exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
+      from->exec("SET TRANSACTION SNAPSHOT " + pg_literal(snapshot));
+      auto to = session(c, Side::target, database, "rehome copy");
+      to->exec("SET synchronous_commit = off; SET lock_timeout = 0; SET session_replication_role = replica");
+      bool same_major = from->major() == to->major();
+      while (true) {
+        Piece piece;
+        {
+          std::lock_guard lock(mutex);
+          if (queue.empty() || failure) return;
+          piece = queue.front();
+          queue.pop_front();
+        }
+        const PgTable& t = all[piece.table];
+        std::string format = t.binary && same_major ? "FORMAT binary" : "FORMAT text";
+        std::string columns = t.columns.empty() ? "" : " (" + t.columns + ")";
+        std::string out = t.columns.empty() ? "COPY (SELECT FROM ONLY " + t.full() + piece.range + ") TO STDOUT (" + format + ")"
+                                            : "COPY (SELECT " + t.columns + " FROM ONLY " + t.full() + piece.range + ") TO STDOUT (" + format + ")";
+        std::string in = "COPY " + t.full() + columns + " FROM STDIN (" + format + (piece.whole ? ", FREEZE" : "") + ")";
+        to->exec("BEGIN");
+        if (piece.whole) to->exec("TRUNCATE ONLY " + t.full());
+        from->copy_to(out, *to, in, [&](std::int64_t bytes) {
+          throttle.spend(bytes);
+          std::int64_t now_moved = moved += bytes;
+          if (c.cancelled) throw Error(Code::interrupted, "stopped while copying " + t.full());
+          std::lock_guard lock(mutex);
+          Ticks now = system_clock().now();
+          if (ms_between(reported, now) >= 200) {
+            reported = now;
+            c.progress({.store = config_.name, .phase = "copy", .detail = t.full(), .done = now_moved, .total = std::max(total, now_moved)});
+          }
+        });
+        to->exec("COMMIT");
+        std::lock_guard lock(mutex);
+        if (--open_pieces[piece.table] == 0) {
+          finished.insert(t.full());
+          // Small tables together: a durable journal line for each of 2,000 would cost seconds.
+          if (t.bytes > (8 << 20) || finished.size() % 50 == 0) c.remember(key("done", database), Json(finished));
+        }
+      }
+    } catch (const Error& e) {
+      std::lock_guard lock(mutex);
+      if (!failure) failure = e;
+    }
+  };
+  {
+    std::vector<std::jthread> workers;
+    int n = std::min<int>(std::max(1, c.deployment.limits.jobs), static_cast<int>(std::max<std::size_t>(1, pieces.size())));
+    for (int i = 0; i < n; i++) workers.emplace_back(worker);
+  }
+  c.remember(key("done", database), Json(finished));
+  if (failure) throw failure->in(config_.name);
+
+  c.progress({.store = config_.name, .phase = "indexes and constraints", .detail = database, .done = total, .total = total});
+  restore_section(c, database, "post-data", snapshot);
+  auto target = session(c, Side::target, database);
+  c.progress({.store = config_.name, .phase = "analyze", .detail = database, .done = total, .total = total});
+  target->exec("ANALYZE");
+  // From here the target refuses its application, until the commit opens it.
+  install_fence(c, *target, Side::target, tables(*target), true);
+  // The snapshot has done its work; what holds it back would keep vacuum from the source's dead rows.
+  c.source.call("keep.drop", {{"name", f.slot}});
+  c.remember(key("copied", database), true);
+}
+
+void PostgresStore::copy(StoreContext& c) {
+  for (const auto& database : databases(c)) {
+    if (c.recall(key("copied", database)) == true) continue;
+    copy_database(c, database);
+  }
+}
+
+}  // namespace rehome

@@ -1,0 +1,300 @@
+// The pause of one PostgreSQL store: soft fence, marker, proof, sequences, reverse slot, hard fence. All databases side by side.
+// The fence is one transaction that holds every table's lock and the refusing trigger function's new body: ROLLBACK backs out,
+// COMMIT makes it hard. One session does both, so a server that restarted in between fails the COMMIT (docs/model, HOLE_RESTART).
+#include <algorithm>
+#include <random>
+#include <thread>
+
+#include "base/text.h"
+#include "stores/postgres/postgres.h"
+
+namespace rehome {
+namespace {
+
+std::string random_token() {
+  std::random_device r;
+  char hex[33];
+  std::snprintf(hex, sizeof hex, "%08x%08x%08x%08x", r(), r(), r(), r());
+  return hex;
+}
+
+struct Sequence {
+  std::string name;
+  std::int64_t last = 0, increment = 1, minimum = 0, maximum = 0;
+  bool called = false;
+  bool operator==(const Sequence&) const = default;
+};
+
+std::vector<Sequence> read_sequences(PgSession& s) {
+  std::vector<Sequence> all;
+  // One statement for all: pg_sequences reads each one's tuple without a lock that would wait.
+  for (auto& r : s.query("SELECT quote_ident(schemaname) || '.' || quote_ident(sequencename), last_value, increment_by, min_value, max_value FROM pg_sequences "
+                         "WHERE schemaname <> 'rehome' ORDER BY 1")) {
+    Sequence q;
+    q.name = *r[0];
+    q.called = r[1].has_value();
+    q.last = q.called ? std::stoll(*r[1]) : 0;
+    q.increment = std::stoll(*r[2]);
+    q.minimum = std::stoll(*r[3]);
+    q.maximum = std::stoll(*r[4]);
+    all.push_back(std::move(q));
+  }
+  return all;
+}
+
+// nextval is not fenced, and somebody may hold a number that he has not used yet: the other side starts a little further.
+constexpr std::int64_t kSequenceMargin = 32;
+
+std::int64_t with_margin(const Sequence& q) {
+  __int128 v = static_cast<__int128>(q.last) + static_cast<__int128>(q.increment) * kSequenceMargin;
+  if (v > q.maximum || v < q.minimum) return q.last;   // near its end: the very next value, and no margin
+  return static_cast<std::int64_t>(v);
+}
+
+}  // namespace
+
+class PostgresCut : public Cut {
+ public:
+  PostgresCut(StoreContext& c, PostgresStore& store, Direction d) : c_(c), store_(store), d_(d) {
+    for (const auto& database : store.databases(c)) {
+      auto one = std::make_unique<Database>();
+      one->name = database;
+      one->forward = store.flow(database, d.yields);
+      one->reverse = store.flow(database, d.takes());
+      one->fence = store.session(c, d.yields, database, pgsql::kFenceApplication);
+      one->marker = store.session(c, d.yields, database, "rehome marker");
+      one->target = store.session(c, d.takes(), database, "rehome cut");
+      make_ready(*one);
+      all_.push_back(std::move(one));
+    }
+  }
+
+  void soft_fence(Deadline deadline) override {
+    each("soft fence", [&](Database& db) {
+      PgSession& s = *db.fence;
+      pg_retry_locks(deadline, [&] {
+        try {
+          // lock_timeout counts for each lock; statement_timeout bounds all of the statement's locks together.
+          s.exec("BEGIN; SET LOCAL statement_timeout = '100ms'; SET LOCAL lock_timeout = '100ms'", deadline);
+          s.exec(db.lock, deadline);
+          s.exec("SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = '100ms'; " + db.refuse, deadline);
+        } catch (const Error&) {
+          if (!s.broken()) s.exec("ROLLBACK");
+          throw;
+        }
+      });
+      db.fenced = true;
+    });
+  }
+
+  void marker(Deadline deadline) override {
+    each("marker", [&](Database& db) {
+      db.token = random_token();
+      db.position = db.marker->value("SELECT pg_current_wal_insert_lsn()", deadline);
+      db.marker->query("INSERT INTO rehome.marker(token) VALUES ($1)", {db.token}, deadline);
+    });
+  }
+
+  void catch_up(Deadline deadline) override {
+    each("catch up", [&](Database& db) {
+      PgSession& t = *db.target;
+      while (t.query("SELECT 1 FROM rehome.marker WHERE token = $1", {db.token}, deadline).empty()) {
+        if (deadline.passed())
+          throw Error(Code::timeout, db.name + ": the marker is not on the " + std::string(side_name(d_.takes())) + " yet", "wait for a smaller lag", true);
+        system_clock().sleep(Millis(1));
+      }
+      // true: flushes what the apply worker wrote without waiting for the disk.
+      std::string covered = t.value("SELECT coalesce(pg_replication_origin_progress('pg_' || (SELECT oid FROM pg_subscription WHERE subname = $1 AND "
+                                    "subdbid = (SELECT oid FROM pg_database WHERE datname = current_database())), true) > $2::pg_lsn, false)",
+                                    {db.forward.subscription, db.position}, deadline);
+      if (covered != "t")
+        throw Error(Code::store, db.name + ": the marker is visible, but the follower's durable progress does not cover it", "try again", true);
+      carry_sequences(db, deadline);
+      carry_unreplicated(db, deadline);
+    });
+  }
+
+  void compare(Deadline deadline) override {
+    each("compare", [&](Database& db) {
+      // Under the fence nobody can add to the log: pg_class is locked.
+      std::int64_t now = db.marker->number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
+      if (now != db.ddl_at_open)
+        throw Error(Code::verify, db.name + ": the schema was changed since the switch began", "see status, copy the tables again, then switch");
+      std::string missing = db.target->value("SELECT coalesce(string_agg(n, ', '), '') FROM unnest($1::text[]) n WHERE to_regclass(n) IS NULL", {db.table_array}, deadline);
+      if (!missing.empty()) throw Error(Code::verify, db.name + ": missing on the " + std::string(side_name(d_.takes())) + ": " + missing, "copy again");
+    });
+  }
+
+  void arm_reverse(Deadline deadline) override {
+    each("arm reverse", [&](Database& db) {
+      db.target->value("SELECT end_lsn FROM pg_replication_slot_advance($1, pg_current_wal_flush_lsn())", {db.reverse.slot}, deadline);
+    });
+  }
+
+  void hard_fence(Deadline deadline) override {
+    each("hard fence", [&](Database& db) {
+      REHOME_CHECK(db.fenced);
+      db.fence->exec("COMMIT", deadline);
+      db.fenced = false;
+    });
+  }
+
+  void release() override {
+    for (auto& db : all_) {
+      if (db->fenced && !db->fence->broken()) db->fence->exec("ROLLBACK", Deadline::in(Millis(2000)));
+      db->fenced = false;
+    }
+  }
+
+  Json timings() const override { return timings_; }
+
+ private:
+  struct Database {
+    std::string name;
+    PgFlow forward, reverse;
+    std::unique_ptr<PgSession> fence, marker, target;
+    std::string lock, refuse, token, position, table_array;
+    std::vector<std::string> unlogged;
+    bool large_objects = false;
+    bool fenced = false;
+    std::int64_t ddl_at_open = 0;
+    std::vector<Sequence> sequences;   // as they are on the taking-over side
+  };
+
+  void make_ready(Database& db) {
+    PgSession& s = *db.fence;
+    // With the default of 1 s, two-table transactions that meet the fence stall for seconds; autovacuum yields to a lock wait
+    // after deadlock_timeout too.
+    s.exec("SET deadlock_timeout = '10ms'; SET idle_in_transaction_session_timeout = '4s'; SET client_min_messages = 'error'");
+    auto tables = store_.tables(s);
+    std::vector<std::string> names;
+    for (const auto& t : tables) {
+      names.push_back("ONLY " + t.full());
+      if (t.unlogged && !t.partitioned) db.unlogged.push_back(t.full() + "\n" + t.columns);
+    }
+    std::sort(names.begin(), names.end());
+    // pg_class holds back DDL; the large objects have no trigger, so only the lock holds their writers.
+    db.lock = "LOCK TABLE " + (names.empty() ? "" : join(names, ", ") + ", ") + "pg_class, pg_largeobject, pg_largeobject_metadata IN SHARE ROW EXCLUSIVE MODE";
+    db.refuse = pgsql::fence_function(true, std::string("the ") + std::string(side_name(d_.takes())) + " serves now") + "; " + pgsql::ddl_function(true);
+    db.table_array = "{";
+    for (const auto& t : tables) {
+      std::string quoted = t.full(), escaped;
+      for (char ch : quoted) {
+        if (ch == '"' || ch == '\\') escaped += '\\';
+        escaped += ch;
+      }
+      db.table_array += (db.table_array.size() > 1 ? ",\"" : "\"") + escaped + "\"";
+    }
+    db.table_array += "}";
+    db.large_objects = s.value("SELECT EXISTS (SELECT 1 FROM pg_largeobject_metadata)") == "t";
+    db.ddl_at_open = s.number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
+    db.marker->exec("SET synchronous_commit = on; SET client_min_messages = 'error'");
+    db.target->exec("SET client_min_messages = 'error'");
+    // Parsed and planned once, and the catalogue in this backend's cache, before the pause.
+    db.target->query("SELECT 1 FROM rehome.marker WHERE token = $1", {std::string("none")});
+    if (!db.unlogged.empty() || db.large_objects) db.target->exec("SET session_replication_role = replica");
+    db.sequences = read_sequences(*db.target);
+    bring_sequences(db, read_sequences(*db.marker), {});
+    db.target->query("SELECT end_lsn FROM pg_replication_slot_advance($1, pg_current_wal_flush_lsn())", std::vector<std::string>{db.reverse.slot});
+  }
+
+  void each(const char* what, const std::function<void(Database&)>& work) {
+    Ticks from = system_clock().now();
+    std::vector<std::optional<Error>> failures(all_.size());
+    {
+      std::vector<std::jthread> threads;
+      for (std::size_t i = 1; i < all_.size(); i++)
+        threads.emplace_back([&, i] {
+          try {
+            work(*all_[i]);
+          } catch (const Error& e) {
+            failures[i] = e;
+          }
+        });
+      try {
+        if (!all_.empty()) work(*all_[0]);
+      } catch (const Error& e) {
+        failures[0] = e;
+      }
+    }
+    timings_[what] = ms_between(from, system_clock().now());
+    for (auto& f : failures)
+      if (f) throw *f;
+  }
+
+  // Sets only what has changed since it was last carried: 2,000 sequences of which ten move cost ten.
+  void bring_sequences(Database& db, const std::vector<Sequence>& now, Deadline deadline) {
+    std::string values;
+    int changed = 0;
+    for (const auto& q : now) {
+      if (!q.called) continue;
+      auto at = std::lower_bound(db.sequences.begin(), db.sequences.end(), q, [](const Sequence& a, const Sequence& b) { return a.name < b.name; });
+      std::int64_t wanted = with_margin(q);
+      if (at == db.sequences.end() || at->name != q.name)
+        throw Error(Code::verify, db.name + ": sequence " + q.name + " is missing on the " + std::string(side_name(d_.takes())), "copy again");
+      bool enough = at->called && (q.increment > 0 ? at->last >= q.last + 1 && at->last <= wanted : at->last <= q.last - 1 && at->last >= wanted);
+      if (enough) continue;
+      at->last = wanted;
+      at->called = true;
+      values += (changed++ ? ", (" : "(") + pg_literal(q.name) + "::regclass, " + std::to_string(wanted) + "::bigint)";
+    }
+    if (changed) db.target->query("SELECT setval(s, v, true) FROM (VALUES " + values + ") x(s, v)", deadline);
+  }
+
+  void carry_sequences(Database& db, Deadline deadline) { bring_sequences(db, read_sequences(*db.marker), deadline); }
+
+  // What logical replication does not carry, copied whole inside the pause; the plan has priced it.
+  void carry_unreplicated(Database& db, Deadline deadline) {
+    for (const auto& entry : db.unlogged) {
+      auto parts = split(entry, '\n');
+      // The fence on the target refuses even us: a replica role passes no ALWAYS trigger, so it is switched off and on inside one transaction.
+      db.target->exec("BEGIN; ALTER TABLE " + parts[0] + " DISABLE TRIGGER rehome_fence, DISABLE TRIGGER rehome_fence_t; TRUNCATE ONLY " + parts[0], deadline);
+      std::string columns = parts[1].empty() ? "" : "(" + parts[1] + ")";
+      db.fence->copy_to("COPY (SELECT " + parts[1] + " FROM ONLY " + parts[0] + ") TO STDOUT", *db.target, "COPY " + parts[0] + columns + " FROM STDIN", [&](std::int64_t) {
+        if (deadline.passed()) throw Error(Code::timeout, "copying unlogged table " + parts[0] + " inside the pause took too long", "raise max_pause");
+      });
+      db.target->exec("ALTER TABLE " + parts[0] + " ENABLE ALWAYS TRIGGER rehome_fence, ENABLE ALWAYS TRIGGER rehome_fence_t; COMMIT", deadline);
+    }
+    if (db.large_objects || db.target->value("SELECT EXISTS (SELECT 1 FROM pg_largeobject_metadata)") == "t") {
+      // Only those whose content differs: compared page by page through a hash.
+      auto hashes = [&](PgSession& s) {
+        return s.query("SELECT m.oid::text, pg_get_userbyid(m.lomowner), coalesce(sum(hashtextextended(l.pageno::text || encode(l.data, 'hex'), 0)::numeric)::text, ''), coalesce(m.lomacl::text, '') "
+                       "FROM pg_largeobject_metadata m LEFT JOIN pg_largeobject l ON l.loid = m.oid GROUP BY m.oid, m.lomowner, m.lomacl ORDER BY m.oid", deadline);
+      };
+      auto from = hashes(*db.fence), to = hashes(*db.target);
+      std::map<std::string, PgRow> there;
+      for (auto& r : to) there[*r[0]] = r;
+      for (auto& r : from) {
+        auto at = there.find(*r[0]);
+        bool same = at != there.end() && at->second == r;
+        if (at != there.end()) there.erase(at);
+        if (same) continue;
+        std::string hex = db.fence->value("SELECT encode(lo_get($1::oid), 'hex')", {*r[0]}, deadline);
+        db.target->query("SELECT lo_unlink(oid) FROM pg_largeobject_metadata WHERE oid = $1::oid", {*r[0]}, deadline);
+        db.target->query("SELECT lo_from_bytea($1::oid, decode($2, 'hex'))", {*r[0], hex}, deadline);
+        db.target->exec("ALTER LARGE OBJECT " + *r[0] + " OWNER TO " + pg_identifier(*r[1]), deadline);
+      }
+      for (auto& [oid, row] : there) db.target->query("SELECT lo_unlink($1::oid)", {oid}, deadline);
+    }
+  }
+
+  StoreContext& c_;
+  PostgresStore& store_;
+  Direction d_;
+  std::vector<std::unique_ptr<Database>> all_;
+  Json timings_ = Json::object();
+};
+
+std::unique_ptr<Cut> PostgresStore::open_cut(StoreContext& c, Direction d) { return std::make_unique<PostgresCut>(c, *this, d); }
+
+Millis PostgresStore::micro_fence(StoreContext& c, Direction d, Deadline deadline) {
+  auto cut = open_cut(c, d);
+  Ticks from = system_clock().now();
+  cut->soft_fence(deadline);
+  cut->marker(deadline);
+  cut->catch_up(deadline);
+  cut->release();
+  return Millis(static_cast<std::int64_t>(ms_between(from, system_clock().now()) + 0.5));
+}
+
+}  // namespace rehome

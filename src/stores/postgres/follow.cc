@@ -1,0 +1,120 @@
+// Phase follow: subscriptions on, how far behind they are, and the limit on the WAL that a slot may keep.
+#include <algorithm>
+
+#include "base/text.h"
+#include "stores/postgres/postgres.h"
+
+namespace rehome {
+
+void PostgresStore::follow(StoreContext& c) {
+  for (const auto& database : databases(c)) {
+    PgFlow f = flow(database, Side::source);
+    // kill -9 of the copy's walsender leaves the slot active for a moment.
+    auto s = session(c, Side::source, database);
+    Deadline deadline = Deadline::in(Millis(15000));
+    while (s->value("SELECT coalesce(bool_or(active), false) FROM pg_replication_slots WHERE slot_name = " + pg_literal(f.slot)) == "t" &&
+           s->number("SELECT count(*) FROM pg_stat_replication WHERE application_name = " + pg_literal(f.subscription)) == 0 && !deadline.passed())
+      system_clock().sleep(Millis(20));
+    subscribe(c, database, f, true);
+    // The baseline against which the schema is compared under the fence.
+    if (c.recall(key("ddl_seen", database)).is_null())
+      c.remember(key("ddl_seen", database), s->number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log"));
+  }
+  // The agent's own watcher: it needs no controller, and drops our slots, never the source's disk.
+  const PostgresServer& pg = server(Side::source);
+  std::string limit = std::to_string(c.deployment.limits.wal_kept);
+  std::string script = "\\set QUIET on\n\\pset tuples_only on\nSELECT format('slot %s dropped: it kept %s bytes', slot_name, "
+                       "pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)), pg_terminate_backend(active_pid), pg_sleep(0.2), "
+                       "pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name LIKE 'rehome\\_" + tag_ +
+                       "\\_%' AND pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) > " + limit + " \\watch 5\n";
+  std::vector<std::pair<std::string, std::string>> credentials;
+  std::string info = "host=" + pg.host + " port=" + std::to_string(pg.port) + " user=" + pg.user + " dbname=" + pg.admin_database + " application_name=rehome_watch";
+  std::string password = secret(Side::source, pg.admin_database);
+  if (!password.empty()) {
+    std::string file = c.source.state() + "/credentials/" + config_.name + ".source.pgpass";
+    std::string escaped;
+    for (char ch : password) {
+      if (ch == ':' || ch == '\\') escaped += '\\';
+      escaped += ch;
+    }
+    c.source.call("put", {{"path", file}, {"content", "*:*:*:*:" + escaped + "\n"}, {"mode", 0600}});
+    info += " passfile=" + file;
+  }
+  std::string psql = c.deployment.site.source.psql.empty() ? "psql" : c.deployment.site.source.psql;
+  c.source.call("child.set", {{"name", "wal-limit-" + config_.name}, {"argv", {psql, "-X", "-q", "-d", info}}, {"input", script}, {"user", pg.os_user}, {"restart_ms", 5000}});
+}
+
+FollowStatus PostgresStore::follow_status(StoreContext& c) {
+  FollowStatus status;
+  status.following = true;
+  Json databases_detail = Json::object();
+  // Which way it flows is who serves: the subscription that is enabled.
+  for (const auto& database : databases(c)) {
+    bool found = false;
+    for (Side publisher : {Side::source, Side::target}) {
+      PgFlow f = flow(database, publisher);
+      auto sub = session(c, f.subscriber(), database);
+      auto rows = sub->query("SELECT s.subenabled, coalesce(st.pid, 0), st.latest_end_lsn FROM pg_subscription s LEFT JOIN pg_stat_subscription st ON st.subid = s.oid AND st.relid IS NULL "
+                             "WHERE s.subname = " + pg_literal(f.subscription));
+      if (rows.empty() || *rows[0][0] != "t") continue;
+      found = true;
+      auto pub = session(c, publisher, database);
+      auto slot = pub->query("SELECT active, pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn)::bigint, wal_status, "
+                             "pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::bigint FROM pg_replication_slots WHERE slot_name = " + pg_literal(f.slot));
+      if (slot.empty()) {
+        status.following = false;
+        status.trouble = database + ": slot " + f.slot + " is gone (it passed the limit of WAL kept, or somebody dropped it): it must be copied again";
+        continue;
+      }
+      std::int64_t lag = std::stoll(slot[0][1].value_or("0"));
+      status.lag_bytes += lag;
+      auto oldest = pub->query("SELECT coalesce(max(extract(epoch FROM clock_timestamp() - xact_start) * 1000), 0)::bigint FROM pg_stat_activity WHERE backend_xid IS NOT NULL "
+                               "AND datname = current_database() AND application_name NOT LIKE 'rehome%'");
+      status.open_write_age_ms = std::max(status.open_write_age_ms, static_cast<std::int64_t>(std::stoll(*oldest[0][0])));
+      if (*slot[0][0] != "t") status.trouble = database + ": its follower is not connected";
+      auto errors = sub->query("SELECT 1 FROM pg_stat_subscription WHERE subname = " + pg_literal(f.subscription) + " AND pid IS NOT NULL");
+      if (errors.empty() && status.trouble.empty()) status.trouble = database + ": the apply worker does not run; the target's server log says why";
+      databases_detail[database] = {{"lag_bytes", lag}, {"wal_kept", std::stoll(slot[0][3].value_or("0"))}, {"active", *slot[0][0] == "t"}, {"publisher", side_name(publisher)}};
+    }
+    if (!found) {
+      status.following = false;
+      if (status.trouble.empty()) status.trouble = database + ": no follower is enabled";
+    }
+  }
+  // Applying was measured at some tens of MB a second on small machines; a lag below a page or two is noise.
+  status.lag = Millis(status.lag_bytes / 20'000);
+  status.detail = databases_detail;
+  return status;
+}
+
+std::vector<std::string> PostgresStore::needs_recopy(StoreContext& c) {
+  std::vector<std::string> all;
+  for (const auto& database : databases(c)) {
+    if (c.recall(key("switched", database)) == true) continue;
+    Json seen = c.recall(key("ddl_seen", database));
+    auto s = session(c, Side::source, database);
+    for (auto& r : s->query("SELECT tag, object, at::text FROM rehome.ddl_log WHERE n > " + std::to_string(seen.is_number() ? seen.get<std::int64_t>() : 0) + " ORDER BY n LIMIT 50"))
+      all.push_back(database + ": " + *r[0] + " " + r[1].value_or("") + " at " + *r[2]);
+  }
+  return all;
+}
+
+// The simplest way that is always right: the databases whose schema changed start again, from a new slot.
+void PostgresStore::recopy(StoreContext& c) {
+  for (const auto& database : databases(c)) {
+    Json seen = c.recall(key("ddl_seen", database));
+    auto s = session(c, Side::source, database);
+    if (s->number("SELECT count(*) FROM rehome.ddl_log WHERE n > " + std::to_string(seen.is_number() ? seen.get<std::int64_t>() : 0)) == 0) continue;
+    c.log(config_.name + ": the schema of " + database + " changed; it is copied again");
+    PgFlow f = flow(database, Side::source);
+    remove_flow(c, database, f);
+    c.remember(key("copied", database), false);
+    c.remember(key("snapshot", database), "lost");
+    c.remember(key("ddl_seen", database), Json());
+    prepare_source(c, database);
+    copy_database(c, database);
+  }
+  follow(c);
+}
+
+}  // namespace rehome
