@@ -27,9 +27,8 @@ class AgentSite : public Site {
   std::int64_t generation() const override { return generation_; }
   void set_generation(std::int64_t g) { generation_ = g; }
 
-  Json call(const std::string& op, Json args, Deadline deadline) override;
-  using Site::call;
-  Fd open_relay(const std::string& address, const std::string& as_user, const std::string& keep) override;
+  Json call(const std::string& op, Json args = Json::object(), Deadline deadline = Deadline::in(Millis(30000))) override;
+  Fd open_relay(const std::string& address, const std::string& as_user = {}, const std::string& keep = {}) override;
   std::string local_socket_for(const std::string& address, const std::string& as_user, const std::string& keep) override;
 
   // A connection of its own for a caller that must not wait for a pool (the lease).

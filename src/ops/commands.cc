@@ -1,0 +1,381 @@
+#include <algorithm>
+#include <mutex>
+#include <thread>
+
+#include "base/text.h"
+#include "config/config.h"
+#include "ops/life.h"
+#include "ops/ops.h"
+#include "ops/plan.h"
+#include "sys/fs.h"
+
+namespace rehome::ops {
+namespace {
+
+// Wires a run's news to the caller's emit, one at a time.
+void listen(Run& run, const Emit& emit) {
+  auto mutex = std::make_shared<std::mutex>();
+  run.journal().listen([emit, mutex](const Json& entry) {
+    std::lock_guard lock(*mutex);
+    emit(entry);
+  });
+  run.stores_context().progress = [emit, mutex](const Progress& p) {
+    std::lock_guard lock(*mutex);
+    emit({{"kind", "progress"}, {"store", p.store}, {"phase", p.phase}, {"detail", p.detail}, {"done", p.done}, {"total", p.total}, {"unit", p.unit}});
+  };
+}
+
+void emit_findings(const Emit& emit, const std::vector<Finding>& findings) {
+  static constexpr const char* levels[] = {"error", "warning", "note"};
+  for (const auto& f : findings)
+    emit({{"kind", "finding"}, {"level", levels[static_cast<int>(f.level)]}, {"id", f.id}, {"object", f.object}, {"message", f.message}, {"mend", f.mend}});
+}
+
+void require_phase(Run& run, const std::vector<std::string>& allowed, const std::string& command) {
+  std::string phase = run.phase();
+  if (std::find(allowed.begin(), allowed.end(), phase) != allowed.end()) return;
+  std::string hint = phase == "none"       ? "start with rehome begin"
+                     : phase == "begun"    ? "rehome resume finishes begin; rehome cancel takes it back"
+                     : phase == "switched" ? "the target serves: reverse or complete"
+                                           : "see rehome status";
+  throw Error(Code::state, command + " is not possible now: the run is '" + phase + "'", hint);
+}
+
+void emit_checks(Run& run, Side side) {
+  std::string failed;
+  for (const auto& r : run_checks(run, side)) {
+    run.journal().append("check", {{"name", r.name}, {"side", side_name(r.side)}, {"ok", r.ok}, {"ms", r.ms}, {"said", r.said}});
+    if (!r.ok) failed += "\n  " + r.name + " on the " + std::string(side_name(r.side)) + ": " + r.said;
+  }
+  if (!failed.empty()) throw Error(Code::check_failed, "checks failed:" + failed, "mend the service there, then repeat the command");
+}
+
+void begin_run(Run& run, const std::string& command) {
+  if (run.phase() == "none" || run.phase() == "cancelled") {
+    Json hello_s = run.site(Side::source).call("hello"), hello_t = run.site(Side::target).call("hello");
+    run.journal().append("run", {{"name", run.deployment().name}, {"command", command}, {"hash", run.deployment().hash},
+                                 {"max_pause_ms", run.deployment().max_pause.count()},
+                                 {"sites", {{"source", run.site(Side::source).label()}, {"target", run.site(Side::target).label()}}},
+                                 {"agents", {{"source", hello_s.value("version", "")}, {"target", hello_t.value("version", "")}}}});
+    run.set_phase("begun");
+  }
+  require_clean(preflight(run));
+  run_steps(begin_steps(run), run.journal(), cancel_flag());
+}
+
+CutResult switch_run(Run& run, Direction direction, bool when_ready, Millis patience) {
+  // Checked now and not in the pause: a target that cannot serve must not be found out there.
+  Switchover switchover(run, direction);
+  switchover.prepare();
+  emit_checks(run, direction.takes());
+  wait_until_ready(run, switchover, patience, when_ready);
+  CutResult result = switchover.cut();
+  switchover.settle();
+  return result;
+}
+
+void emit_result(const Emit& emit, const std::string& what, const CutResult& r) {
+  emit({{"kind", "result"}, {"what", what}, {"attempt", r.attempt}, {"pause_ms", r.pause_ms}, {"phases", r.phases}, {"ledger", r.ledger}});
+}
+
+}  // namespace
+
+int check(const CheckOptions& o) {
+  Run run(load_deployment(o.file), Run::Mode::look);
+  auto findings = preflight(run);
+  emit_findings(o.emit, findings);
+  require_clean(findings);
+  return 0;
+}
+
+int begin(const BeginOptions& o) {
+  Deployment deployment = load_deployment(o.file);
+  {
+    // Before anything is installed: what would break the migration leaves both sites untouched.
+    Run look(deployment, Run::Mode::look);
+    bool resident = false;
+    try {
+      Run there(deployment, Run::Mode::observe);
+      resident = there.phase() != "none";
+    } catch (const Error& e) {
+      if (e.code != Code::state) throw;
+    }
+    if (resident)
+      throw Error(Code::conflict, "a run of '" + deployment.name + "' is there already", "rehome resume continues it, rehome cancel takes it back, rehome status shows it");
+    auto findings = preflight(look);
+    emit_findings(o.emit, findings);
+    require_clean(findings);
+    if (!o.plan.empty()) refuse_stale_plan(look, o.plan);
+  }
+  Run run(deployment, Run::Mode::begin);
+  run.allow_restart = o.allow_restart;
+  listen(run, o.emit);
+  begin_run(run, "begin");
+  o.emit({{"kind", "result"}, {"what", "begin"}, {"text", "both sites are connected, everything is copied and follows"}});
+  return 0;
+}
+
+int verify(const VerifyOptions& o) {
+  Run run(load_deployment(o.file), Run::Mode::control);
+  listen(run, o.emit);
+  require_phase(run, {"following", "switched"}, "verify");
+  bool equal = true;
+  for (auto& store : run.stores()) {
+    if (!o.store.empty() && store->name() != o.store) continue;
+    Verdict v = store->verify(run.stores_context());
+    Json differences = Json::array();
+    for (const auto& d : v.differences) differences.push_back({{"object", d.object}, {"what", d.what}});
+    run.journal().append("verify", {{"store", store->name()}, {"equal", v.equal}, {"compared", v.compared}, {"differences", differences}, {"more", v.more}, {"detail", v.detail}});
+    equal = equal && v.equal;
+  }
+  if (!equal) throw Error(Code::verify, "the sites differ; every difference is in the report", "rehome report; then copy again, or cancel");
+  return 0;
+}
+
+int switch_over(const SwitchOptions& o) {
+  Run run(load_deployment(o.file), Run::Mode::control);
+  listen(run, o.emit);
+  require_phase(run, {"following"}, "switch");
+  if (o.recopy)
+    for (auto& store : run.stores())
+      if (!store->needs_recopy(run.stores_context()).empty()) store->recopy(run.stores_context());
+  if (!o.plan.empty()) refuse_stale_plan(run, o.plan);
+  while (o.at_us && system_clock().wall_us() < *o.at_us) {
+    if (cancel_flag()) throw Error(Code::interrupted, "stopped while waiting for the time to switch", "switch again when you like");
+    system_clock().sleep(Millis(50));
+  }
+  Side serving = run.serves();
+  if (serving != Side::source) throw Error(Code::state, "the target serves already", "reverse, or complete");
+  CutResult result;
+  try {
+    result = switch_run(run, {Side::source}, o.when_ready, o.patience);
+  } catch (const Error& e) {
+    if (e.code != Code::check_failed || run.serves() != Side::target) throw;
+    // A write canary failed after the commit: the way back is the same cut.
+    run.journal().append("error", error_to_json(e));
+    CutResult back = switch_run(run, {Side::target}, true, Millis(60000));
+    emit_result(o.emit, "reverse", back);
+    throw Error(Code::backed_out, e.message + "; reversed: the source serves, nothing is lost", "mend the target, then switch again");
+  }
+  emit_result(o.emit, "switch", result);
+  return 0;
+}
+
+int reverse(const ReverseOptions& o) {
+  if (o.target_is_gone) {
+    Run run(load_deployment(o.file), Run::Mode::control, true);
+    listen(run, o.emit);
+    if (run.has(Side::target))
+      throw Error(Code::state, "the target's agent answers: it is not gone", "use rehome reverse");
+    Json answer = run.site(Side::source).call("force.reopen", {{"confirm", o.confirm}}, Deadline::in(Millis(120000)));
+    run.journal().append("serves", {{"side", "source"}, {"forced", true}, {"answer", answer}});
+    run.set_phase("following");
+    o.emit({{"kind", "result"}, {"what", "reverse"}, {"forced", true}, {"answer", answer}});
+    return 0;
+  }
+  Run run(load_deployment(o.file), Run::Mode::control);
+  listen(run, o.emit);
+  require_phase(run, {"switched", "following"}, "reverse");
+  Side serving = run.serves();
+  if (run.phase() == "following" && run.journal().of_kind("serves").empty())
+    throw Error(Code::state, "nothing was switched yet", "rehome switch");
+  emit_result(o.emit, "reverse", switch_run(run, {serving}, true, Millis(60000)));
+  return 0;
+}
+
+int complete(const CompleteOptions& o) {
+  if (o.unfence_source) {
+    bool there = true;
+    try {
+      Run look(load_deployment(o.file), Run::Mode::observe);
+    } catch (const Error& e) {
+      if (e.code != Code::state) throw;
+      there = false;
+    }
+    if (!there) {
+      Run run(load_deployment(o.file), Run::Mode::look);
+      for (auto& store : run.stores()) store->unfence_source(run.stores_context());
+      for (auto& service : run.services())
+        for (Side side : {Side::source, Side::target}) service->unguard(run.site(side));
+      o.emit({{"kind", "result"}, {"what", "unfence"}, {"text", "the old side's fence is lifted"}});
+      return 0;
+    }
+  }
+  Run run(load_deployment(o.file), Run::Mode::control);
+  listen(run, o.emit);
+  require_phase(run, {"switched", "completing"}, "complete");
+  Side serving = run.serves();
+  for (auto& traffic : run.traffic()) {
+    std::int64_t clients = traffic->from_old_address(run.traffic_context(), other(serving));
+    if (clients > 0 && !o.anyway)
+      throw Error(Code::state, std::to_string(clients) + " connections still arrive at the " + std::string(side_name(other(serving))) + "'s address",
+                  "move the clients (DNS, addresses) to the " + std::string(side_name(serving)) + ", or repeat with --anyway to let them fail");
+  }
+  run.set_phase("completing");
+  auto left = take_down(run, serving, false);
+  if (o.unfence_source) {
+    for (auto& store : run.stores()) store->unfence_source(run.stores_context());
+    for (auto& service : run.services()) service->unguard(run.site(other(serving)));
+    left.clear();
+  }
+  auto still = leftovers(run);
+  Json unexpected = Json::array();
+  for (const auto& s : still)
+    if (std::find_if(left.begin(), left.end(), [&](const std::string&) { return s.find("(the fence)") != std::string::npos; }) == left.end()) unexpected.push_back(s);
+  run.journal().append("left", {{"what", left}, {"unexpected", unexpected}});
+  if (!unexpected.empty())
+    throw Error(Code::store, "complete left behind: " + unexpected.dump(), "repeat rehome complete; it takes away what is still there");
+  run.set_phase("completed");
+  std::string archived = run.archive();
+  for (Side side : {Side::source, Side::target}) run.site(side).call("shutdown", {{"remove", true}, {"keep_fence", side != serving && !o.unfence_source}});
+  o.emit({{"kind", "result"}, {"what", "complete"}, {"left", left}, {"journal", archived}});
+  return 0;
+}
+
+int cancel(const CancelOptions& o) {
+  Run run(load_deployment(o.file), Run::Mode::control);
+  listen(run, o.emit);
+  if (run.phase() == "switched") throw Error(Code::state, "the target serves: cancel would lose its writes", "rehome reverse first");
+  run.site(Side::source).call("attempt.cancel", Json::object(), Deadline::in(Millis(60000)));
+  auto left = take_down(run, Side::source, true);
+  auto still = leftovers(run);
+  if (!still.empty()) throw Error(Code::store, "cancel left behind: " + join(still, "; "), "repeat rehome cancel; it takes away what is still there");
+  run.set_phase("cancelled");
+  run.journal().append("left", {{"what", left}});
+  std::string archived = run.archive();
+  for (Side side : {Side::target, Side::source}) run.site(side).call("shutdown", {{"remove", true}});
+  o.emit({{"kind", "result"}, {"what", "cancel"}, {"left", left}, {"journal", archived}});
+  return 0;
+}
+
+int migrate(const MigrateOptions& o) {
+  BeginOptions b;
+  b.file = o.file;
+  b.emit = o.emit;
+  b.plan = o.plan;
+  b.allow_restart = o.allow_restart;
+  begin(b);
+  VerifyOptions v;
+  v.file = o.file;
+  v.emit = o.emit;
+  verify(v);
+  SwitchOptions s;
+  s.file = o.file;
+  s.emit = o.emit;
+  s.when_ready = true;
+  return switch_over(s);
+}
+
+int resume(const ResumeOptions& o) {
+  if (o.source_is_gone) {
+    Run run(load_deployment(o.file), Run::Mode::control, true);
+    listen(run, o.emit);
+    if (run.has(Side::source)) throw Error(Code::state, "the source's agent answers: it is not gone", "use rehome resume");
+    Json answer = run.site(Side::target).call("force.open", {{"confirm", o.confirm}}, Deadline::in(Millis(120000)));
+    run.journal().append("serves", {{"side", "target"}, {"forced", true}, {"answer", answer}});
+    run.set_phase("switched");
+    o.emit({{"kind", "result"}, {"what", "resume"}, {"forced", true}, {"answer", answer}});
+    return 0;
+  }
+  Run run(load_deployment(o.file), Run::Mode::control);
+  listen(run, o.emit);
+  std::string phase = run.phase();
+  if (phase == "none" || phase == "begun") {
+    begin_run(run, "resume");
+    o.emit({{"kind", "result"}, {"what", "resume"}, {"text", "begin is finished: everything is copied and follows"}});
+    return 0;
+  }
+  // A controller that died after the commit left the journal behind what the records say: the records win.
+  Side serving = run.serves();
+  Json status = run.site(Side::source).call("attempt.status");
+  std::string now = serving == Side::target ? "switched" : phase == "switched" ? "following" : phase;
+  if (now != phase) {
+    run.journal().append("serves", {{"side", side_name(serving)}, {"found", true}});
+    run.set_phase(now);
+  }
+  if (o.recopy)
+    for (auto& store : run.stores())
+      if (!store->needs_recopy(run.stores_context()).empty()) store->recopy(run.stores_context());
+  if (now == "following") run_steps(begin_steps(run), run.journal(), cancel_flag());
+  o.emit({{"kind", "result"}, {"what", "resume"}, {"text", std::string(side_name(serving)) + " serves; the run is '" + run.phase() + "'"}});
+  return 0;
+}
+
+int status(const StatusOptions& o) {
+  Deployment deployment = load_deployment(o.file);
+  Json out{{"kind", "status"}, {"name", deployment.name}};
+  std::unique_ptr<Run> run;
+  try {
+    run = std::make_unique<Run>(deployment, Run::Mode::observe, true);
+  } catch (const Error& e) {
+    if (e.code != Code::state) throw;
+    std::string archive = newest_archive(deployment.name);
+    out["phase"] = "none";
+    if (!archive.empty()) out["last_journal"] = archive;
+    o.emit(out);
+    return 0;
+  }
+  out["phase"] = run->phase();
+  int exit_status = 0;
+  for (Side side : {Side::source, Side::target}) {
+    Json& at = out[std::string(side_name(side))];
+    if (!run->has(side)) {
+      at = {{"missing", error_to_json(*run->missing(side))}};
+      continue;
+    }
+    at = run->site(side).call("hello");
+    at["attempt"] = run->site(side).call("attempt.status");
+    if (!deployment.traffic.empty()) {
+      try {
+        at["gate"] = run->site(side).call("gate", {{"request", {{"op", "status"}}}});
+      } catch (const Error& e) {
+        at["gate"] = {{"error", error_to_json(e)}};
+      }
+    }
+  }
+  try {
+    out["serves"] = side_name(run->serves());
+  } catch (const Error& e) {
+    out["serves"] = "unknown";
+    out["why"] = error_to_json(e);
+    exit_status = error_info(e.code).exit_status;
+  }
+  Json stores = Json::object();
+  if (run->has(Side::source) && run->has(Side::target) && (out["phase"] == "following" || out["phase"] == "switched")) {
+    for (auto& store : run->stores()) {
+      try {
+        FollowStatus s = store->follow_status(run->stores_context());
+        stores[store->name()] = {{"following", s.following}, {"lag_bytes", s.lag_bytes}, {"lag_ms", s.lag.count()}, {"open_write_ms", s.open_write_age_ms},
+                                 {"trouble", s.trouble}, {"detail", s.detail}, {"needs_recopy", store->needs_recopy(run->stores_context())}};
+      } catch (const Error& e) {
+        stores[store->name()] = {{"error", error_to_json(e)}};
+      }
+    }
+  }
+  out["stores"] = stores;
+  Json steps = Json::array();
+  std::map<std::string, Json> last;
+  for (const auto& e : run->journal().of_kind("step")) last[get_string(e, "id")] = e;
+  for (auto& [id, e] : last) steps.push_back(e);
+  out["steps"] = steps;
+  o.emit(out);
+  return exit_status;
+}
+
+std::vector<Json> report_entries(const ReportOptions& o) {
+  Deployment deployment = load_deployment(o.file);
+  try {
+    Run run(deployment, Run::Mode::observe, true);
+    return run.journal().entries();
+  } catch (const Error& e) {
+    if (e.code != Code::state) throw;
+  }
+  std::string archive = newest_archive(deployment.name);
+  if (archive.empty()) throw Error(Code::state, "no run of '" + deployment.name + "' is there, and none is archived on this machine", "run it where the run was completed");
+  std::vector<Json> entries;
+  for (const auto& line : split(read_file(archive), '\n'))
+    if (!line.empty()) entries.push_back(parse_json(line, archive));
+  return entries;
+}
+
+}  // namespace rehome::ops
