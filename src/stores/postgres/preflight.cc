@@ -1,0 +1,234 @@
+// What breaks a PostgreSQL migration before it starts, and what it will cost. Reads only.
+#include <algorithm>
+#include <set>
+
+#include "base/text.h"
+#include "stores/postgres/postgres.h"
+
+namespace rehome {
+namespace {
+
+class Findings {
+ public:
+  explicit Findings(std::string object) : object_(std::move(object)) {}
+  void error(const char* id, const std::string& object, const std::string& message, const std::string& mend, bool restart = false) {
+    all.push_back({Finding::Level::error, std::string("postgres.") + id, object_ + object, message, mend, restart});
+  }
+  void warn(const char* id, const std::string& object, const std::string& message, const std::string& mend) {
+    all.push_back({Finding::Level::warning, std::string("postgres.") + id, object_ + object, message, mend});
+  }
+  void note(const char* id, const std::string& object, const std::string& message) {
+    all.push_back({Finding::Level::note, std::string("postgres.") + id, object_ + object, message, ""});
+  }
+  std::vector<Finding> all;
+
+ private:
+  std::string object_;
+};
+
+std::string names(const std::vector<PgRow>& rows, std::size_t most = 8) {
+  std::string out;
+  for (std::size_t i = 0; i < rows.size() && i < most; i++) out += (i ? ", " : "") + rows[i][0].value_or("");
+  if (rows.size() > most) out += " and " + std::to_string(rows.size() - most) + " more";
+  return out;
+}
+
+void check_server(PgSession& s, Side side, std::size_t databases, Findings& f) {
+  std::string here(side_name(side));
+  if (s.major() < 13) f.error("version", here, "PostgreSQL " + s.value("SHOW server_version") + " is older than 13", "update it to a minor of 13 or later first");
+  if (s.major() > 18) f.error("version", here, "PostgreSQL " + s.value("SHOW server_version") + " is newer than what this rehome knows (18)", "use a newer rehome");
+  if (s.value("SELECT rolsuper FROM pg_roles WHERE rolname = current_user") != "t")
+    f.error("superuser", here, s.address().user + " is not a superuser", "connect as one: fences, event triggers and origins need it (ALTER ROLE ... SUPERUSER)");
+  if (s.value("SHOW wal_level") != "logical")
+    f.error("wal_level", here, "wal_level is " + s.value("SHOW wal_level"), "ALTER SYSTEM SET wal_level = logical, then restart that server", true);
+  auto limit = [&](const char* setting, std::int64_t used, std::int64_t needed) {
+    std::int64_t have = s.number(std::string("SELECT current_setting('") + setting + "')::bigint");
+    if (have - used < needed)
+      f.error(setting, here, std::string(setting) + " is " + std::to_string(have) + ", " + std::to_string(used) + " in use, and the run needs " + std::to_string(needed),
+              std::string("ALTER SYSTEM SET ") + setting + " = " + std::to_string(used + needed + 2) + ", then restart that server", true);
+  };
+  auto n = static_cast<std::int64_t>(databases);
+  limit("max_replication_slots", s.number("SELECT count(*) FROM pg_replication_slots") + s.number("SELECT count(*) FROM pg_subscription"), n + 1);
+  limit("max_wal_senders", s.number("SELECT count(*) FROM pg_stat_replication"), n + 1);
+  limit("max_logical_replication_workers", s.number("SELECT count(*) FROM pg_stat_subscription WHERE pid IS NOT NULL"), n);
+  limit("max_worker_processes", s.number("SELECT count(*) FROM pg_stat_subscription WHERE pid IS NOT NULL"), n + 1);
+  auto prepared = s.query("SELECT gid FROM pg_prepared_xacts");
+  if (!prepared.empty())
+    f.error("prepared", here, "pending prepared transactions: " + names(prepared) + "; the fence waits for them for ever", "COMMIT PREPARED or ROLLBACK PREPARED them");
+  auto vacuum = s.query("SELECT datname || ': ' || query FROM pg_stat_activity WHERE backend_type = 'autovacuum worker' AND query LIKE '%to prevent wraparound%'");
+  if (!vacuum.empty()) f.warn("wraparound", here, "an anti-wraparound autovacuum runs and never yields to a lock: " + names(vacuum), "wait for its end before the switch");
+}
+
+void check_database(PgSession& s, const std::vector<PgTable>& tables, Findings& f) {
+  std::string where = "source: database " + s.address().database;
+  std::string ids;
+  std::int64_t keyless = 0;
+  for (const auto& t : tables)
+    if (!t.partitioned && !t.unlogged && !t.has_key) ids += (keyless++ ? "," : "") + std::to_string(t.oid);
+  if (keyless) {
+    f.note("keyless", where, std::to_string(keyless) + " tables without a primary key: they get REPLICA IDENTITY FULL for the run; updates of large ones are slow to follow");
+    auto bad = s.query("SELECT DISTINCT quote_ident(n.nspname) || '.' || quote_ident(c.relname) || '.' || quote_ident(a.attname) || ' (' || format_type(t.oid, NULL) || ')' FROM pg_class c "
+                       "JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped JOIN pg_type t ON t.oid = a.atttypid "
+                       "WHERE c.oid IN (" + ids + ") AND t.typtype = 'b' AND NOT EXISTS (SELECT 1 FROM pg_opclass o JOIN pg_am m ON m.oid = o.opcmethod WHERE m.amname IN ('btree', 'hash') AND o.opcdefault "
+                       "AND (o.opcintype = t.oid OR o.opcintype = 'anyarray'::regtype AND t.typelem <> 0 AND t.typlen = -1 OR EXISTS (SELECT 1 FROM pg_cast k WHERE k.castsource = t.oid AND k.casttarget = o.opcintype AND k.castmethod = 'b')))");
+    if (!bad.empty())
+      f.error("identity_full", where, "without a key, and with a column that has no equality operator, so that a changed row cannot be found: " + names(bad),
+              "add a primary key to these tables");
+  }
+  std::int64_t unlogged = 0, unlogged_bytes = 0;
+  for (const auto& t : tables)
+    if (t.unlogged && !t.partitioned) unlogged++, unlogged_bytes += t.bytes;
+  if (unlogged) f.warn("unlogged", where, std::to_string(unlogged) + " unlogged tables, " + human_bytes(unlogged_bytes) + ": replication does not carry them, they are copied inside the pause", "make them logged, or empty, or accept the time");
+  auto lo = s.query("SELECT count(*), coalesce((SELECT pg_table_size('pg_catalog.pg_largeobject')), 0) FROM pg_largeobject_metadata");
+  if (*lo[0][0] != "0")
+    f.warn("large_objects", where, *lo[0][0] + " large objects, up to " + human_bytes(std::stoll(*lo[0][1])) + ": compared and copied inside the pause; no fence stops a superuser from writing them after it",
+           "accept the time; the plan prices it");
+  auto locks = s.number("SELECT current_setting('max_locks_per_transaction')::bigint * (current_setting('max_connections')::bigint + current_setting('max_prepared_transactions')::bigint)");
+  if (static_cast<std::int64_t>(tables.size()) * 2 > locks)
+    f.error("max_locks_per_transaction", where, std::to_string(tables.size()) + " tables are locked at once, and the lock table holds " + std::to_string(locks),
+            "ALTER SYSTEM SET max_locks_per_transaction = " + std::to_string(static_cast<std::int64_t>(tables.size()) * 2 / std::max<std::int64_t>(1, locks / 64) + 64) + ", then restart that server", true);
+  auto foreign_slots = s.query("SELECT slot_name || coalesce(' (' || plugin || ')', '') FROM pg_replication_slots WHERE slot_type = 'logical' AND database = current_database() AND slot_name NOT LIKE 'rehome\\_%'");
+  if (!foreign_slots.empty())
+    f.warn("foreign_slots", where, "other programs follow this database: " + names(foreign_slots) + "; they will not follow to the target by themselves", "plan their move: they must start again on the target");
+  auto subs = s.query("SELECT subname FROM pg_subscription WHERE subenabled AND subname NOT LIKE 'rehome\\_%' AND subdbid = (SELECT oid FROM pg_database WHERE datname = current_database())");
+  if (!subs.empty())
+    f.error("subscriptions", where, "this database subscribes elsewhere: " + names(subs) + "; what an apply worker writes passes the fence", "disable them for the switch (ALTER SUBSCRIPTION ... DISABLE), or move their publisher first");
+  if (s.number("SELECT count(*) FROM pg_extension WHERE extname = 'pg_cron'"))
+    f.warn("pg_cron", where, "pg_cron runs jobs in this database: on both sides after the copy", "set cron.database_name, or disable the jobs on the side that does not serve");
+  auto foreign_tables = s.query("SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind = 'f' LIMIT 20");
+  if (!foreign_tables.empty()) f.note("foreign_tables", where, "foreign tables keep pointing where they point: " + names(foreign_tables));
+}
+
+}  // namespace
+
+std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
+  Findings f(config_.name + ": ");
+  BySide<std::unique_ptr<PgSession>> admin;
+  for (Side side : {Side::source, Side::target}) {
+    try {
+      admin[side] = session(c, side, server(side).admin_database);
+    } catch (const Error& e) {
+      f.all.push_back({Finding::Level::error, "postgres.connect", config_.name + ": " + std::string(side_name(side)), e.message, e.hint});
+    }
+    Outcome psql = c.at(side).exec({.argv = {c.deployment.site[side].psql.empty() ? "psql" : c.deployment.site[side].psql, "--version"}});
+    if (!psql.ok()) f.error("psql", std::string(side_name(side)), "psql is not on that host; the agent needs it to undo and to open without us", "install postgresql-client there, or name it with psql: in the site");
+  }
+  if (!admin.source || !admin.target) return f.all;
+  std::vector<std::string> list;
+  try {
+    list = databases(c);
+  } catch (const Error& e) {
+    f.error("databases", "source", e.message, e.hint);
+    return f.all;
+  }
+  check_server(*admin.source, Side::source, list.size(), f);
+  check_server(*admin.target, Side::target, list.size(), f);
+  if (admin.source->major() > admin.target->major())
+    f.warn("downgrade", "target", "the target (" + std::to_string(admin.target->major()) + ") is older than the source (" + std::to_string(admin.source->major()) + "): what only the newer knows is refused while copying", "prefer the same or a newer version");
+
+  for (const char* program : {"pg_dump", "pg_restore"}) {
+    int major = 0;
+    try {
+      Outcome o = run({.argv = {program, "--version"}}, Deadline::in(Millis(5000)));
+      auto at = o.out.find_first_of("0123456789");
+      if (o.ok() && at != std::string::npos) major = std::atoi(o.out.c_str() + at);
+    } catch (const Error&) {
+      // Missing: said below.
+    }
+    if (major < admin.source->major())
+      f.error(program, "this machine", major ? std::string(program) + " " + std::to_string(major) + " cannot read a source of " + std::to_string(admin.source->major()) : std::string(program) + " is not installed",
+              "install postgresql-client-" + std::to_string(admin.source->major()) + " or later where rehome runs");
+  }
+  std::set<std::string> available;
+  for (auto& r : admin.target->query("SELECT name FROM pg_available_extensions")) available.insert(*r[0]);
+  std::set<std::string> there;
+  for (auto& r : admin.target->query("SELECT datname FROM pg_database")) there.insert(*r[0]);
+  std::int64_t bytes = 0;
+  for (const auto& database : list) {
+    if (admin.source->number("SELECT count(*) FROM pg_database WHERE datname = " + pg_literal(database)) == 0) {
+      std::vector<std::string> known;
+      for (auto& r : admin.source->query("SELECT datname FROM pg_database WHERE NOT datistemplate")) known.push_back(*r[0]);
+      auto near = nearest(database, known);
+      f.error("database", "source: database " + database, "it does not exist", near ? "did you mean " + *near + "?" : "correct databases: in rehome.yaml");
+      continue;
+    }
+    auto s = session(c, Side::source, database);
+    auto all = tables(*s);
+    check_database(*s, all, f);
+    for (const auto& t : all) bytes += t.bytes;
+    for (auto& r : s->query("SELECT extname FROM pg_extension"))
+      if (!available.contains(*r[0])) f.error("extension", "target", "extension " + *r[0] + " of database " + database + " is not installed there", "install its package on the target");
+    std::string collate = s->value("SELECT datcollate FROM pg_database WHERE datname = current_database()");
+    // Asked of the target's own library: a name that it does not know fails CREATE DATABASE.
+    if (collate != "C" && collate != "POSIX" && collate != "C.UTF-8") {
+      Outcome locales = c.target.exec({.argv = {"sh", "-c", "locale -a 2>/dev/null"}});
+      auto simple = [](std::string v) {
+        std::string out;
+        for (char ch : v)
+          if (ch != '-') out += static_cast<char>(std::tolower(ch));
+        return out;
+      };
+      bool found = false;
+      for (const auto& l : split(locales.out, '\n')) found = found || simple(l) == simple(collate);
+      if (!found) f.error("collation", "target", "locale " + collate + " of database " + database + " is not installed there", "generate it on the target (locale-gen), then restart its PostgreSQL");
+    }
+    if (there.contains(database) && c.recall(key("databases")).is_null()) {
+      auto t = session(c, Side::target, database);
+      auto full = t->query("SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind IN ('r', 'p', 'v', 'm', 'S') AND n.nspname NOT IN "
+                           "('pg_catalog', 'information_schema') AND n.nspname NOT LIKE 'pg\\_toast%' LIMIT 20");
+      if (!full.empty()) f.error("not_empty", "target: database " + database, "it is not empty: " + names(full), "drop or rename it, or correct the target");
+      if (t->number("SELECT count(*) FROM pg_extension WHERE extname = 'pg_cron'")) f.warn("pg_cron", "target", "pg_cron runs there too", "disable its jobs on the target until the switch");
+    }
+  }
+  std::string data = admin.target->value("SHOW data_directory");
+  Outcome df = c.target.exec({.argv = {"df", "-B1", "--output=avail", data}});
+  auto lines = split(std::string(trim(df.out)), '\n');
+  if (df.ok() && lines.size() == 2) {
+    std::int64_t available_bytes = std::atoll(std::string(trim(lines[1])).c_str());
+    if (available_bytes < bytes + bytes / 2)
+      f.error("space", "target", human_bytes(available_bytes) + " are free in " + data + ", and " + human_bytes(bytes) + " of tables and their indexes are to come", "make room, or move the data directory");
+  }
+  return f.all;
+}
+
+Estimate PostgresStore::estimate(StoreContext& c) {
+  Estimate e;
+  BySide<std::unique_ptr<PgSession>> admin;
+  for (Side side : {Side::source, Side::target}) {
+    admin[side] = session(c, side, server(side).admin_database);
+    e.facts[std::string(side_name(side)) + ".version"] = admin[side]->value("SHOW server_version");
+    e.facts[std::string(side_name(side)) + ".system"] = admin[side]->value("SELECT system_identifier::text FROM pg_control_system()");
+  }
+  std::int64_t unlogged = 0, large = 0, table_count = 0, sequence_count = 0;
+  for (const auto& database : databases(c)) {
+    auto s = session(c, Side::source, database);
+    std::string schema;
+    for (const auto& t : tables(*s)) {
+      e.bytes += t.bytes;
+      if (t.unlogged) unlogged += t.bytes;
+      table_count++;
+      schema += t.full() + "(" + t.columns + ");";
+    }
+    e.objects += s->number("SELECT coalesce(sum(greatest(reltuples, 0)), 0)::bigint FROM pg_class WHERE relkind = 'r' AND relnamespace NOT IN (SELECT oid FROM pg_namespace WHERE nspname LIKE 'pg\\_%' OR nspname = 'information_schema')");
+    large += s->number("SELECT count(*) FROM pg_largeobject_metadata");
+    sequence_count += s->number("SELECT count(*) FROM pg_sequences");
+    e.facts["schema." + database] = s->value("SELECT md5(" + pg_literal(schema) + ")");
+  }
+  std::int64_t rate = 40'000'000;   // rows and indexes together, seen on two shared cores
+  if (c.deployment.limits.bandwidth > 0) rate = std::min(rate, c.deployment.limits.bandwidth);
+  e.copy = Millis(e.bytes * 1000 / rate);
+  std::int64_t pause = 20 + table_count / 20 + sequence_count / 40;
+  e.reasons.push_back(std::to_string(table_count) + " tables locked and " + std::to_string(sequence_count) + " sequences read: about " + std::to_string(pause) + " ms");
+  if (unlogged) {
+    pause += unlogged / 50'000;
+    e.reasons.push_back(human_bytes(unlogged) + " in unlogged tables: copied inside the pause, about " + human_duration(Millis(unlogged / 50'000)));
+  }
+  if (large) {
+    pause += large / 10 + 5;
+    e.reasons.push_back(std::to_string(large) + " large objects: compared, and the changed ones copied, inside the pause");
+  }
+  e.pause = Millis(pause);
+  return e;
+}
+
+}  // namespace rehome

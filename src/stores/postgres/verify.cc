@@ -1,0 +1,180 @@
+// The deep comparison: per table, order-independent, computed inside both servers at one consistent point, which the micro-fence
+// makes: lock, marker, snapshots exported on both sides, let go. Rows that differ are named.
+#include <algorithm>
+#include <deque>
+#include <thread>
+
+#include "base/text.h"
+#include "stores/postgres/postgres.h"
+
+namespace rehome {
+namespace {
+
+// A row's text form is the same on all majors with our settings (DateStyle, extra_float_digits); the sum of 64-bit hashes
+// does not depend on the order. Two rows that swap would cancel only with equal hashes.
+std::string table_hash_sql(const PgTable& t) {
+  return "SELECT count(*), coalesce(sum(hashtextextended(ROW(" + t.columns + ")::text, 42)::numeric), 0) FROM ONLY " + t.full();
+}
+
+std::string key_columns(PgSession& s, const PgTable& t) {
+  return s.value("SELECT coalesce((SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY k.n) FROM pg_index i, unnest(i.indkey) WITH ORDINALITY k(a, n) JOIN pg_attribute a ON a.attnum = k.a "
+                 "WHERE i.indrelid = " + std::to_string(t.oid) + " AND i.indisprimary AND a.attrelid = i.indrelid), '')");
+}
+
+}  // namespace
+
+std::string PostgresStore::compare_rows(StoreContext& c, const std::string& database, const PgTable& t, const std::string& snap_s, const std::string& snap_t, Verdict& v) {
+  auto s = session(c, Side::source, database, "rehome verify"), d = session(c, Side::target, database, "rehome verify");
+  std::string keys = key_columns(*s, t);
+  // Without a key a row is named by its whole content's hash.
+  std::string name = keys.empty() ? "left(ROW(" + t.columns + ")::text, 200)" : "ROW(" + keys + ")::text";
+  for (auto* one : {s.get(), d.get()}) {
+    one->exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
+    one->exec("SET TRANSACTION SNAPSHOT " + pg_literal(one == s.get() ? snap_s : snap_t));
+    one->exec("DECLARE rows CURSOR FOR SELECT " + name + " AS k, hashtextextended(ROW(" + t.columns + ")::text, 42)::text AS h FROM ONLY " + t.full() + " ORDER BY (" + name + ") COLLATE \"C\", 2");
+  }
+  struct Stream {
+    PgSession& session;
+    std::vector<PgRow> rows;
+    std::size_t at = 0;
+    bool end = false;
+    const PgRow* peek() {
+      if (at == rows.size() && !end) {
+        rows = session.query("FETCH 5000 FROM rows");
+        at = 0;
+        end = rows.empty();
+      }
+      return at < rows.size() ? &rows[at] : nullptr;
+    }
+  } from{*s, {}, 0, false}, to{*d, {}, 0, false};
+  auto differ = [&](const PgRow& row, const char* what) {
+    if (v.differences.size() < 1000)
+      v.differences.push_back({database + ": " + t.full() + " " + row[0].value_or(""), what});
+    else
+      v.more++;
+  };
+  while (true) {
+    const PgRow* a = from.peek();
+    const PgRow* b = to.peek();
+    if (!a && !b) return {};
+    if (!b || (a && *(*a)[0] < *(*b)[0])) {
+      differ(*a, "missing on target");
+      from.at++;
+    } else if (!a || *(*b)[0] < *(*a)[0]) {
+      differ(*b, "extra on target");
+      to.at++;
+    } else {
+      if ((*a)[1] != (*b)[1]) differ(*a, "differs");
+      from.at++;
+      to.at++;
+    }
+  }
+}
+
+Verdict PostgresStore::verify(StoreContext& c) {
+  Verdict v;
+  v.equal = true;
+  for (const auto& database : databases(c)) {
+    // Whichever way it flows now.
+    Side publisher = Side::source;
+    for (Side p : {Side::source, Side::target}) {
+      PgFlow f = flow(database, p);
+      if (session(c, f.subscriber(), database)->number("SELECT count(*) FROM pg_subscription WHERE subenabled AND subname = " + pg_literal(f.subscription)) > 0) publisher = p;
+    }
+    PgFlow f = flow(database, publisher);
+    auto y = session(c, publisher, database, pgsql::kFenceApplication), m = session(c, publisher, database, "rehome marker"), t = session(c, f.subscriber(), database, "rehome verify");
+    auto hold_y = session(c, publisher, database, "rehome verify"), hold_t = session(c, f.subscriber(), database, "rehome verify");
+    auto list = tables(*hold_y);
+    std::string names;
+    for (const auto& table : list) names += (names.empty() ? "ONLY " : ", ONLY ") + table.full();
+    std::string snap_y, snap_t;
+    y->exec("SET deadlock_timeout = '10ms'; SET idle_in_transaction_session_timeout = '4s'");
+    Deadline deadline = Deadline::in(Millis(30000));
+    pg_retry_locks(deadline, [&] {
+      try {
+        y->exec("BEGIN; SET LOCAL statement_timeout = '100ms'; SET LOCAL lock_timeout = '100ms'");
+        if (!names.empty()) y->exec("LOCK TABLE " + names + " IN SHARE ROW EXCLUSIVE MODE");
+        hold_y->exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
+        snap_y = hold_y->value("SELECT pg_export_snapshot()");
+        std::string token = m->value("INSERT INTO rehome.marker(token) VALUES ('verify ' || gen_random_uuid()) RETURNING token");
+        // Writers wait from here: at most a second, and then they go on and the comparison waits for a smaller lag.
+        Deadline seen = Deadline::in(Millis(1000));
+        while (t->query("SELECT 1 FROM rehome.marker WHERE token = $1", {token}).empty()) {
+          if (seen.passed()) throw Error(Code::timeout, database + ": the follower is more than a second behind", "wait for a smaller lag, then verify again", true);
+          system_clock().sleep(Millis(1));
+        }
+        hold_t->exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
+        snap_t = hold_t->value("SELECT pg_export_snapshot()");
+        y->exec("ROLLBACK");
+      } catch (const Error&) {
+        for (auto* s : {y.get(), hold_y.get(), hold_t.get()})
+          if (!s->broken()) s->exec("ROLLBACK");
+        throw;
+      }
+    });
+    std::string snap_s = publisher == Side::source ? snap_y : snap_t, snap_d = publisher == Side::source ? snap_t : snap_y;
+    std::deque<const PgTable*> queue;
+    for (const auto& table : list)
+      if (!table.partitioned && !table.unlogged) queue.push_back(&table);
+    std::mutex mutex;
+    std::optional<Error> failure;
+    std::vector<const PgTable*> different;
+    Json detail = Json::array();
+    std::size_t total = queue.size(), done = 0;
+    auto worker = [&] {
+      try {
+        auto s = session(c, Side::source, database, "rehome verify"), d = session(c, Side::target, database, "rehome verify");
+        s->exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
+        s->exec("SET TRANSACTION SNAPSHOT " + pg_literal(snap_s));
+        d->exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
+        d->exec("SET TRANSACTION SNAPSHOT " + pg_literal(snap_d));
+        while (true) {
+          const PgTable* table;
+          {
+            std::lock_guard lock(mutex);
+            if (queue.empty() || failure || c.cancelled) return;
+            table = queue.front();
+            queue.pop_front();
+          }
+          Ticks from = system_clock().now();
+          std::vector<PgRow> a, b;
+          std::optional<Error> other_failure;
+          {
+            // Both servers at once.
+            std::jthread far([&] {
+              try {
+                b = d->query(table_hash_sql(*table));
+              } catch (const Error& e) {
+                other_failure = e;
+              }
+            });
+            a = s->query(table_hash_sql(*table));
+          }
+          if (other_failure) throw *other_failure;
+          std::lock_guard lock(mutex);
+          v.compared += std::stoll(*a[0][0]);
+          bool same = a == b;
+          if (!same) different.push_back(table);
+          if (detail.size() < 5000)
+            detail.push_back({{"table", database + ": " + table->full()}, {"rows", std::stoll(*a[0][0])}, {"equal", same}, {"ms", ms_between(from, system_clock().now())}});
+          c.progress({.store = config_.name, .phase = "verify", .detail = table->full(), .done = static_cast<std::int64_t>(++done), .total = static_cast<std::int64_t>(total), .unit = "tables"});
+        }
+      } catch (const Error& e) {
+        std::lock_guard lock(mutex);
+        if (!failure) failure = e;
+      }
+    };
+    {
+      std::vector<std::jthread> workers;
+      for (int i = 0; i < std::max(1, c.deployment.limits.jobs); i++) workers.emplace_back(worker);
+    }
+    if (failure) throw *failure;
+    if (c.cancelled) throw Error(Code::interrupted, "stopped while comparing " + database);
+    for (const PgTable* table : different) compare_rows(c, database, *table, snap_s, snap_d, v);
+    v.equal = v.equal && different.empty();
+    v.detail[database] = detail;
+  }
+  return v;
+}
+
+}  // namespace rehome
