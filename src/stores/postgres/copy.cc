@@ -100,7 +100,7 @@ std::string PostgresStore::hold_snapshot(StoreContext& c, const std::string& dat
   auto rows = walsender.query("CREATE_REPLICATION_SLOT " + pg_identifier(flow.slot) + " LOGICAL pgoutput EXPORT_SNAPSHOT");
   std::string snapshot = rows.at(0).at(2).value_or("");
   c.remember(key("snapshot", database), snapshot);
-  // The relay's upstream stays with the agent when this session's own end closes.
+  walsender.leave();
   return snapshot;
 }
 

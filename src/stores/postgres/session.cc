@@ -1,6 +1,7 @@
 #include "stores/postgres/session.h"
 
 #include <poll.h>
+#include <sys/socket.h>
 
 #include <cerrno>
 #include <random>
@@ -65,6 +66,12 @@ void PgSession::fail(const PGresult* result, std::string_view sql) {
   throw PgError(lost ? Code::unreachable : state == "28000" || state == "42501" ? Code::denied : Code::store, text,
                 lost ? "is the server running? then resume" : "", lost || pg_is_lock_failure(state) || state.starts_with("40"),
                 state);
+}
+
+void PgSession::leave() {
+  // PQfinish sends Terminate, which would end the kept backend and its snapshot; on a socket that is shut it cannot.
+  ::shutdown(PQsocket(connection_.get()), SHUT_RDWR);
+  connection_.reset();
 }
 
 void PgSession::cancel() {

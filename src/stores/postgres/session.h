@@ -58,6 +58,8 @@ class PgSession {
   std::int64_t copy_to(const std::string& copy_out, PgSession& to, const std::string& copy_in,
                        const std::function<void(std::int64_t)>& moved);
 
+  // Ends the session without a word to the server: the relay's far end, which an agent keeps, must not see a goodbye.
+  void leave();
   int version() const { return PQserverVersion(connection_.get()); }   // 150004
   int major() const { return version() / 10000; }
   const PgAddress& address() const { return address_; }
