@@ -23,6 +23,7 @@
 #include "support/http.h"
 #include "support/options.h"
 #include "support/pg.h"
+#include "support/receipt.h"
 #include "support/shop_schema.h"
 #include "sys/fs.h"
 #include "sys/net.h"
@@ -42,15 +43,6 @@ struct Reply {
 
 Reply refusal(int status, const std::string& message) { return {status, dump_line({{"error", message}})}; }
 
-std::string hash_text(const std::string& text) {
-  // FNV-1a: the same on every build, because receipts are looked for by other programs and on other hosts.
-  std::uint32_t h = 2166136261u;
-  for (unsigned char c : text) h = (h ^ c) * 16777619u;
-  char out[9];
-  std::snprintf(out, sizeof out, "%08x", h);
-  return out;
-}
-
 bool usable_key(const std::string& key) {
   return !key.empty() && key.size() <= 100 && key[0] != '.' && std::all_of(key.begin(), key.end(), [](unsigned char c) {
     return std::isalnum(c) || c == '-' || c == '_' || c == '.';
@@ -66,7 +58,7 @@ std::vector<Line> lines_of(const std::string& key, const std::string& body) {
         by_product[static_cast<int>(get_int(l, "product"))] += static_cast<int>(get_int(l, "quantity", 1));
   }
   if (by_product.empty()) {
-    const auto h = std::stoul(hash_text(key), nullptr, 16);
+    const std::uint32_t h = key_hash(key);
     for (unsigned i = 0; i < 1 + h % 3; ++i) by_product[static_cast<int>(1 + (h / 7 + i * 31) % kProducts)] = 1 + static_cast<int>(i);
   }
   std::vector<Line> lines;
@@ -123,7 +115,7 @@ class Orders {
         prices.push_back(std::stoll(value(r, 0, 0)));
         total += prices.back() * l.quantity;
       }
-      const auto customer = 1 + std::stoul(hash_text(key), nullptr, 16) % kCustomers;
+      const auto customer = 1 + key_hash(key) % kCustomers;
       auto r = db_.run("INSERT INTO orders (key, customer, total) VALUES ($1, $2, $3) ON CONFLICT (key) DO NOTHING "
                        "RETURNING id", {key, std::to_string(customer), std::to_string(total)});
       if (PQntuples(r.get()) == 1) {
@@ -150,8 +142,8 @@ class Orders {
     // The receipt comes after the commit: a receipt without an order would be a lie, an order without a receipt is
     // mended by the repeated request, which the missing answer asks for.
     const std::string receipt = dump_line({{"key", key}, {"order", std::stoll(id)}});
-    const std::string directory = files_ + "/receipts/" + hash_text(key).substr(0, 2);
-    if (!created && exists(directory + "/" + key + ".json"))
+    const std::string directory = receipt_directory(files_, key);
+    if (!created && exists(receipt_path(files_, key)))
       fsync_directory(directory);  // another thread may have renamed it and not got further
     else
       save_file(directory, key + ".json", [&](const Fd& fd, const std::string& what) { write_all(fd.get(), receipt, what); });
@@ -167,7 +159,7 @@ class Orders {
                             {"total", std::stoll(value(r, 0, 1))},
                             {"total_text", value(r, 0, 2)},
                             {"lines", std::stoll(value(r, 0, 3))},
-                            {"receipt", exists(files_ + "/receipts/" + hash_text(key).substr(0, 2) + "/" + key + ".json")}})};
+                            {"receipt", exists(receipt_path(files_, key))}})};
   }
 
   Reply health() {

@@ -90,8 +90,8 @@ void create_schema(Session& db, const SchemaOptions& o) {
   db.script(kTables);
   db.script("INSERT INTO customers (name, email) SELECT 'Customer ' || i, 'c' || i || '@shop.example' FROM "
             "generate_series(1, " + n(kCustomers) + ") i");
-  db.script("INSERT INTO products (name, price, stock, tags) SELECT 'Product ' || i, 100 + i * 7, 1000000000, "
-            "ARRAY['t' || i % 5, 'größe'] FROM generate_series(1, " + n(kProducts) + ") i");
+  db.script("INSERT INTO products (name, price, stock, tags) SELECT 'Product ' || i, 100 + i * 7, " + n(kStock) +
+            ", ARRAY['t' || i % 5, 'größe'] FROM generate_series(1, " + n(kProducts) + ") i");
   if (o.keyless) {
     // Updates of a table without a key are what replication refuses until it is told how to find a row.
     db.script(R"sql(

@@ -18,5 +18,6 @@ void create_schema(Session& db, const SchemaOptions& options);
 // How many products there are, numbered from 1: the load spreads its orders over them.
 inline constexpr int kProducts = 200;
 inline constexpr int kCustomers = 500;
+inline constexpr long long kStock = 1'000'000'000;  // of each product, before the first order
 
 }  // namespace rehome::testing

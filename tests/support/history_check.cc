@@ -1,0 +1,133 @@
+// rehome-history-check: reads the histories and what the serving side holds, and says whether the migration kept its
+// promise. Meant for a moment at which nobody writes any more.
+#include <cstdio>
+#include <set>
+
+#include "base/json.h"
+#include "base/text.h"
+#include "support/history.h"
+#include "support/options.h"
+#include "support/pg.h"
+#include "support/receipt.h"
+#include "support/shop_schema.h"
+#include "sys/fs.h"
+
+namespace rehome::testing {
+namespace {
+
+template <class T>
+std::vector<T> read_lines(const std::vector<std::string>& files, T (*parse)(std::string_view)) {
+  std::vector<T> out;
+  for (auto& file : files) {
+    const std::string text = read_file(file, std::size_t{4} << 30);
+    std::size_t at = 0, number = 0;
+    // A last line without its end belongs to a writer that was killed over it.
+    for (std::size_t end; (end = text.find('\n', at)) != std::string::npos; at = end + 1) {
+      ++number;
+      try {
+        out.push_back(parse(std::string_view(text).substr(at, end - at)));
+      } catch (const Error& e) {
+        throw e.in(file + ":" + std::to_string(number));
+      }
+    }
+  }
+  return out;
+}
+
+Stored read_side(Session& db, const std::string& files, const std::vector<OrderSeen>& orders) {
+  Stored s;
+  // One snapshot for all, so that a straggling writer cannot make the parts disagree.
+  db.begin();
+  db.script("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY");
+  auto r = db.run(
+      "WITH l AS (SELECT order_id, count(*) n, sum(quantity::bigint * price) amount FROM order_lines GROUP BY 1), "
+      "b AS (SELECT key, count(*) n FROM outbox GROUP BY 1), "
+      "a AS (SELECT substr(what, 7) AS key, count(*) n FROM audit WHERE what LIKE 'order %' GROUP BY 1) "
+      "SELECT o.key, count(*), min(o.id), min(o.total), coalesce(sum(l.n), 0), coalesce(sum(l.amount), 0), "
+      "coalesce(min(b.n), 0), coalesce(min(a.n), 0) FROM orders o LEFT JOIN l ON l.order_id = o.id "
+      "LEFT JOIN b ON b.key = o.key LEFT JOIN a ON a.key = o.key WHERE o.key NOT LIKE 'history-%' GROUP BY o.key");
+  for (int i = 0; i < PQntuples(r.get()); ++i) {
+    auto n = [&](int column) { return std::stoll(value(r, i, column)); };
+    s.orders[value(r, i, 0)] = {.rows = n(1), .id = n(2), .total = n(3), .lines = n(4),
+                                .lines_amount = n(5), .outbox = n(6), .audit = n(7)};
+  }
+  auto sold = db.run("SELECT coalesce(sum(l.quantity), 0) FROM order_lines l JOIN orders o ON o.id = l.order_id "
+                     "WHERE o.key NOT LIKE 'history-%'");
+  s.sold = std::stoll(value(sold, 0, 0));
+  auto booked = db.run("SELECT coalesce(sum($1::bigint - stock), 0) FROM products", {std::to_string(kStock)});
+  s.booked = std::stoll(value(booked, 0, 0));
+  db.commit();
+  if (files.empty()) return s;
+  for (auto& o : orders) {
+    const std::string path = receipt_path(files, o.key);
+    if (!exists(path)) continue;
+    try {
+      const Json j = parse_json(read_file(path), path);
+      s.receipts[o.key] = get_string(j, "key") == o.key ? get_int(j, "order") : -1;
+    } catch (const Error&) {
+      s.receipts[o.key] = -1;
+    }
+  }
+  return s;
+}
+
+// A write whose answer got lost is settled by looking for its row: it carries its side and its moment.
+void settle_probes(std::vector<ProbeSeen>& probes, const std::string& side, Session& db) {
+  std::set<std::int64_t> there;
+  auto r = db.run("SELECT at_us FROM probe WHERE side = $1", {side});
+  for (int i = 0; i < PQntuples(r.get()); ++i) there.insert(std::stoll(value(r, i, 0)));
+  for (auto& p : probes)
+    if (p.side == side && p.outcome == ProbeOutcome::unknown)
+      p.outcome = there.count(p.start_us) ? ProbeOutcome::accepted : ProbeOutcome::refused;
+}
+
+int run_check(int argc, char** argv) {
+  Options o(argc, argv,
+            {"history", "probes", "serving", "files", "yielding-side", "other", "other-files", "json", "findings"}, {});
+  const std::string yielding = o.get("yielding-side", "");
+  if (!yielding.empty() && yielding != "source" && yielding != "target")
+    throw Error(Code::usage, "--yielding-side is source or target");
+  if (o.has("probes") && yielding.empty())
+    throw Error(Code::usage, "--probes needs --yielding-side, or they cannot be judged");
+  o.need("history");
+  const auto orders = read_lines(o.all("history"), parse_order);
+  auto probes = read_lines(o.all("probes"), parse_probe);
+  Session serving(o.need("serving"));
+  const Stored held = read_side(serving, o.need("files"), orders);
+  std::optional<Stored> other_held;
+  if (o.has("other")) {
+    Session other(o.need("other"));
+    other_held = read_side(other, o.get("other-files", ""), orders);
+    if (!yielding.empty()) settle_probes(probes, yielding, other);
+  }
+  const Verdict v = judge(orders, probes, held, yielding, other_held);
+
+  const auto most = static_cast<std::size_t>(o.number("findings", 20));
+  for (std::size_t i = 0; i < v.findings.size() && i < most; ++i) std::printf("%s\n", v.findings[i].c_str());
+  if (v.findings.size() > most) std::printf("... and %zu more\n", v.findings.size() - most);
+  std::printf("acknowledged    %lld\nlost            %lld\ndoubled         %lld\nfailed          %lld\n"
+              "longest wait    %s, from %lld us\nboth accepting  %lld\nresets          %lld\n",
+              static_cast<long long>(v.acknowledged), static_cast<long long>(v.lost),
+              static_cast<long long>(v.doubled), static_cast<long long>(v.failed),
+              human_duration(Millis(static_cast<std::int64_t>(v.longest_wait_ms))).c_str(),
+              static_cast<long long>(v.longest_wait_at_us), static_cast<long long>(v.both_accepting),
+              static_cast<long long>(v.resets));
+  if (o.has("json"))
+    write_durably(o.need("json"),
+                  dump_line({{"acknowledged", v.acknowledged}, {"lost", v.lost}, {"doubled", v.doubled},
+                             {"failed", v.failed}, {"longest_wait_ms", v.longest_wait_ms},
+                             {"both_accepting", v.both_accepting}, {"resets", v.resets}}) + "\n", 0644);
+  return v.clean() ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace rehome::testing
+
+int main(int argc, char** argv) {
+  try {
+    return rehome::testing::run_check(argc, argv);
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "rehome-history-check: %s\n", e.what());
+    return 2;
+  }
+}
