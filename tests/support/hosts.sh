@@ -1,149 +1,370 @@
 #!/usr/bin/env bash
-# Two servers on one machine: network, mount, uts and pid namespaces, each with its own /var/lib, /srv, /run,
-# /etc/ssh, /etc/nginx, /root/.ssh and an sshd on port 22, joined by a veth pair. Needs root. Many worlds run side by side: names are
-# random, and addresses repeat because each world has its own networks.
-#   hosts.sh up WORLD            makes the world in the directory WORLD (kept short: unix sockets), starts both hosts
-#   hosts.sh enter WORLD HOST command...      HOST is old or new
-#   hosts.sh link WORLD down|up
-#   hosts.sh wire WORLD DELAY_MS LOSS_PERCENT RATE_MBIT   a slow and lossy wire in place of the veth pair
-#   hosts.sh power-cut WORLD HOST             kills the host's first process: all of it ends at once
-#   hosts.sh power-on WORLD HOST              boots it again: sshd, then the programs of /var/lib/boot.d in order
-#   hosts.sh down WORLD          ends all that it started and removes the world; safe twice
-set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-old_ip=10.77.0.1
-new_ip=10.77.0.2
+# Two servers and an administrator's machine, on one machine: each is a set of namespaces with its own network,
+# processes, home, /etc/ssh, /etc/nginx, /var/lib, /var/log, /srv, /run, /tmp and cgroups. As root.
+#
+#   hosts.sh new                          prints a fresh world directory (nothing runs yet)
+#   hosts.sh up WORLD [--for PID]         starts old, new and admin in a fresh or new directory; with --for, the world
+#                                         goes when that process does
+#   hosts.sh enter WORLD HOST COMMAND...  runs a command there, working directory /, HOME=/root
+#   hosts.sh path WORLD HOST /PATH        where a host's file is on this machine (not for /run and kept paths)
+#   hosts.sh pid WORLD HOST               the host's first process; fails when the host is off
+#   hosts.sh power-cut WORLD HOST         kills the first process: the host falls silent, as without power
+#   hosts.sh power-on WORLD HOST          boots it again from its directories; returns after /var/lib/boot.d
+#   hosts.sh link WORLD down|up           between old and new only: admin still reaches both, and carriers stay up
+#   hosts.sh wire WORLD DELAY LOSS RATE   one-way delay in ms, loss in percent, rate in Mbit/s (0: none); or: off
+#   hosts.sh down WORLD                   ends what it started and removes the directory; safe twice
+#
+# old is 10.77.0.1 and new is 10.77.0.2; root logs in with ssh from each of the three to both, by address or name. admin
+# is where clients and a controller on a third machine run. /run/booted exists once /var/lib/boot.d/* were run, in
+# order, each for at most a minute; their output is in /var/log/boot.log. The repository, the cache and
+# WORLD/shared are at the same path everywhere. Every network is a namespace of its own, so that many worlds can run.
+[ "${BASH_SOURCE[0]}" != "$0" ] || set -euo pipefail
 
-ip_of() { if [ "$1" = old ]; then echo $old_ip; else echo $new_ip; fi; }
-ns_of() { echo "$(cat "$1/id")-$2"; }
+support=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+repository=$(cd "$support/../.." && pwd)
+bin=${REHOME_BIN:-$repository/build/dev/bin}
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/rehome-test
+places=(old new admin)
+private=(root srv tmp var/lib var/log var/spool etc/ssh etc/nginx)
 
-boot() { # WORLD HOST
-  local world=$1 host=$2 root=$1/$2 ns
-  ns=$(ns_of "$world" "$host")
-  rm -rf "$root/run"
-  mkdir -p "$root"/{varlib,srv,run/sshd,root-ssh,etc-ssh,etc-nginx,varlog}
-  chmod 700 "$root/root-ssh"
-  : >"$root/ready"
-  # The first process is a bash that reaps orphans; when it is killed the kernel ends the whole host.
-  setsid ip netns exec "$ns" unshare -m -u -p --fork --mount-proc --propagation private \
-    bash -c '
-      set -e
-      host=$1 root=$2
-      exec 7>>"$root/ready"   # the world may lie under a directory that is covered below
-      hostname "$host"
-      mount --bind "$root/varlib" /var/lib
-      mount --bind "$root/srv" /srv
-      mount --bind "$root/run" /run
-      mount --bind "$root/root-ssh" /root/.ssh
-      mount --bind "$root/etc-ssh" /etc/ssh
-      mount --bind "$root/etc-nginx" /etc/nginx
-      mount --bind "$root/varlog" /var/log
-      # ip netns exec mounts a fresh /sys without the cgroups; freezing services needs them.
-      mount -t tmpfs tmpfs /sys/fs/cgroup 2>/dev/null && mkdir -p /sys/fs/cgroup/freezer && mount -t cgroup -o freezer cgroup /sys/fs/cgroup/freezer || true
-      cd /
-      /usr/sbin/sshd -E /var/log/sshd.log
-      if [ -d /var/lib/boot.d ]; then
-        for program in /var/lib/boot.d/*; do [ -x "$program" ] && "$program" >>/var/log/boot.log 2>&1 </dev/null; done
-      fi
-      echo up >&7
-      exec 7>&-
-      trap : CHLD
-      while :; do sleep 3600 & wait $! || true; done' host "$host" "$root" >"$root/init.log" 2>&1 </dev/null &
-  local outer=$!
-  disown
-  for _ in $(seq 500); do
-    [ -s "$root/ready" ] && break
-    kill -0 $outer 2>/dev/null || { echo "hosts.sh: $host did not boot:" >&2; cat "$root/init.log" >&2; return 1; }
-    sleep 0.02
-  done
-  [ -s "$root/ready" ] || { echo "hosts.sh: $host did not boot in 10 s:" >&2; cat "$root/init.log" >&2; return 1; }
-  pgrep -P $outer >"$root/init.pid"
+die() { echo "hosts.sh: $*" >&2; exit 1; }
+address() { case $1 in old) echo 10.77.0.1 ;; new) echo 10.77.0.2 ;; *) die "no host $1: old, new or admin" ;; esac; }
+world_id() { cat "$1/world" 2>/dev/null || die "$1 is not a world"; }
+
+# A pid alone may by now be somebody else's: with the time it started it is not.
+identity() {
+  local s
+  s=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
+  read -r -a s <<<"${s##*) }"
+  [ "${s[0]}" != Z ] && echo "${s[19]}"
+}
+remember() { echo "$1 $(identity "$1")" >"$2"; }
+recall() {  # FILE: the pid in it, when that process is still the same one
+  local pid since
+  read -r pid since 2>/dev/null <"$1" || return 1
+  [ -n "$since" ] && [ "$(identity "$pid")" = "$since" ] && echo "$pid"
 }
 
-up() {
-  local world=$1 id ns host
-  mkdir -p "$world"
-  id=rh$(od -An -N3 -tx1 /dev/urandom | tr -d ' \n')
-  echo "$id" >"$world/id"
-  mkdir -p /root/.ssh
-  for host in old new; do ip netns add "$id-$host"; done
-  ip link add veth0 netns "$id-old" type veth peer name veth0 netns "$id-new"
-  for host in old new; do
-    ns=$id-$host
-    ip -n "$ns" link set lo up
-    ip -n "$ns" addr add "$(ip_of $host)/24" dev veth0
-    ip -n "$ns" link set veth0 up
-    mkdir -p "$world/$host"/{etc-ssh,root-ssh,etc-nginx}
-    cp -r /etc/nginx/. "$world/$host/etc-nginx/"
-    ssh-keygen -q -t ed25519 -N '' -C "$host" -f "$world/$host/etc-ssh/ssh_host_ed25519_key"
-    ssh-keygen -q -t ed25519 -N '' -C "root@$host" -f "$world/$host/root-ssh/id_ed25519"
-    cat >"$world/$host/etc-ssh/sshd_config" <<C
-ListenAddress $(ip_of $host):22
+cgroup_roots() {  # where a host gets a cgroup of its own: the v2 tree, and v1's freezer
+  awk '$3 == "cgroup2" || ($3 == "cgroup" && $4 ~ /(^|,)freezer(,|$)/) {print $2}' /proc/self/mounts
+}
+cgroups_of() { local root; for root in $(cgroup_roots); do echo "$root/rehome-$1"; done; }
+
+init_of() { recall "$1/$2/init.pid" || die "$2 is off"; }
+in_net() { local pid; pid=$(init_of "$1" "$2"); shift 2; nsenter -t "$pid" -n -- "$@"; }
+
+# Runs as the first process of the new namespaces; becomes the init. The mounts may hide the world's own path (it may be
+# under /tmp), so they start from the working directory.
+inside() {
+  set -euo pipefail
+  local name=$1 fs=$2 ready=$3 init=$4 dir
+  shift 4
+  hostname "$name"
+  exec 9>"$ready"
+  for dir in "$@"; do  # what must be at the same path as outside
+    case $dir in
+      /tmp/* | /root/* | /srv/* | /var/lib/* | /var/log/* | /var/spool/*)
+        mkdir -p "$fs$dir"
+        mount --rbind "$dir" "$fs$dir" ;;
+      /run/*) echo "hosts.sh: $dir is under /run, which every host has of its own" >&2; exit 1 ;;
+    esac
+  done
+  cd "$fs"
+  local of_this_machine
+  for dir in root srv var/lib var/log var/spool etc/ssh etc/nginx; do
+    [ -d "/$dir" ] || continue
+    mount -c --rbind "./$dir" "/$dir"
+  done
+  mount -c --bind ./etc/hosts /etc/hosts
+  [ ! -d /dev/shm ] || mount -t tmpfs -o mode=1777 tmpfs /dev/shm
+  local kind options
+  while read -r _ of_this_machine kind options _; do
+    case $kind in
+      cgroup2) umount "$of_this_machine" && mount -t cgroup2 cgroup2 "$of_this_machine" ;;
+      cgroup) [[ ,$options, != *,freezer,* ]] ||
+        { umount "$of_this_machine" && mount -t cgroup -o freezer cgroup "$of_this_machine"; } ;;
+    esac
+  done <<<"$(grep -E ' cgroup2? ' /proc/self/mounts)"
+  mount -t tmpfs -o mode=755 tmpfs /run
+  mkdir -p /run/sshd /run/lock
+  mount -c --rbind ./tmp /tmp
+  cd /
+  [ "$name" = admin ] || /usr/sbin/sshd -E /var/log/sshd.log
+  echo up >&9
+  exec "$init" 9
+}
+
+place_up() {  # WORLD HOST: starts it and connects it
+  local world=$1 name=$2 id fs line init outer address
+  id=$(world_id "$world")-$name
+  fs=$world/$name/fs
+  rm -f "$world/$name/ready" "$world/$name/go"
+  mkfifo "$world/$name/ready" "$world/$name/go"
+  exec 7<>"$world/$name/ready" 6<>"$world/$name/go"
+  (
+    exec 7>&- 6>&-
+    for group in $(cgroups_of "$id"); do
+      mkdir -p "$group" 2>/dev/null && echo "$BASHPID" >"$group/cgroup.procs" || true
+    done
+    exec setsid unshare --net --mount --uts --ipc --pid --cgroup --fork --kill-child --mount-proc --propagation private \
+      bash -c "$(declare -f inside); read -r _ <\"\$0\"; inside \"\$@\"" "$world/$name/go" "$name" "$fs" \
+      "$world/$name/ready" "$bin/rehome-host-init" "$repository" "$bin" "$cache" "$world/shared"
+  ) </dev/null >>"$world/$name/init.out" 2>&1 &
+  outer=$!
+  disown
+  for _ in $(seq 500); do
+    # Until it has become unshare, its children are those of the lines above.
+    [ "$(cat "/proc/$outer/comm" 2>/dev/null)" = unshare ] && init=$(cat "/proc/$outer/task/$outer/children") && [ -n "$init" ] && break
+    sleep 0.01
+  done
+  init=${init%% *}
+  [ -n "$init" ] || die "$name did not start: $(tail -3 "$world/$name/init.out")"
+  remember "$outer" "$world/$name/outer.pid"
+  remember "$init" "$world/$name/init.pid"
+  nsenter -t "$init" -n -- ip link set lo up
+  if [ "$name" = admin ]; then
+    switch_up "$world"
+  else
+    # The address of the card stays over a reboot, so that nobody's neighbour table goes stale.
+    address=$(address "$name")
+    in_net "$world" admin ip -batch - <<E
+link add l-$name type veth peer name eth0 address 02:00:00:00:00:0${address##*.} netns $init
+link set l-$name master br-$name up
+E
+    nsenter -t "$init" -n -- ip -batch - <<E
+addr add $address/24 dev eth0
+link set eth0 up
+E
+  fi
+  echo go >&6
+  for line in up booted; do
+    for _ in $(seq 120); do
+      read -r -t 1 -u 7 got && break
+      identity "$init" >/dev/null || break
+    done
+    [ "${got:-}" = "$line" ] || die "$name did not boot: $(tail -3 "$world/$name/init.out")"
+  done
+  exec 7>&- 6>&-
+}
+
+# admin holds a bridge for each host and a trunk between the two, which `link` and `wire` cut, delay or replace. It has an
+# address on both bridges, and a route to each host that does not use the trunk.
+switch_up() {
+  in_net "$1" admin ip -batch - <<'E'
+link add br-old address 02:00:00:00:01:01 type bridge mcast_snooping 0
+link add br-new address 02:00:00:00:01:02 type bridge mcast_snooping 0
+addr add 10.77.0.251/32 dev br-old
+addr add 10.77.0.252/32 dev br-new
+link set br-old up
+link set br-new up
+route add 10.77.0.1 dev br-old src 10.77.0.251
+route add 10.77.0.2 dev br-new src 10.77.0.252
+E
+  # An address is answered for on its own bridge only, or clients of one host would come through the trunk.
+  in_net "$1" admin sh -c 'echo 1 >/proc/sys/net/ipv4/conf/all/arp_ignore; echo 2 >/proc/sys/net/ipv4/conf/all/arp_announce'
+  trunk_plain "$1"
+}
+trunk_plain() {
+  in_net "$1" admin ip -batch - <<'E'
+link add t-old type veth peer name t-new
+link set t-old master br-old up
+link set t-new master br-new up
+E
+}
+
+keys() {  # WORLD: every place gets a key; both hosts accept all three; all know both hosts' keys
+  local world=$1 name fs
+  for name in "${places[@]}"; do
+    fs=$world/$name/fs
+    mkdir -p "$fs/root/.ssh" "$fs/etc/ssh"
+    chmod 711 "$fs/root"
+    chmod 700 "$fs/root/.ssh"
+    ssh-keygen -q -t ed25519 -N '' -C "root@$name" -f "$fs/root/.ssh/id_ed25519"
+    ssh-keygen -q -t ed25519 -N '' -C "$name" -f "$fs/etc/ssh/ssh_host_ed25519_key"
+    printf '127.0.0.1 localhost\n10.77.0.1 old\n10.77.0.2 new\n10.77.0.251 admin\n' >"$fs/etc/hosts"
+    : >"$fs/etc/ssh/ssh_config"
+    [ "$name" != admin ] || continue
+    cat >"$fs/etc/ssh/sshd_config" <<E
 HostKey /etc/ssh/ssh_host_ed25519_key
 PidFile /run/sshd.pid
 PermitRootLogin prohibit-password
 PasswordAuthentication no
 KbdInteractiveAuthentication no
 UsePAM no
+UseDNS no
 MaxStartups 100
-C
+Subsystem sftp internal-sftp
+E
   done
-  for host in old new; do
-    cat "$world/old/root-ssh/id_ed25519.pub" "$world/new/root-ssh/id_ed25519.pub" >"$world/$host/root-ssh/authorized_keys"
-    for peer in old new; do
-      echo "$(ip_of $peer),$peer $(cut -d' ' -f1,2 "$world/$peer/etc-ssh/ssh_host_ed25519_key.pub")"
-    done >"$world/$host/root-ssh/known_hosts"
-    printf 'Host old\n  HostName %s\nHost new\n  HostName %s\nHost *\n  User root\n' $old_ip $new_ip >"$world/$host/root-ssh/config"
-    chmod 600 "$world/$host/root-ssh/"*
+  for name in "${places[@]}"; do
+    fs=$world/$name/fs/root/.ssh
+    cat "$world"/{old,new,admin}/fs/root/.ssh/id_ed25519.pub >"$fs/authorized_keys"
+    chmod 600 "$fs/authorized_keys"
+    for host in old new; do
+      echo "$host,$(address "$host") $(cut -d' ' -f1,2 "$world/$host/fs/etc/ssh/ssh_host_ed25519_key.pub")"
+    done >"$fs/known_hosts"
   done
-  boot "$world" old
-  boot "$world" new
+}
+
+fresh() { local dir; dir=$(mktemp -d "${TMPDIR:-/tmp}/rehome-world.XXXXXX"); echo "${dir##*.}" >"$dir/world"; echo "$dir"; }
+
+up() {
+  local world=$1 name dir
+  [ "$(id -u)" = 0 ] || die "namespaces need root"
+  [ -x "$bin/rehome-host-init" ] || die "$bin/rehome-host-init is not there: build first"
+  [[ $world = /* ]] || die "$world: an absolute path is needed"
+  if [ ! -e "$world/world" ]; then
+    # Of a directory that has other things in it, down must never remove anything.
+    mkdir -p "$world"
+    [ -z "$(ls -A "$world")" ] || die "$world is not empty"
+    echo "$(basename "$world")-$(head -c 4 /dev/urandom | od -An -tx1 | tr -d ' ')" >"$world/world"
+  fi
+  [ ! -d "$world/old" ] || die "$world is up already"
+  mkdir -p "$world/shared" "$cache"
+  chmod 755 "$world"
+  chmod 1777 "$world/shared"
+  for name in "${places[@]}"; do
+    for dir in "${private[@]}"; do mkdir -p "$world/$name/fs/$dir"; done
+    chmod 1777 "$world/$name/fs/tmp"
+    mkdir -p "$world/$name/fs/var/lib/boot.d" "$world/$name/fs/var/spool/cron/crontabs"
+    [ ! -d /etc/nginx ] || cp -a /etc/nginx/. "$world/$name/fs/etc/nginx/"
+    rm -rf "$world/$name/fs/etc/nginx/sites-enabled"
+    mkdir -p "$world/$name/fs/etc/nginx/sites-enabled" "$world/$name/fs/var/log/nginx" "$world/$name/fs/var/lib/nginx"
+  done
+  keys "$world"
+  for name in admin old new; do place_up "$world" "$name"; done
+  if [ "${2:-}" = --for ]; then
+    (exec setsid bash -c 'tail --pid="$1" -f /dev/null; exec "$0" down "$2"' "$support/hosts.sh" "$3" "$world") \
+      </dev/null >/dev/null 2>&1 &
+    remember $! "$world/guard.pid"
+    disown
+  fi
+}
+
+enter() {
+  local world=$1 name=$2 pid group
+  pid=$(init_of "$world" "$name")
+  shift 2
+  for group in $(cgroups_of "$(world_id "$world")-$name"); do
+    echo $$ >"$group/cgroup.procs" 2>/dev/null || true
+  done
+  unset XDG_CACHE_HOME XDG_STATE_HOME XDG_CONFIG_HOME XDG_RUNTIME_DIR TMPDIR SSH_AUTH_SOCK SSH_CONNECTION SSH_CLIENT
+  export HOME=/root USER=root LOGNAME=root PATH="$PATH:/usr/sbin:/sbin"
+  exec nsenter -t "$pid" -n -m -u -i -p -C -- "$@"
+}
+
+# Kills the first process, and with it all of the namespace. A v1 freezer would hold a killed process for ever.
+place_off() {
+  local world=$1 name=$2 group state pid file
+  for group in $(cgroups_of "$(world_id "$world")-$name"); do
+    [ ! -d "$group" ] || find "$group" -name freezer.state 2>/dev/null | while read -r state; do
+      echo THAWED >"$state" 2>/dev/null || true
+    done
+  done
+  for file in init outer; do
+    pid=$(recall "$world/$name/$file.pid") || continue
+    [ "$file" = outer ] || kill -9 "$pid" 2>/dev/null || true
+    for i in $(seq 1000); do
+      identity "$pid" >/dev/null || break
+      [ "$i" != 500 ] || kill -9 "$pid" 2>/dev/null || true
+      sleep 0.01
+    done
+  done
+  rm -f "$world/$name/init.pid" "$world/$name/outer.pid"
 }
 
 power_cut() {
-  local world=$1 host=$2 pid
-  [ -s "$world/$host/init.pid" ] || return 0
-  pid=$(cat "$world/$host/init.pid")
-  kill -9 "$pid" 2>/dev/null || true
-  for _ in $(seq 500); do kill -0 "$pid" 2>/dev/null || break; sleep 0.01; done
-  rm -f "$world/$host/init.pid"
+  local world=$1 name=$2
+  address "$name" >/dev/null
+  init_of "$world" "$name" >/dev/null
+  # The cable first: what dies must not be able to say goodbye.
+  in_net "$world" admin ip link del "l-$name"
+  place_off "$world" "$name"
+}
+
+power_on() {
+  local world=$1 name=$2
+  address "$name" >/dev/null
+  ! recall "$world/$name/init.pid" >/dev/null || die "$name is on"
+  find "$world/$name/fs/tmp" -mindepth 1 -delete 2>/dev/null || true
+  place_up "$world" "$name"
+}
+
+wire() {
+  local world=$1
+  shift
+  local running
+  running=$(recall "$world/wire.pid" || true)
+  if [ "$1" = off ]; then
+    [ -n "$running" ] || return 0
+    kill "$running"
+    while identity "$running" >/dev/null; do sleep 0.01; done
+    rm -f "$world/wire.pid" "$world/shared/wire"
+    trunk_plain "$world"
+    return
+  fi
+  [ $# = 3 ] || die "wire WORLD DELAY_MS LOSS_PERCENT RATE_MBIT"
+  if [ -z "$running" ]; then
+    mkfifo "$world/shared/wire"
+    in_net "$world" admin ip link del t-old
+    exec 5<>"$world/shared/wire"
+    "$support/hosts.sh" enter "$world" admin "$bin/rehome-wire" t-old t-new <&5 >"$world/wire.out" 2>&1 5>&- &
+    local outer=$!
+    disown
+    for _ in $(seq 500); do
+      grep -q ready "$world/wire.out" && break
+      kill -0 "$outer" 2>/dev/null || die "rehome-wire: $(cat "$world/wire.out")"
+      sleep 0.01
+    done
+    # nsenter forked into the pid namespace: the child is the wire itself.
+    running=$(cat "/proc/$outer/task/$outer/children")
+    remember "${running%% *}" "$world/wire.pid"
+    in_net "$world" admin ip -batch - <<'E'
+link set t-old master br-old up
+link set t-new master br-new up
+E
+  fi
+  printf 'delay %s\nloss %s\nrate %s\n' "$1" "$2" "$3" 1<>"$world/shared/wire"
 }
 
 down() {
-  local world=$1 host id
-  [ -s "$world/id" ] || { rm -rf "$world"; return 0; }
-  id=$(cat "$world/id")
-  if [ -s "$world/wire.pid" ]; then kill "$(cat "$world/wire.pid")" 2>/dev/null || true; fi
-  for host in old new; do
-    power_cut "$world" "$host"
-    ip netns del "$id-$host" 2>/dev/null || true
-    rmdir /sys/fs/cgroup/freezer/rehome-"$id"-* 2>/dev/null || true
+  local world=$1 name group pid id
+  [ -f "$world/world" ] || return 0
+  id=$(world_id "$world")
+  if pid=$(recall "$world/guard.pid"); then
+    # The guard itself calls this when its time has come.
+    if [ "$pid" != $$ ]; then
+      name=$(cat "/proc/$pid/task/$pid/children" 2>/dev/null || true)
+      kill "$pid" ${name:+$name} 2>/dev/null || true
+    fi
+  fi
+  for name in old new admin; do place_off "$world" "$name"; done
+  for name in "${places[@]}"; do
+    for group in $(cgroups_of "$id-$name"); do
+      for _ in $(seq 100); do
+        [ -d "$group" ] || break
+        find "$group" -depth -type d -exec rmdir {} + 2>/dev/null || sleep 0.02
+      done
+    done
   done
-  rm -rf "$world"
+  rm -rf --one-file-system "$world"
 }
 
-case ${1:-} in
-  up) up "$2" ;;
-  down) down "$2" ;;
-  enter)
-    world=$2 host=$3; shift 3
-    exec nsenter -t "$(cat "$world/$host/init.pid")" -n -m -u -p -- "$@" ;;
-  link) for host in old new; do
-      ns=$(ns_of "$2" $host)
-      if ip -n "$ns" link show tap0 >/dev/null 2>&1; then ip -n "$ns" link set tap0 "$3"; else ip -n "$ns" link set veth0 "$3"; fi
-    done ;;
-  wire)
-    world=$2 program=${REHOME_WIRE:-$here/../../build/dev/bin/rehome-wire}
-    ip -n "$(ns_of "$world" old)" link del veth0
-    mkfifo "$world/wire.fifo"
-    setsid "$program" "$(ns_of "$world" old)" "$(ns_of "$world" new)" tap0 "${3:-0}" "${4:-0}" "${5:-0}" <>"$world/wire.fifo" >"$world/wire.out" 2>&1 &
-    echo $! >"$world/wire.pid"; disown
-    for _ in $(seq 200); do grep -q ready "$world/wire.out" && break; sleep 0.02; done
-    for host in old new; do
-      ip -n "$(ns_of "$world" $host)" addr add "$(ip_of $host)/24" dev tap0
-      ip -n "$(ns_of "$world" $host)" link set tap0 up
-    done ;;
-  power-cut) power_cut "$2" "$3" ;;
-  power-on) boot "$2" "$3" ;;
-  *) sed -n '2,15p' "$0" >&2; exit 2 ;;
+[ "${BASH_SOURCE[0]}" = "$0" ] || return 0  # sourced: a library
+
+command=${1:-}
+[ $# -eq 0 ] || shift
+case $command in
+  new) fresh ;;
+  up) up "$@" ;;
+  enter) enter "$@" ;;
+  path) echo "$1/$2/fs$3" ;;
+  pid) init_of "$1" "$2" ;;
+  power-cut) power_cut "$@" ;;
+  power-on) power_on "$@" ;;
+  link)
+    case $2 in down | up) in_net "$1" admin ip link set t-old "$2" ;; *) die "link WORLD down|up" ;; esac ;;
+  wire) wire "$@" ;;
+  down) down "$@" ;;
+  *) sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac
