@@ -1,0 +1,193 @@
+#include <CLI/CLI.hpp>
+#include <csignal>
+#include <cstdio>
+#include <ctime>
+
+#include "base/text.h"
+#include "cli/print.h"
+#include "ops/ops.h"
+#include "ops/run.h"
+#include "sys/fs.h"
+
+namespace {
+
+using namespace rehome;
+
+// The second Ctrl-C means it: the agents hold what must be held, so that ending here loses nothing.
+void on_interrupt(int) {
+  if (ops::cancel_flag().exchange(true)) std::_Exit(130);
+}
+
+// "2026-03-01 22:00" or "22:00", local time; microseconds since the epoch.
+std::int64_t parse_when(const std::string& text) {
+  std::tm tm{};
+  std::time_t now = std::time(nullptr);
+  localtime_r(&now, &tm);
+  std::tm day = tm;
+  const char* end = ::strptime(text.c_str(), "%Y-%m-%d %H:%M", &day);
+  if (!end || *end) {
+    day = tm;
+    end = ::strptime(text.c_str(), "%H:%M", &day);
+  }
+  if (!end || *end) throw Error(Code::usage, "--at " + text + " is not a time", "write \"2026-03-01 22:00\" or 22:00");
+  day.tm_sec = 0;
+  day.tm_isdst = -1;
+  std::time_t at = std::mktime(&day);
+  if (at < now && text.size() <= 5) at += 86400;
+  if (at < now) throw Error(Code::usage, "--at " + text + " is in the past", "name a time to come");
+  return static_cast<std::int64_t>(at) * 1'000'000;
+}
+
+std::string exit_statuses() {
+  std::string out = "Exit statuses:\n  0    done\n";
+  std::size_t n = 0;
+  const CodeInfo* rows = error_table(n);
+  for (std::size_t i = 0; i < n; i++) {
+    char buf[160];
+    std::snprintf(buf, sizeof buf, "  %-4d %-13s %s\n", rows[i].exit_status, std::string(rows[i].name).c_str(), std::string(rows[i].meaning).c_str());
+    out += buf;
+  }
+  return out;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::signal(SIGPIPE, SIG_IGN);
+  std::signal(SIGHUP, SIG_IGN);   // a closed terminal stops nothing that follows
+  struct sigaction interrupt{};
+  interrupt.sa_handler = on_interrupt;
+  ::sigaction(SIGINT, &interrupt, nullptr);
+  ::sigaction(SIGTERM, &interrupt, nullptr);
+
+  CLI::App app{"rehome moves a live, stateful deployment to a new server or version, and back, without losing a write."};
+  app.footer(exit_statuses());
+  app.require_subcommand(1);
+  app.fallthrough();
+  cli::PrintOptions print;
+  std::string file = "rehome.yaml";
+  app.add_option("-f,--file", file, "the deployment")->capture_default_str();
+  app.add_flag("--json", print.json, "one JSON object a line");
+  app.add_flag("-q,--quiet", print.quiet, "results and errors only");
+
+  std::function<int()> action;
+  auto emit = [&print](const Json& e) { cli::print(print, e); };
+  auto common = [&](auto& o) -> auto& {
+    o.file = file;
+    o.emit = emit;
+    return o;
+  };
+  auto command = [&](const char* name, const char* what, const char* examples) {
+    CLI::App* c = app.add_subcommand(name, what);
+    c->footer(std::string("Examples:\n") + examples);
+    return c;
+  };
+
+  ops::CheckOptions check;
+  command("check", "find what would break the migration; changes nothing", "  rehome check\n  rehome -f shop.yaml check --json")
+      ->callback([&] { action = [&] { return ops::check(common(check)); }; });
+
+  ops::PlanOptions plan;
+  auto* c = command("plan", "show every step, its size, time and the expected pause; changes nothing", "  rehome plan\n  rehome plan --out friday.plan");
+  c->add_option("--out", plan.out, "save the plan with the facts it was made from");
+  c->callback([&] { action = [&] { return ops::plan(common(plan)); }; });
+
+  ops::BeginOptions begin;
+  c = command("begin", "connect the sites, copy everything, and follow", "  rehome begin\n  rehome begin --plan friday.plan");
+  c->add_option("--plan", begin.plan, "refuse when this saved plan is stale");
+  c->add_flag("--allow-restart", begin.allow_restart, "settings that need a server restart may be changed");
+  c->callback([&] { action = [&] { return ops::begin(common(begin)); }; });
+
+  ops::StatusOptions status;
+  bool watch = false;
+  c = command("status", "who serves, how far behind the other is, what is waited for", "  rehome status\n  rehome status --watch\n  rehome status --json");
+  c->add_flag("--watch", watch, "again every second, until Ctrl-C");
+  c->callback([&] {
+    action = [&] {
+      int result = ops::status(common(status));
+      while (watch && !ops::cancel_flag()) {
+        system_clock().sleep(Millis(1000));
+        if (!print.json) std::fputs("\n", stdout);
+        result = ops::status(status);
+      }
+      return result;
+    };
+  });
+
+  ops::VerifyOptions verify;
+  c = command("verify", "compare both sites at one consistent point, and name what differs", "  rehome verify\n  rehome verify --store db");
+  c->add_option("--store", verify.store, "this store only");
+  c->callback([&] { action = [&] { return ops::verify(common(verify)); }; });
+
+  ops::SwitchOptions sw;
+  std::string at, patience;
+  c = command("switch", "the target takes over, within max_pause, or nothing changes", "  rehome switch\n  rehome switch --when-ready\n  rehome switch --at 22:00 --when-ready");
+  c->add_flag("--when-ready", sw.when_ready, "wait until the predicted pause is within max_pause");
+  c->add_option("--patience", patience, "how long --when-ready waits (24h)");
+  c->add_option("--at", at, "not before this time, \"2026-03-01 22:00\" or 22:00");
+  c->add_option("--plan", sw.plan, "refuse when this saved plan is stale");
+  c->add_flag("--recopy", sw.recopy, "first copy again what a change of the schema made necessary");
+  c->callback([&] {
+    action = [&] {
+      if (!at.empty()) sw.at_us = parse_when(at);
+      if (!patience.empty()) {
+        auto d = parse_duration(patience);
+        if (!d) throw Error(Code::usage, "--patience " + patience + " is not a duration", "write 30min or 2h");
+        sw.patience = *d;
+      }
+      return ops::switch_over(common(sw));
+    };
+  });
+
+  ops::ReverseOptions reverse;
+  c = command("reverse", "back to the side that served before; the same pause, nothing lost", "  rehome reverse\n  rehome reverse --target-is-gone --confirm new.example.org");
+  c->add_flag("--target-is-gone", reverse.target_is_gone, "the target is off for good: its last writes may be lost, see status for the lag");
+  c->add_option("--confirm", reverse.confirm, "the host that you know is off");
+  c->callback([&] { action = [&] { return ops::reverse(common(reverse)); }; });
+
+  ops::CompleteOptions complete;
+  c = command("complete", "end the run: everything of rehome gone from both sites, but the old side's fence", "  rehome complete\n  rehome complete --unfence-source");
+  c->add_flag("--unfence-source", complete.unfence_source, "lift the old side's fence too");
+  c->add_flag("--anyway", complete.anyway, "although clients still arrive at the old address");
+  c->callback([&] { action = [&] { return ops::complete(common(complete)); }; });
+
+  ops::CancelOptions cancel;
+  command("cancel", "before a switch: take everything back, the source never stopped serving", "  rehome cancel")
+      ->callback([&] { action = [&] { return ops::cancel(common(cancel)); }; });
+
+  ops::MigrateOptions migrate;
+  c = command("migrate", "begin, verify and switch in one go", "  rehome migrate\n  rehome migrate --plan friday.plan");
+  c->add_option("--plan", migrate.plan, "refuse when this saved plan is stale");
+  c->add_flag("--allow-restart", migrate.allow_restart, "settings that need a server restart may be changed");
+  c->callback([&] { action = [&] { return ops::migrate(common(migrate)); }; });
+
+  ops::ResumeOptions resume;
+  c = command("resume", "go on after an interruption, from any machine that reaches both sites", "  rehome resume\n  rehome resume --recopy\n  rehome resume --source-is-gone --confirm old.example.org");
+  c->add_flag("--recopy", resume.recopy, "copy again what a change of the schema made necessary");
+  c->add_flag("--source-is-gone", resume.source_is_gone, "the source is off for good after the commit: open the target");
+  c->add_option("--confirm", resume.confirm, "the host that you know is off");
+  c->callback([&] { action = [&] { return ops::resume(common(resume)); }; });
+
+  ops::ReportOptions report;
+  c = command("report", "one HTML page: what was done, the pause and where it went, what was verified and left", "  rehome report\n  rehome report --out friday.html");
+  c->add_option("--out", report.out, "the file (rehome-report.html)");
+  c->callback([&] {
+    action = [&] {
+      common(report);
+      return cli::write_report(print, report);
+    };
+  });
+
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    int status = app.exit(e);
+    return status == 0 ? 0 : error_info(Code::usage).exit_status;
+  }
+  try {
+    return action();
+  } catch (const Error& e) {
+    cli::print_error(print, e);
+    return error_info(e.code).exit_status;
+  }
+}
