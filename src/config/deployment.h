@@ -48,7 +48,7 @@ struct SiteConfig {
 
 struct LinkConfig {
   Side initiator = Side::target;  // the site that can reach the other
-  SshHost ssh;                    // the other site as seen from the initiator
+  SshHost ssh;                    // the other site as seen from the initiator; no host: both are this machine
 };
 
 struct FilesConfig {
@@ -122,7 +122,7 @@ struct CheckConfig {
   std::string name;
   enum class Kind { http, sql, command } kind = Kind::http;
   enum class Where { source, target, both } where = Where::both;
-  std::string url;
+  std::string url;                   // a path alone ("/health") is asked for at the site's own front door: url_at()
   int status = 200;
   std::string body;                  // a substring; empty: any
   std::string store, database, sql, expect;
@@ -152,5 +152,8 @@ struct Deployment {
   Millis drain_deadline{10000};
   Limits limits;
 };
+
+// Where an http check asks at this site: its URL, or its path at the host of the site's first known front door.
+std::string url_at(const Deployment& d, const CheckConfig& check, Side side);
 
 }  // namespace rehome
