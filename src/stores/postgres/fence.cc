@@ -2,11 +2,12 @@
 // The fence is one transaction that holds every table's lock and the refusing trigger function's new body: ROLLBACK backs out,
 // COMMIT makes it hard. One session does both, so a server that restarted in between fails the COMMIT (docs/model, HOLE_RESTART).
 #include <algorithm>
+#include <atomic>
 #include <random>
 #include <thread>
 
 #include "base/text.h"
-#include "stores/postgres/postgres.h"
+#include "stores/postgres/lock.h"
 
 namespace rehome {
 namespace {
@@ -69,22 +70,21 @@ class PostgresCut : public Cut {
     }
   }
 
+  ~PostgresCut() override {
+    // Sessions end with their objects, and with them every lock that is still soft.
+    pulse_ = {};
+  }
+
   void soft_fence(Deadline deadline) override {
     each("soft fence", [&](Database& db) {
-      PgSession& s = *db.fence;
-      pg_retry_locks(deadline, [&] {
-        try {
-          // lock_timeout counts for each lock; statement_timeout bounds all of the statement's locks together.
-          s.exec("BEGIN; SET LOCAL statement_timeout = '100ms'; SET LOCAL lock_timeout = '100ms'", deadline);
-          s.exec(db.lock, deadline);
-          s.exec("SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = '100ms'; " + db.refuse, deadline);
-        } catch (const Error&) {
-          if (!s.broken()) s.exec("ROLLBACK");
-          throw;
-        }
-      });
+      std::lock_guard alive(db.fence_mutex);
+      db.lock->take(db.refuse, deadline);
       db.fenced = true;
     });
+    int tries = 0;
+    for (auto& db : all_) tries += db->lock->tries();
+    timings_["lock tries"] = tries;
+    keep_alive();
   }
 
   void marker(Deadline deadline) override {
@@ -134,16 +134,28 @@ class PostgresCut : public Cut {
   void hard_fence(Deadline deadline) override {
     each("hard fence", [&](Database& db) {
       REHOME_CHECK(db.fenced);
+      std::lock_guard alive(db.fence_mutex);
       db.fence->exec("COMMIT", deadline);
       db.fenced = false;
+      // COMMIT of a transaction that failed in between reports success with another tag.
+      if (db.fence->command_tag() != "COMMIT")
+        throw Error(Code::store, db.name + ": the fence's transaction had failed, its commit was a rollback", "try again", true);
     });
   }
 
   void release() override {
+    pulse_ = {};
+    std::optional<Error> failure;
     for (auto& db : all_) {
-      if (db->fenced && !db->fence->broken()) db->fence->exec("ROLLBACK", Deadline::in(Millis(2000)));
+      try {
+        if (db->fenced && !db->fence->broken()) db->fence->exec("ROLLBACK", Deadline::in(Millis(2000)));
+      } catch (const Error& e) {
+        // Its session goes with this object; the other databases must be let go now.
+        failure = e;
+      }
       db->fenced = false;
     }
+    if (failure) throw *failure;
   }
 
   Json timings() const override { return timings_; }
@@ -153,28 +165,22 @@ class PostgresCut : public Cut {
     std::string name;
     PgFlow forward, reverse;
     std::unique_ptr<PgSession> fence, marker, target;
-    std::string lock, refuse, token, position, table_array;
+    std::unique_ptr<WriterLock> lock;
+    std::mutex fence_mutex;   // the pulse and the phases share that session
+    std::string refuse, token, position, table_array;
     std::vector<std::string> unlogged;
     bool large_objects = false;
-    bool fenced = false;
+    std::atomic<bool> fenced{false};
     std::int64_t ddl_at_open = 0;
     std::vector<Sequence> sequences;   // as they are on the taking-over side
   };
 
   void make_ready(Database& db) {
     PgSession& s = *db.fence;
-    // With the default of 1 s, two-table transactions that meet the fence stall for seconds; autovacuum yields to a lock wait
-    // after deadlock_timeout too.
-    s.exec("SET deadlock_timeout = '10ms'; SET idle_in_transaction_session_timeout = '4s'; SET client_min_messages = 'error'");
     auto tables = store_.tables(s);
-    std::vector<std::string> names;
-    for (const auto& t : tables) {
-      names.push_back("ONLY " + t.full());
+    for (const auto& t : tables)
       if (t.unlogged && !t.partitioned) db.unlogged.push_back(t.full() + "\n" + t.columns);
-    }
-    std::sort(names.begin(), names.end());
-    // pg_class holds back DDL; the large objects have no trigger, so only the lock holds their writers.
-    db.lock = "LOCK TABLE " + (names.empty() ? "" : join(names, ", ") + ", ") + "pg_class, pg_largeobject, pg_largeobject_metadata IN SHARE ROW EXCLUSIVE MODE";
+    db.lock = std::make_unique<WriterLock>(store_, d_.yields, s, tables);
     db.refuse = pgsql::fence_function(true, std::string("the ") + std::string(side_name(d_.takes())) + " serves now") + "; " + pgsql::ddl_function(true);
     db.table_array = "{";
     for (const auto& t : tables) {
@@ -196,6 +202,24 @@ class PostgresCut : public Cut {
     db.sequences = read_sequences(*db.target);
     bring_sequences(db, read_sequences(*db.marker), {});
     db.target->query("SELECT end_lsn FROM pg_replication_slot_advance($1, pg_current_wal_flush_lsn())", std::vector<std::string>{db.reverse.slot});
+  }
+
+  // A fence that its holder has forgotten falls by the idle timeout; one that only waits for slower stores must not.
+  void keep_alive() {
+    pulse_ = std::jthread([this](std::stop_token stop) {
+      while (!stop.stop_requested()) {
+        for (int i = 0; i < 50 && !stop.stop_requested(); i++) system_clock().sleep(Millis(10));
+        for (auto& db : all_) {
+          std::unique_lock alive(db->fence_mutex, std::try_to_lock);
+          if (!alive || !db->fenced || stop.stop_requested()) continue;
+          try {
+            db->fence->exec("SELECT 1", Deadline::in(Millis(1000)));
+          } catch (const Error&) {
+            // The COMMIT will fail, and say why.
+          }
+        }
+      }
+    });
   }
 
   void each(const char* what, const std::function<void(Database&)>& work) {
@@ -283,6 +307,7 @@ class PostgresCut : public Cut {
   Direction d_;
   std::vector<std::unique_ptr<Database>> all_;
   Json timings_ = Json::object();
+  std::jthread pulse_;
 };
 
 std::unique_ptr<Cut> PostgresStore::open_cut(StoreContext& c, Direction d) { return std::make_unique<PostgresCut>(c, *this, d); }

@@ -101,6 +101,18 @@ std::vector<PgTable> PostgresStore::tables(PgSession& s) {
   return found;
 }
 
+std::vector<std::int64_t> PostgresStore::lock_order(Side side, const std::string& database) {
+  std::lock_guard lock(mutex_);
+  return lock_order_[std::string(side_name(side)) + "/" + database];
+}
+
+void PostgresStore::locks_first(Side side, const std::string& database, std::int64_t oid) {
+  std::lock_guard lock(mutex_);
+  auto& order = lock_order_[std::string(side_name(side)) + "/" + database];
+  std::erase(order, oid);
+  order.insert(order.begin(), oid);
+}
+
 std::string PostgresStore::ask(StoreContext& c, Side side, const std::string& database, const std::string& query) {
   auto s = session(c, side, database, "rehome check");
   s->exec("RESET search_path");

@@ -70,6 +70,10 @@ class PostgresStore : public Store {
   std::string key(const std::string& what, const std::string& database = {}) const;
   const PostgresServer& server(Side side) const { return config_.postgres.server[side]; }
   const StoreConfig& config() const { return config_; }
+  // The tables that the application locks first, as fences have met them: a fence that locks in the same order meets no
+  // deadlock. Oids at `side`.
+  std::vector<std::int64_t> lock_order(Side side, const std::string& database);
+  void locks_first(Side side, const std::string& database, std::int64_t oid);
 
  private:
   void prepare_source(StoreContext&, const std::string& database);
@@ -95,6 +99,7 @@ class PostgresStore : public Store {
   std::string tag_;          // short hash of deployment and store: part of every name that is global to a cluster
   std::mutex mutex_;
   std::map<std::string, std::string> secrets_;
+  std::map<std::string, std::vector<std::int64_t>> lock_order_;
 };
 
 // SQL that several phases share.

@@ -65,7 +65,7 @@ void PgSession::fail(const PGresult* result, std::string_view sql) {
   bool lost = PQstatus(connection_.get()) != CONNECTION_OK;
   throw PgError(lost ? Code::unreachable : state == "28000" || state == "42501" ? Code::denied : Code::store, text,
                 lost ? "is the server running? then resume" : "", lost || pg_is_lock_failure(state) || state.starts_with("40"),
-                state);
+                state, detail);
 }
 
 void PgSession::leave() {
@@ -118,6 +118,7 @@ std::vector<PgRow> PgSession::collect(std::string_view sql, Deadline deadline) {
       }
       case PGRES_COMMAND_OK:
         rows.clear();
+        command_tag_ = PQcmdStatus(result.get());
         break;
       case PGRES_EMPTY_QUERY:
         break;
@@ -267,8 +268,12 @@ bool pg_is_lock_failure(const std::string& s) {
          s == "55006" /* object in use */;
 }
 
-void pg_retry_locks(Deadline deadline, const std::function<void()>& work) {
+void pg_random_wait(Millis most) {
   thread_local std::mt19937 random{std::random_device{}()};
+  system_clock().sleep(Millis(std::uniform_int_distribution<std::int64_t>(1, most.count())(random)));
+}
+
+void pg_retry_locks(Deadline deadline, const std::function<void()>& work) {
   while (true) {
     try {
       return work();
@@ -277,8 +282,7 @@ void pg_retry_locks(Deadline deadline, const std::function<void()>& work) {
     } catch (const Error& e) {
       if (e.code != Code::timeout || !e.retryable || deadline.passed()) throw;
     }
-    // Random, so that two who wait for each other do not meet again.
-    system_clock().sleep(Millis(std::uniform_int_distribution<int>(5, 100)(random)));
+    pg_random_wait(Millis(100));
   }
 }
 

@@ -31,9 +31,10 @@ using PgRow = std::vector<std::optional<std::string>>;
 // An error of the server carries its SQLSTATE in `sqlstate`.
 class PgError : public Error {
  public:
-  PgError(Code code, std::string message, std::string hint, bool retryable, std::string sqlstate)
-      : Error(code, std::move(message), std::move(hint), retryable), sqlstate(std::move(sqlstate)) {}
+  PgError(Code code, std::string message, std::string hint, bool retryable, std::string sqlstate, std::string detail = {})
+      : Error(code, std::move(message), std::move(hint), retryable), sqlstate(std::move(sqlstate)), detail(std::move(detail)) {}
   std::string sqlstate;
+  std::string detail;   // the server's DETAIL, whole
 };
 
 class PgSession {
@@ -51,6 +52,8 @@ class PgSession {
   // The only value of the only row; throws when there is none. NULL is "".
   std::string value(const std::string& sql, Deadline deadline = {});
   std::string value(const std::string& sql, const std::vector<std::string>& parameters, Deadline deadline = {});
+  // The tag of the last command ("COMMIT"): a COMMIT of a failed transaction succeeds, with the tag ROLLBACK.
+  const std::string& command_tag() const { return command_tag_; }
   std::int64_t number(const std::string& sql) { return std::stoll(value(sql)); }
 
   // Pumps COPY ... TO STDOUT of this session into COPY ... FROM STDIN of the other; `moved` hears the bytes as they go
@@ -82,6 +85,7 @@ class PgSession {
   PgAddress address_;
   std::unique_ptr<PGconn, Close> connection_;
   std::vector<std::string> notices_;
+  std::string command_tag_;
 };
 
 std::string pg_identifier(std::string_view name);                           // "quoted"
@@ -89,6 +93,8 @@ std::string pg_literal(std::string_view text);                              // '
 // Runs `work` under lock_timeout 100 ms and tries it again after a random wait (5 to 100 ms) when it met a lock, until
 // the deadline; then the last error. `work` must leave no transaction open when it throws.
 void pg_retry_locks(Deadline deadline, const std::function<void()>& work);
+// A random wait up to `most`: two who wait for each other do not meet again.
+void pg_random_wait(Millis most);
 bool pg_is_lock_failure(const std::string& sqlstate);
 
 }  // namespace rehome

@@ -5,7 +5,7 @@
 #include <thread>
 
 #include "base/text.h"
-#include "stores/postgres/postgres.h"
+#include "stores/postgres/lock.h"
 
 namespace rehome {
 namespace {
@@ -85,15 +85,12 @@ Verdict PostgresStore::verify(StoreContext& c) {
     auto y = session(c, publisher, database, pgsql::kFenceApplication), m = session(c, publisher, database, "rehome marker"), t = session(c, f.subscriber(), database, "rehome verify");
     auto hold_y = session(c, publisher, database, "rehome verify"), hold_t = session(c, f.subscriber(), database, "rehome verify");
     auto list = tables(*hold_y);
-    std::string names;
-    for (const auto& table : list) names += (names.empty() ? "ONLY " : ", ONLY ") + table.full();
     std::string snap_y, snap_t;
-    y->exec("SET deadlock_timeout = '10ms'; SET idle_in_transaction_session_timeout = '4s'");
+    WriterLock lock(*this, publisher, *y, list);
     Deadline deadline = Deadline::in(Millis(30000));
     pg_retry_locks(deadline, [&] {
       try {
-        y->exec("BEGIN; SET LOCAL statement_timeout = '100ms'; SET LOCAL lock_timeout = '100ms'");
-        if (!names.empty()) y->exec("LOCK TABLE " + names + " IN SHARE ROW EXCLUSIVE MODE");
+        lock.take("", deadline);
         hold_y->exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
         snap_y = hold_y->value("SELECT pg_export_snapshot()");
         std::string token = m->value("INSERT INTO rehome.marker(token) VALUES ('verify ' || gen_random_uuid()) RETURNING token");
