@@ -19,6 +19,10 @@ std::string tail_of(const std::string& text) {
   return std::string(t);
 }
 
+void replace_all(std::string& text, std::string_view what, const std::string& with) {
+  for (auto at = text.find(what); at != std::string::npos; at = text.find(what, at + with.size())) text.replace(at, what.size(), with);
+}
+
 }  // namespace
 
 Json to_json(const Action& a) {
@@ -196,14 +200,17 @@ void Actions::warm(ActionSet which) { probe(which); }
 
 void Actions::begin(ActionSet which) { at(which).restart = true; }
 
-void Actions::run(ActionSet which) {
+void Actions::run(ActionSet which, std::int64_t attempt, std::int64_t epoch) {
   check_readable();
   Set& s = at(which);
   std::lock_guard running(s.running);
   if (s.restart.exchange(false)) s.next = 0;
   for (; s.next < s.items.size(); s.next++) {
     Ticks from = system_clock().now();
-    feed(s, s.next, s.items[s.next].command.input);
+    std::string input = s.items[s.next].command.input;
+    replace_all(input, "@rehome_attempt@", std::to_string(attempt));
+    replace_all(input, "@rehome_epoch@", std::to_string(epoch));
+    feed(s, s.next, input);
     char took[64];
     std::snprintf(took, sizeof took, " done in %.1f ms", ms_between(from, system_clock().now()));
     log_(std::string(name_of(which)) + ": " + s.items[s.next].name + took);

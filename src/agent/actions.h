@@ -58,7 +58,8 @@ class Actions {
   void warm(ActionSet which);
   void begin(ActionSet which);
   // One pass from the first item that has not succeeded since begin(); throws the failure of the item that fails.
-  void run(ActionSet which);
+  // @rehome_attempt@ and @rehome_epoch@ in the inputs become these numbers.
+  void run(ActionSet which, std::int64_t attempt, std::int64_t epoch);
   // Asks every warm program of the set for a sign of life. Throws when one cannot run now.
   void probe(ActionSet which);
   void stop();  // ends the warm programs

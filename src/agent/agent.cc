@@ -8,6 +8,7 @@
 
 #include <cerrno>
 #include <cstdio>
+#include <utility>
 
 #include "agent/exec.h"
 #include "agent/wire.h"
@@ -178,13 +179,44 @@ void Agent::allow_services() {
 }
 
 Json Agent::peer_hello() const {
-  Json j{{"version", kAgentVersion}, {"side", side()}, {"boot_id", boot_id_}, {"pid", ::getpid()}};
+  Json j{{"version", kAgentVersion}, {"side", side()}, {"boot_id", boot_id_}, {"pid", ::getpid()}, {"gate_told", gate_.told()}};
   if (auto r = attempt_.record()) j["record"] = record_to_json(*r);
   return j;
 }
 
-void Agent::prepared(std::int64_t attempt, std::int64_t epoch, Deadline deadline) {
-  link_.call("prepare", {{"op", "peer.prepared"}, {"attempt", attempt}, {"epoch", epoch}}, deadline);
+AttemptPeer::State Agent::state(Deadline deadline) {
+  Json hello = peer_hello();
+  hello["op"] = "peer.hello";
+  Json j = link_.call("prepare", hello, deadline);
+  if (!j.contains("record")) throw Error(Code::state, "the other agent has no readable record", "see status on that site");
+  return {record_from_json(j["record"]), get_bool(j, "gate_told", false)};
+}
+
+void Agent::ready(std::int64_t attempt, std::int64_t epoch, Deadline deadline) {
+  link_.call("prepare", {{"op", "peer.ready"}, {"attempt", attempt}, {"epoch", epoch}}, deadline);
+}
+
+void Agent::prepared_soon(std::int64_t attempt, std::int64_t epoch) {
+  std::lock_guard lock(prepare_mutex_);
+  prepare_ = {{"op", "peer.prepared"}, {"attempt", attempt}, {"epoch", epoch}};
+  prepare_changed_.notify_all();
+}
+
+void Agent::prepare_loop() {
+  while (!stopping_) {
+    Json message;
+    {
+      std::unique_lock lock(prepare_mutex_);
+      prepare_changed_.wait_for(lock, Millis(200));
+      message = std::exchange(prepare_, Json());
+    }
+    if (message.is_null()) continue;
+    try {
+      link_.call("prepare", message, Deadline::in(Millis(2000)));
+    } catch (const Error& e) {
+      log(std::string("prepared: ") + e.what());
+    }
+  }
 }
 
 PeerAnswer Agent::commit(std::int64_t attempt, std::int64_t epoch, Deadline deadline) {
@@ -287,12 +319,14 @@ int Agent::serve(const std::atomic<bool>& stop) {
   log("agent " + std::string(kAgentVersion) + " starts, pid " + std::to_string(::getpid()) + ", side " + side());
   if (!options_.ephemeral) {
     // First of all, before services of this host can start: the start condition, and what the gate is to do.
-    attempt_.start();
+    attempt_.start(config("boot_id").is_string() && config("boot_id") != boot_id_);
+    set_config("boot_id", boot_id_);
     start_residents();
     gate_.start();
     link_.start();
     for (auto& m : modules_) m->start();
     worker_ = std::thread([this] { work_loop(); });
+    preparer_ = std::thread([this] { prepare_loop(); });
   }
   Fd listener = listen_on({.path = options_.state + "/run/agent.sock"}, 0600);
   Ticks start = system_clock().now();
@@ -329,6 +363,7 @@ void Agent::close() {
   }
   listeners_.stop();
   if (worker_.joinable()) worker_.join();
+  if (preparer_.joinable()) preparer_.join();
   for (auto& m : modules_) m->stop();
   link_.stop();
   gate_.stop();

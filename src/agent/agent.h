@@ -4,11 +4,13 @@
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <set>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "agent/actions.h"
@@ -62,6 +64,7 @@ class Agent : public AgentHost, private AttemptHands, private AttemptPeer {
   Json handle(const Json& request, AgentConnection& c);
   void check_generation(const Json& request, bool changes) const;
   void work_loop();
+  void prepare_loop();
   void close();
 
   // The config that a restarted agent needs: agent.json.
@@ -74,7 +77,7 @@ class Agent : public AgentHost, private AttemptHands, private AttemptPeer {
 
   // AttemptHands
   void begin_set(ActionSet set) override { actions_.begin(set); }
-  void run_set(ActionSet set) override { actions_.run(set); }
+  void run_set(ActionSet set, std::int64_t attempt, std::int64_t epoch) override { actions_.run(set, attempt, epoch); }
   void probe_set(ActionSet set) override { actions_.probe(set); }
   void cut_relays() override { relays_.cut_all(); }
   void thaw() override { freezer_.thaw(); }
@@ -82,7 +85,9 @@ class Agent : public AgentHost, private AttemptHands, private AttemptPeer {
   void forbid_services() override;
   void allow_services() override;
   // AttemptPeer
-  void prepared(std::int64_t attempt, std::int64_t epoch, Deadline deadline) override;
+  AttemptPeer::State state(Deadline deadline) override;
+  void ready(std::int64_t attempt, std::int64_t epoch, Deadline deadline) override;
+  void prepared_soon(std::int64_t attempt, std::int64_t epoch) override;
   PeerAnswer commit(std::int64_t attempt, std::int64_t epoch, Deadline deadline) override;
   void tails(std::int64_t attempt, std::int64_t epoch, Deadline deadline) override;
 
@@ -132,6 +137,7 @@ class Agent : public AgentHost, private AttemptHands, private AttemptPeer {
   Json op_force_open(const Json&, AgentConnection&);
   Json op_force_reopen(const Json&, AgentConnection&);
   Json op_peer_hello(const Json&, AgentConnection&);
+  Json op_peer_ready(const Json&, AgentConnection&);
   Json op_peer_prepared(const Json&, AgentConnection&);
   Json op_peer_commit(const Json&, AgentConnection&);
   Json op_peer_tails(const Json&, AgentConnection&);
@@ -170,7 +176,10 @@ class Agent : public AgentHost, private AttemptHands, private AttemptPeer {
   // Programs that end with their generation.
   std::mutex running_mutex_;
   std::multimap<std::int64_t, std::shared_ptr<std::atomic<bool>>> running_;
-  std::thread worker_;
+  std::thread worker_, preparer_;
+  std::mutex prepare_mutex_;
+  std::condition_variable prepare_changed_;
+  Json prepare_;                     // the message to be sent, or null
   Threads threads_;
 };
 

@@ -59,15 +59,18 @@ GateWish Attempt::gate_wish(const Record& r) const {
   switch (r.decision) {
     case Decision::attempt:
     case Decision::abort: return GateWish::hold;
-    case Decision::commit: return opened_ == r.attempt ? GateWish::peer : GateWish::sealed;
+    case Decision::commit: return GateWish::sealed;
     case Decision::cancelled:
     case Decision::serving:
     case Decision::opened:
       // A site that must still be closed holds its clients until it is.
       if (!serves_here(r) && r.forced && !r.settled) return GateWish::sealed;
+      if (serves_here(r) && returning_until_ != 0) return GateWish::sealed;
       return serves_here(r) ? GateWish::local : GateWish::peer;
-    case Decision::prepared:
-    case Decision::refused: return GateWish::peer;
+    case Decision::prepared: return GateWish::peer;
+    case Decision::refused:
+      // Taken back: sealed since COMMIT, or by a person's decision, until the undo is through.
+      return serves_here(r) ? GateWish::sealed : GateWish::peer;
     case Decision::stored: return r.forced ? GateWish::sealed : GateWish::peer;
   }
   return GateWish::none;
@@ -79,6 +82,7 @@ void Attempt::tell_gate(Lock&, Millis wait) {
 }
 
 void Attempt::write(Lock& lock, Record next) {
+  next.wall_us = p_.clock.wall_us();
   p_.record.write(next);
   backoff_ = Millis(100);
   not_before_ = 0;
@@ -101,7 +105,12 @@ void Attempt::write_abort(Lock& lock, const std::string& reason) {
   write(lock, r);
 }
 
-void Attempt::start() {
+bool Attempt::returning() const {
+  Lock lock(mutex_);
+  return returning_until_ != 0;
+}
+
+void Attempt::start(bool returning) {
   std::lock_guard duty(duty_);
   Lock lock(mutex_);
   try {
@@ -130,12 +139,12 @@ void Attempt::start() {
       return;
     }
   }
+  // Somebody who could not reach this host may have opened the other site.
+  if (returning && serves_here(p_.record.current())) returning_until_ = after(p_.clock, kReturning);
   tell_gate(lock, Millis(0));
 }
 
-std::int64_t Attempt::open(Millis lease) {
-  Lock lock(mutex_);
-  const Record& r = known(lock);
+void Attempt::check_can_open(const Record& r) const {
   if (!serves_here(r)) throw Error(Code::state, "this site does not serve, so it has nothing to yield");
   if (r.decision == Decision::cancelled) throw Error(Code::state, "the run was cancelled", "begin again");
   if (r.decision != Decision::serving && r.decision != Decision::opened)
@@ -144,8 +153,31 @@ std::int64_t Attempt::open(Millis lease) {
   if (!r.settled)
     throw Error(Code::state, "the tails of attempt " + std::to_string(r.attempt) + " are not done yet",
                 "see status: it says what they wait for", true);
+  if (!p_.gate.told())
+    throw Error(Code::state, "this site's gate has not been released yet", "see status: is its process up?", true);
+}
+
+std::int64_t Attempt::open(Millis lease, Deadline deadline) {
+  {
+    Lock lock(mutex_);
+    check_can_open(known(lock));
+  }
+  // An attempt in one direction, begun while the other side has not finished the last one, would leave both waiting
+  // for each other.
+  AttemptPeer::State there = p_.peer.state(deadline);
+  Lock lock(mutex_);
+  const Record& r = known(lock);
+  check_can_open(r);
+  const Record& t = there.record;
+  bool steady = t.settled && t.serves == p_.side && t.epoch <= r.epoch && there.gate_told &&
+                (t.decision == Decision::serving || t.decision == Decision::prepared || t.decision == Decision::refused);
+  if (!steady)
+    throw Error(Code::state, "the other site has not finished its last attempt: it says " + title(t) + " of epoch " +
+                                 std::to_string(t.epoch) + (t.settled ? "" : ", not settled") +
+                                 (there.gate_told ? "" : ", and its gate has not been told"),
+                "see status", true);
   Record next = r;
-  next.attempt++;
+  next.attempt = std::max(r.attempt, t.attempt) + 1;
   next.decision = Decision::attempt;
   next.forced = false;
   reason_.clear();
@@ -180,7 +212,7 @@ void Attempt::seal(std::int64_t attempt, Deadline deadline) {
     epoch = r.epoch;
   }
   p_.gate.seal(attempt, deadline);
-  p_.peer.prepared(attempt, epoch, deadline);
+  p_.peer.ready(attempt, epoch, deadline);
   Lock lock(mutex_);
   const Record& r = known(lock);
   if (r.decision != Decision::attempt || r.attempt != attempt || lease_over())
@@ -212,6 +244,8 @@ PeerAnswer Attempt::commit(std::int64_t attempt, Deadline deadline) {
       next.serves = other(p_.side);
       next.settled = false;
       Ticks from = p_.clock.now();
+      // Not earlier: before the last hard fence is up, a write can still be acknowledged here.
+      p_.peer.prepared_soon(attempt, r.epoch);
       write(lock, next);
       times_["commit_ms"] = ms_between(from, p_.clock.now());
       lease_end_ = 0;
@@ -233,7 +267,7 @@ PeerAnswer Attempt::send_commit(Deadline deadline) {
   {
     Lock lock(mutex_);
     r = known(lock);
-    if (!(r.decision == Decision::commit && opened_ != r.attempt)) {
+    if (r.decision != Decision::commit) {
       // Answered while this thread waited for the other one.
       bool refused = serves_here(r);
       return {refused ? PeerAnswer::What::refused : PeerAnswer::What::opened, reason_, times_};
@@ -252,26 +286,24 @@ PeerAnswer Attempt::send_commit(Deadline deadline) {
     return a;
   }
   if (!p_.record.known() || !unchanged(lock, r.seq)) return {PeerAnswer::What::pending, "the record changed"};
+  Record next = r;
   if (a.what == PeerAnswer::What::opened) {
-    opened_ = r.attempt;
-    // The clients are waiting: before the record says SERVING, since a restart finds the same answer by asking again.
     times_["opened_ms"] = ms_between(from, p_.clock.now());
-    p_.gate.wish(GateWish::peer, r.attempt, Millis(200));
-    times_["released_ms"] = ms_between(from, p_.clock.now());
     times_["taking"] = a.times;
+    next.decision = Decision::serving;
+    write(lock, next);
+    tell_gate(lock, Millis(200));
+    times_["released_ms"] = ms_between(from, p_.clock.now());
     a.times = times_;
-    waiting_for_.clear();
-    p_.hands.log("the other site has opened attempt " + std::to_string(r.attempt));
-    woken_ = true;
-    changed_.notify_all();
     return a;
   }
-  Record next = r;
+  // Not ABORT: one attempt never has both.
   next.epoch++;
   next.serves = p_.side;
-  next.decision = Decision::abort;
+  next.decision = Decision::refused;
   reason_ = "the other site refused: " + a.reason;
   write(lock, next);
+  tell_gate(lock, Millis(0));
   return a;
 }
 
@@ -280,7 +312,7 @@ void Attempt::abort(std::int64_t attempt, const std::string& reason) {
   const Record& r = known(lock);
   if (r.attempt != attempt)
     throw Error(Code::state, "attempt " + std::to_string(attempt) + " is not the last one", "see status");
-  if (r.decision == Decision::abort || (r.decision == Decision::serving && serves_here(r))) return;
+  if (serves_here(r) && (r.decision == Decision::abort || r.decision == Decision::serving || r.decision == Decision::refused)) return;
   if (r.decision != Decision::attempt)
     throw Error(Code::state, "attempt " + std::to_string(attempt) + " is committed: nobody undoes it",
                 "the agents finish by themselves; reverse brings the traffic back");
@@ -291,7 +323,8 @@ bool Attempt::wait_undone(std::int64_t attempt, Deadline deadline) {
   Lock lock(mutex_);
   while (true) {
     const Record& r = known(lock);
-    if (r.attempt != attempt || (r.decision != Decision::attempt && r.decision != Decision::abort)) return true;
+    bool undoing = r.decision == Decision::attempt || r.decision == Decision::abort || (r.decision == Decision::refused && serves_here(r));
+    if (r.attempt != attempt || !undoing) return true;
     if (deadline.passed()) return false;
     changed_.wait_for(lock, deadline.left(Millis(100)));
   }
@@ -305,7 +338,7 @@ void Attempt::cancel(Deadline deadline) {
     if (!serves_here(r))
       throw Error(Code::state, "attempt " + std::to_string(r.attempt) + " is committed: it cannot be cancelled",
                   "reverse brings the traffic back");
-    if (!r.settled && r.decision != Decision::abort)
+    if (!r.settled && r.decision != Decision::abort && r.decision != Decision::refused && r.decision != Decision::attempt)
       throw Error(Code::state, "the tails of attempt " + std::to_string(r.attempt) + " are not done yet", "see status", true);
     if (r.decision == Decision::attempt) write_abort(lock, "the run is cancelled");
   }
@@ -319,7 +352,7 @@ void Attempt::cancel(Deadline deadline) {
       tell_gate(lock, Millis(0));
       return;
     }
-    if (r.decision != Decision::abort) throw Error(Code::state, "the run moved on: " + phase(r), "see status");
+    if (r.decision != Decision::abort && r.decision != Decision::refused) throw Error(Code::state, "the run moved on: " + phase(r), "see status");
     if (deadline.passed())
       throw Error(Code::timeout, "attempt " + std::to_string(r.attempt) + " is not undone yet" +
                                      (waiting_for_.empty() ? "" : ": " + waiting_for_),
@@ -335,30 +368,35 @@ void Attempt::controller_changed() {
   if (r.decision == Decision::attempt) write_abort(lock, "another controller took over");
 }
 
-void Attempt::peer_prepared(std::int64_t attempt, std::int64_t epoch) {
-  std::unique_lock duty(duty_, std::defer_lock);
-  if (!duty.try_lock_for(Millis(2000))) throw Error(Code::state, "this site is busy with its last attempt", "", true);
+// T's half of "steady": what may follow it.
+void Attempt::check_follows(const Record& r, const char* what, std::int64_t attempt, std::int64_t epoch) const {
+  bool fits = !serves_here(r) && r.settled && attempt > r.attempt && epoch >= r.epoch &&
+              (r.decision == Decision::serving || r.decision == Decision::prepared || r.decision == Decision::refused);
+  if (!fits)
+    throw Error(Code::conflict, std::string(what) + "(" + std::to_string(attempt) + ") of epoch " + std::to_string(epoch) +
+                                    " does not follow " + title(r) + " of epoch " + std::to_string(r.epoch),
+                "see status on both sites");
+}
+
+void Attempt::peer_ready(std::int64_t attempt, std::int64_t epoch) {
   {
     Lock lock(mutex_);
-    const Record& r = known(lock);
-    if (r.decision == Decision::prepared && r.attempt == attempt && r.epoch == epoch) return;
-    if (serves_here(r) || epoch < r.epoch || attempt <= r.attempt)
-      throw Error(Code::conflict, "PREPARED(" + std::to_string(attempt) + ") of epoch " + std::to_string(epoch) +
-                                      " does not follow " + title(r) + " of epoch " + std::to_string(r.epoch),
-                  "see status on both sites");
-    if (!r.settled) throw Error(Code::state, "the tails of attempt " + std::to_string(r.attempt) + " are not done yet",
-                                "see status", true);
+    check_follows(known(lock), "ATTEMPT", attempt, epoch);
   }
   // A set that cannot run is found now, when backing out is cheap.
   p_.hands.probe_set(ActionSet::open);
+}
+
+void Attempt::peer_prepared(std::int64_t attempt, std::int64_t epoch) {
   Lock lock(mutex_);
-  Record next = known(lock);
+  const Record& r = known(lock);
+  if (attempt <= r.attempt) return;  // the COMMIT overtook it, or it comes again
+  check_follows(r, "PREPARED", attempt, epoch);
+  Record next = r;
   next.decision = Decision::prepared;
   next.attempt = attempt;
   next.epoch = epoch;
-  next.serves = other(p_.side);
   next.forced = false;
-  next.settled = true;
   write(lock, next);
 }
 
@@ -370,13 +408,11 @@ PeerAnswer Attempt::peer_commit(std::int64_t attempt, std::int64_t epoch, Deadli
     Lock lock(mutex_);
     const Record& r = known(lock);
     if (r.attempt == attempt && r.decision == Decision::opened) return {PeerAnswer::What::opened, {}, times_};
-    if (r.attempt == attempt && r.decision == Decision::refused && r.epoch == epoch)
+    if (r.attempt == attempt && r.decision == Decision::refused && !serves_here(r))
       return {PeerAnswer::What::refused, reason_, times_};
     bool stored = r.attempt == attempt && r.decision == Decision::stored;
-    if (!stored && !(r.attempt == attempt && r.decision == Decision::prepared && r.epoch + 1 == epoch))
-      throw Error(Code::conflict, "COMMIT(" + std::to_string(attempt) + ") of epoch " + std::to_string(epoch) +
-                                      " does not follow " + title(r) + " of epoch " + std::to_string(r.epoch),
-                  "see status on both sites");
+    bool prepared = r.attempt == attempt && r.decision == Decision::prepared && r.epoch + 1 == epoch;
+    if (!stored && !prepared) check_follows(r, "COMMIT", attempt, epoch - 1);
     if (!stored) {
       lock.unlock();
       std::string refusal;
@@ -387,13 +423,17 @@ PeerAnswer Attempt::peer_commit(std::int64_t attempt, std::int64_t epoch, Deadli
       }
       lock.lock();
       Record next = known(lock);
-      next.epoch = epoch;
+      // PREPARED may have come in between; nothing else writes while this thread has duty_, but a person.
+      if (next.attempt > attempt || serves_here(next) || next.epoch >= epoch) return {PeerAnswer::What::pending, "the record changed"};
+      next.attempt = attempt;
+      next.forced = false;
       if (!refusal.empty()) {
         next.decision = Decision::refused;
         reason_ = refusal;
         write(lock, next);
         return {PeerAnswer::What::refused, refusal, Json::object()};
       }
+      next.epoch = epoch;
       next.decision = Decision::stored;
       next.serves = p_.side;
       next.settled = false;
@@ -416,7 +456,7 @@ PeerAnswer Attempt::open_stores(std::int64_t attempt, std::int64_t epoch) {
   }
   lock.unlock();
   try {
-    p_.hands.run_set(ActionSet::open);
+    p_.hands.run_set(ActionSet::open, attempt, epoch);
     p_.hands.allow_services();
   } catch (const Error& e) {
     lock.lock();
@@ -460,10 +500,12 @@ void Attempt::heard(const Record& peers) {
   if (!p_.record.known()) return;
   Record r = p_.record.current();
   peer_epoch_ = peers.epoch;
+  bool was_returning = returning_until_ != 0;
+  returning_until_ = 0;
   // The yielding site aborted: what was prepared must not be opened by anybody later.
   if (r.decision == Decision::prepared && peers.attempt >= r.attempt && peers.epoch >= r.epoch &&
       peers.serves == other(p_.side) && (peers.decision == Decision::abort || peers.decision == Decision::serving ||
-                                         peers.decision == Decision::cancelled)) {
+                                         peers.decision == Decision::cancelled || peers.decision == Decision::refused)) {
     r.decision = Decision::serving;
     r.epoch = peers.epoch;
     write(lock, r);
@@ -472,8 +514,10 @@ void Attempt::heard(const Record& peers) {
   // Each believes that it serves: somebody opened the other one by force. The higher epoch wins; of two equal ones,
   // which take two people, the source's.
   bool both = serves_here(r) && peers.serves == other(p_.side) && peers.decision != Decision::commit;
-  if (!both || peers.epoch < r.epoch || (peers.epoch == r.epoch && p_.side == AgentSide::source)) return;
-  if (peers.epoch == r.epoch && r.decision == Decision::stored) return;
+  if (!both || peers.epoch < r.epoch || (peers.epoch == r.epoch && p_.side == AgentSide::source)) {
+    if (was_returning) tell_gate(lock, Millis(0));
+    return;
+  }
   r.decision = Decision::serving;
   r.serves = other(p_.side);
   r.epoch = peers.epoch;
@@ -486,22 +530,31 @@ void Attempt::heard(const Record& peers) {
   tell_gate(lock, Millis(200));
 }
 
-void Attempt::force_open() {
+// Above all that either side can have reached without a person: their lower halves never carry over.
+std::int64_t Attempt::epoch_by_hand() const {
+  return ((std::max(p_.record.current().epoch, peer_epoch_) >> 32) + 1) << 32;
+}
+
+Record Attempt::force_open() {
   Lock lock(mutex_);
   Record r = known(lock);
+  const Record before = r;
+  if (serves_here(r) && r.decision == Decision::stored) return before;  // it opens by itself
   if (serves_here(r)) {
-    if (r.forced) return;
+    if (r.forced) return before;
     throw Error(Code::state, "this site serves already: " + phase(r), "see status");
   }
-  if (r.decision == Decision::commit)
+  if (r.decision == Decision::commit || (r.decision == Decision::serving && r.attempt > 0 && !r.forced && !r.settled))
     throw Error(Code::state, "this site has just yielded; the other one is to be opened", "see reverse --target-is-gone");
-  // The other one is at most one epoch ahead of what is stored here, so two more is above anything it can have.
-  r.epoch = std::max(r.epoch, peer_epoch_) + 2;
+  r.epoch = epoch_by_hand();
   r.decision = Decision::stored;
   r.serves = p_.side;
   r.forced = true;
   r.settled = false;
   write(lock, r);
+  // A gate that goes on sending to the lost host would make a circle when that one comes back and sends here.
+  tell_gate(lock, Millis(1000));
+  return before;
 }
 
 void Attempt::force_reopen() {
@@ -513,13 +566,14 @@ void Attempt::force_reopen() {
   }
   if (r.decision != Decision::commit && r.decision != Decision::serving)
     throw Error(Code::state, "this site never yielded", "see resume --source-is-gone");
-  r.epoch = std::max(r.epoch, peer_epoch_) + 2;
-  r.decision = Decision::abort;
+  r.epoch = epoch_by_hand();
+  r.decision = Decision::refused;
   r.serves = p_.side;
   r.forced = true;
   r.settled = false;
   reason_ = "reopened by hand: the other site is gone";
   write(lock, r);
+  tell_gate(lock, Millis(1000));
 }
 
 }  // namespace rehome

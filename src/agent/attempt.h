@@ -34,7 +34,8 @@ class AttemptHands {
  public:
   virtual ~AttemptHands() = default;
   virtual void begin_set(ActionSet set) = 0;  // the next run_set starts at the first item
-  virtual void run_set(ActionSet set) = 0;    // from the first item that has not succeeded since begin_set
+  // From the first item that has not succeeded since begin_set, on behalf of this attempt.
+  virtual void run_set(ActionSet set, std::int64_t attempt, std::int64_t epoch) = 0;
   virtual void probe_set(ActionSet set) = 0;  // throws when the set could not run now; changes nothing
   virtual void cut_relays() = 0;              // ends the sessions that hold soft fences
   virtual void thaw() = 0;
@@ -54,6 +55,7 @@ class AttemptGate {
   // From now on, and for a gate that restarts. Tries at once for at most `wait`, then in the background.
   virtual void wish(GateWish wish, std::int64_t attempt, Millis wait) = 0;
   virtual void seal(std::int64_t attempt, Deadline deadline) = 0;  // throws unless the gate says that it is sealed
+  virtual bool told() const = 0;  // the gate does what was wished last, or there is none
 };
 
 struct PeerAnswer {
@@ -66,10 +68,19 @@ struct PeerAnswer {
 class AttemptPeer {
  public:
   virtual ~AttemptPeer() = default;
-  virtual void prepared(std::int64_t attempt, std::int64_t epoch, Deadline deadline) = 0;
+  struct State {
+    Record record;
+    bool gate_told = false;
+  };
+  virtual State state(Deadline deadline) = 0;
+  virtual void ready(std::int64_t attempt, std::int64_t epoch, Deadline deadline) = 0;  // throws: it could not open
+  // Sent in the background, once, at best: it helps a person to decide, and nothing waits for it.
+  virtual void prepared_soon(std::int64_t attempt, std::int64_t epoch) = 0;
   virtual PeerAnswer commit(std::int64_t attempt, std::int64_t epoch, Deadline deadline) = 0;
   virtual void tails(std::int64_t attempt, std::int64_t epoch, Deadline deadline) = 0;  // returns once T's are done
 };
+
+inline constexpr Millis kReturning{5000};
 
 class Attempt {
  public:
@@ -85,11 +96,13 @@ class Attempt {
   void set_side(AgentSide side) { p_.side = side; }  // before start()
 
   // Reads the record and tells the gate. A record that cannot be read is kept as an error: nothing opens, nothing is
-  // undone, and work() tries again.
-  void start();
+  // undone, and work() tries again. `returning`: the host has rebooted, so a person may have opened the other site
+  // meanwhile; the gate stays sealed until the peer was heard, or for kReturning.
+  void start(bool returning = false);
+  bool returning() const;
 
   // The controller's. All throw Error(state) for a wrong moment, Error(unknown) while the record's write is unknown.
-  std::int64_t open(Millis lease);
+  std::int64_t open(Millis lease, Deadline deadline);
   Millis renew(std::int64_t attempt);
   void seal(std::int64_t attempt, Deadline deadline);
   PeerAnswer commit(std::int64_t attempt, Deadline deadline);
@@ -100,13 +113,16 @@ class Attempt {
   void controller_changed();
 
   // The other agent's.
+  void peer_ready(std::int64_t attempt, std::int64_t epoch);
   void peer_prepared(std::int64_t attempt, std::int64_t epoch);
   PeerAnswer peer_commit(std::int64_t attempt, std::int64_t epoch, Deadline deadline);
   bool peer_tails(std::int64_t attempt, std::int64_t epoch, Deadline deadline);
   void heard(const Record& peers);
 
-  // A person's, who knows that the other host is off. Throw Error(state) where it makes no sense.
-  void force_open();
+  // A person's, who knows that the other host is off. Throw Error(state) where it makes no sense. force_open returns
+  // what was recorded before: with STORED nothing acknowledged is missing here, with PREPARED only what the other site
+  // may have acknowledged after that time, having backed out.
+  Record force_open();
   void force_reopen();
 
   // One bounded piece of what is to be done next, from one persistent thread. Returns how long nothing needs doing;
@@ -128,6 +144,9 @@ class Attempt {
   bool serves_here(const Record& r) const { return r.serves == p_.side; }
   bool lease_over() const { return lease_end_ == 0 || p_.clock.now() >= lease_end_; }
   void write(Lock&, Record next);
+  void check_can_open(const Record& r) const;
+  void check_follows(const Record& r, const char* what, std::int64_t attempt, std::int64_t epoch) const;
+  std::int64_t epoch_by_hand() const;
   void write_abort(Lock&, const std::string& reason);
   void tell_gate(Lock&, Millis wait);
   GateWish gate_wish(const Record& r) const;
@@ -161,7 +180,6 @@ class Attempt {
   Ticks lease_end_ = 0;
   Millis lease_{3000};
   std::int64_t sealed_ = 0;          // the attempt for which gate and peer have answered the seal
-  std::int64_t opened_ = 0;          // the attempt that T is known to have opened
   std::int64_t duty_begun_ = -1;     // the record's seq for which begin_set was called
   std::size_t duty_step_ = 0;
   bool tails_asked_ = false;
@@ -171,6 +189,7 @@ class Attempt {
   std::string waiting_for_, reason_;
   Json times_ = Json::object();
   std::int64_t peer_epoch_ = 0;
+  Ticks returning_until_ = 0;
 };
 
 }  // namespace rehome

@@ -63,6 +63,11 @@ Millis Attempt::work() {
     }
     tell_gate(lock, Millis(0));
   }
+  if (returning_until_ != 0 && p_.clock.now() >= returning_until_) {
+    p_.hands.log("the other site was not heard; this one serves on");
+    returning_until_ = 0;
+    tell_gate(lock, Millis(0));
+  }
   if (Ticks now = p_.clock.now(); now < not_before_) return Millis((not_before_ - now) / 1'000'000 + 1);
   return one_duty(lock);
 }
@@ -95,16 +100,6 @@ Millis Attempt::one_duty(Lock& lock) {
   switch (r.decision) {
     case Decision::abort: undo(lock); break;
     case Decision::commit:
-      if (opened_ == r.attempt) {
-        Record next = r;
-        next.decision = Decision::serving;
-        try {
-          write(lock, next);
-        } catch (const Error& e) {
-          return failed(lock, "making the end of the switch durable", e);
-        }
-        break;
-      }
       lock.unlock();
       try {
         p_.hands.forbid_services();
@@ -112,9 +107,14 @@ Millis Attempt::one_duty(Lock& lock) {
         p_.hands.log(std::string("start condition: ") + e.what());
       }
       {
-        PeerAnswer a = send_commit(Deadline(p_.clock, Millis(5000)));
+        PeerAnswer a;
+        try {
+          a = send_commit(Deadline(p_.clock, Millis(5000)));
+        } catch (const Error& e) {
+          a.reason = e.message;  // the record: the next round resolves it
+        }
         lock.lock();
-        if (a.what == PeerAnswer::What::pending && unchanged(lock, r.seq) && opened_ != r.attempt)
+        if (a.what == PeerAnswer::What::pending && unchanged(lock, r.seq))
           return failed(lock, "the other site to open its stores", Error(Code::unreachable, a.reason));
       }
       break;
@@ -140,10 +140,15 @@ Millis Attempt::one_duty(Lock& lock) {
         break;
       }
       [[fallthrough]];
+    case Decision::refused:
+      if (r.decision == Decision::refused && !r.settled) {
+        undo(lock);
+        break;
+      }
+      [[fallthrough]];
     case Decision::attempt:
     case Decision::cancelled:
     case Decision::prepared:
-    case Decision::refused:
       if (p_.record.mirrored()) return kIdle;
       try {
         p_.record.settle();
@@ -169,7 +174,7 @@ bool Attempt::run_steps(Lock& lock, const std::vector<Step>& steps) {
     const Step& s = steps[duty_step_];
     lock.unlock();
     try {
-      s.set ? p_.hands.run_set(*s.set) : s.run();
+      s.set ? p_.hands.run_set(*s.set, r.attempt, r.epoch) : s.run();
     } catch (const Error& e) {
       lock.lock();
       if (unchanged(lock, r.seq)) failed(lock, s.name, e);
@@ -241,20 +246,20 @@ std::string Attempt::phase(const Record& r) const {
       if (!r.settled) return r.forced ? "closing" : "tails";
       return here ? "serving" : "closed";
     case Decision::attempt: return sealed_ == r.attempt ? "sealed" : "attempt";
-    case Decision::commit: return opened_ == r.attempt ? "tails" : "committed";
+    case Decision::commit: return "committed";
     case Decision::abort: return "undoing";
     case Decision::cancelled: return "cancelled";
     case Decision::prepared: return "prepared";
     case Decision::stored: return "opening";
     case Decision::opened: return r.settled ? "serving" : "tails";
-    case Decision::refused: return "refused";
+    case Decision::refused: return here ? "undoing" : "refused";
   }
   return "unknown";
 }
 
 Json record_to_json(const Record& r) {
   return {{"seq", r.seq}, {"epoch", r.epoch}, {"attempt", r.attempt}, {"decision", name_of(r.decision)},
-          {"serves", name_of(r.serves)}, {"forced", r.forced}, {"settled", r.settled}};
+          {"serves", name_of(r.serves)}, {"forced", r.forced}, {"settled", r.settled}, {"wall_us", r.wall_us}};
 }
 
 Record record_from_json(const Json& j) {
@@ -266,6 +271,7 @@ Record record_from_json(const Json& j) {
   r.serves = agent_side_from(get_string(j, "serves"));
   r.forced = get_bool(j, "forced");
   r.settled = get_bool(j, "settled");
+  r.wall_us = get_int(j, "wall_us", 0);
   return r;
 }
 
@@ -278,8 +284,8 @@ Json Attempt::status() const {
   Json j = record_to_json(r);
   j["phase"] = p_.record.known() ? phase(r) : "unknown";
   j["undone"] = here && r.decision == Decision::serving && r.attempt > 0;
-  j["opened"] = r.decision == Decision::opened || yielded || (r.decision == Decision::commit && opened_ == r.attempt);
-  j["refused"] = r.decision == Decision::refused;
+  j["opened"] = r.decision == Decision::opened || yielded;
+  j["refused"] = r.decision == Decision::refused && !r.forced;
   j["sealed"] = sealed_ == r.attempt && r.decision == Decision::attempt;
   j["lease_left_ms"] = lease_over() ? 0 : (lease_end_ - p_.clock.now()) / 1'000'000;
   if (!waiting_for_.empty()) j["waiting_for"] = waiting_for_;

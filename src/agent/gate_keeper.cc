@@ -112,6 +112,12 @@ void GateKeeper::seal(std::int64_t attempt, Deadline deadline) {
   hold_ = nullptr;
 }
 
+bool GateKeeper::told() const {
+  if (!exists()) return true;
+  std::lock_guard lock(mutex_);
+  return told_ == version_ && error_.empty();
+}
+
 Json GateKeeper::ask(const Json& request, Deadline deadline) {
   if (!exists()) throw Error(Code::state, "this site has no gate", "send gate.set first");
   std::unique_lock talking(talking_, std::defer_lock);

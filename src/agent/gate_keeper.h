@@ -25,6 +25,7 @@ class GateKeeper : public AttemptGate {
   bool exists() const;
   void wish(GateWish wish, std::int64_t attempt, Millis wait) override;
   void seal(std::int64_t attempt, Deadline deadline) override;
+  bool told() const override;
   // A controller's request. `hold` is repeated to a gate that restarts.
   Json ask(const Json& request, Deadline deadline);
   Json status() const;  // {told, error}

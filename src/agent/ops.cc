@@ -48,6 +48,7 @@ const std::map<std::string, Agent::Op>& Agent::ops() {
       {"force.open", {&Agent::op_force_open, true}},
       {"force.reopen", {&Agent::op_force_reopen, true}},
       {"peer.hello", {&Agent::op_peer_hello, false}},
+      {"peer.ready", {&Agent::op_peer_ready, false}},
       {"peer.prepared", {&Agent::op_peer_prepared, false}},
       {"peer.commit", {&Agent::op_peer_commit, false}},
       {"peer.tails", {&Agent::op_peer_tails, false}},

@@ -25,7 +25,7 @@ Json Agent::op_attempt_open(const Json& request, AgentConnection&) {
   Millis lease(get_int(request, "lease_ms", 3000));
   if (lease < Millis(200) || lease > Millis(60'000))
     throw Error(Code::usage, "a lease of " + std::to_string(lease.count()) + " ms is not possible", "between 200 and 60000");
-  return {{"attempt", attempt_.open(lease)}, {"lease_ms", lease.count()}};
+  return {{"attempt", attempt_.open(lease, Deadline::in(Millis(3000)))}, {"lease_ms", lease.count()}};
 }
 
 Json Agent::op_lease_renew(const Json& request, AgentConnection&) {
@@ -67,10 +67,9 @@ void Agent::check_alone(const Json& request) const {
 
 Json Agent::op_force_open(const Json& request, AgentConnection&) {
   check_alone(request);
-  auto before = attempt_.record();
-  attempt_.force_open();
+  Record before = attempt_.force_open();
   attempt_.wake();
-  return {{"was_prepared", before && before->decision == Decision::prepared}};
+  return {{"held", name_of(before.decision)}, {"since_us", before.wall_us}};
 }
 
 Json Agent::op_force_reopen(const Json& request, AgentConnection&) {
@@ -86,6 +85,11 @@ Json Agent::op_peer_hello(const Json& request, AgentConnection&) {
     throw Error(Code::config, "both agents call themselves " + side(), "the link leads to the wrong state directory");
   link_.peer_came(request);
   return peer_hello();
+}
+
+Json Agent::op_peer_ready(const Json& request, AgentConnection&) {
+  attempt_.peer_ready(get_int(request, "attempt"), get_int(request, "epoch"));
+  return Json::object();
 }
 
 Json Agent::op_peer_prepared(const Json& request, AgentConnection&) {

@@ -43,6 +43,7 @@ Json Agent::op_hello(const Json&, AgentConnection&) {
   if (std::string e = attempt_.record_error(); !e.empty()) j["record_error"] = e;
   j["link"] = link_.status();
   j["gate"] = gate_.exists() ? gate_.status() : Json();
+  j["returning"] = attempt_.returning();
   j["lease_left_ms"] = attempt_.lease_left().count();
   j["attempt"] = attempt_.status();
   return j;

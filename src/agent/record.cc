@@ -126,6 +126,7 @@ std::string encode_record(const Record& r) {
   put(out, static_cast<std::uint64_t>(r.decision));
   put(out, static_cast<std::uint64_t>(r.serves));
   put(out, (r.forced ? 1u : 0u) | (r.settled ? 2u : 0u));
+  put(out, static_cast<std::uint64_t>(r.wall_us));
   put(out, crc32(out));
   out.resize(kBlockSize, '\0');
   return out;
@@ -139,7 +140,8 @@ std::optional<Record> decode_record(std::string_view block) {
   r.epoch = static_cast<std::int64_t>(take(in));
   r.attempt = static_cast<std::int64_t>(take(in));
   std::uint64_t decision = take(in), serves = take(in), flags = take(in);
-  if (take(in) != crc32(block.substr(0, kMagic.size() + 48))) return std::nullopt;
+  r.wall_us = static_cast<std::int64_t>(take(in));
+  if (take(in) != crc32(block.substr(0, kMagic.size() + 56))) return std::nullopt;
   if (decision < 1 || decision > kNames.size() || serves > 1 || flags > 3) return std::nullopt;
   r.decision = static_cast<Decision>(decision);
   r.serves = static_cast<AgentSide>(serves);

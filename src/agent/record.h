@@ -32,7 +32,8 @@ struct Record {
   Decision decision = Decision::serving;
   AgentSide serves = AgentSide::source;
   bool forced = false;       // a person decided without the other site
-  bool settled = true;       // false: what follows the decision (the tails, closing) is still to be done
+  bool settled = true;       // false: what follows the decision (undo, opening, tails, closing) is still to be done
+  std::int64_t wall_us = 0;  // when it was decided, in microseconds since the Unix epoch: for people only
 };
 
 inline constexpr std::size_t kBlockSize = 4096;

@@ -45,6 +45,17 @@ bool answers(const std::string& socket) {
   }
 }
 
+// The agent answers, and does not wait for the other one after a reboot any more.
+bool settled_in(const std::string& state) {
+  if (!std::getenv("NOTIFY_SOCKET")) return false;
+  try {
+    AgentClient agent(state + "/run/agent.sock", Deadline::in(Millis(200)));
+    return !get_bool(agent.call("hello", Json::object(), Deadline::in(Millis(1000))), "returning", false);
+  } catch (const Error&) {
+    return false;
+  }
+}
+
 // Tells systemd that the record has been read and the start condition stands: what is ordered after us may start.
 void notify_ready() {
   const char* path = std::getenv("NOTIFY_SOCKET");
@@ -71,7 +82,7 @@ class Supervisor {
       if (ended_) return end(true), kEndedByShutdown;
       Ticks now = system_clock().now();
       if (agent_ == 0 && now >= agent_next_) start_agent();
-      if (!ready && answers(state_ + "/run/agent.sock")) {
+      if (!ready && settled_in(state_)) {
         ready = true;
         notify_ready();
       }
@@ -255,7 +266,7 @@ int supervise(const SuperviseOptions& options, const std::atomic<int>& stop) {
     if (errno != EWOULDBLOCK) throw errno_error(errno, "lock", options.state);
     if (!options.wait) return 0;
     if (stop) return 0;
-    if (answers(options.state + "/run/agent.sock")) notify_ready();
+    if (settled_in(options.state)) notify_ready();
     system_clock().sleep(Millis(200));
   }
   sigset_t child;
