@@ -86,8 +86,8 @@ void Switchover::store_actions() {
     freeze.push_back(service->freeze_item(direction_.yields));
     // Units that the start condition skipped (a host that rebooted in the attempt) come back with the undo.
     all.undo.push_back(service->start_action(direction_.yields));
-    // A target that rebooted after the commit must bring its services with it.
-    all.open.push_back(service->start_action(direction_.takes()));
+    // A warm one runs already, and nothing inside the pause is spawned for it; a host that rebooted gets it afterwards.
+    (service->config().warm ? all.tail_takes : all.open).push_back(service->start_action(direction_.takes()));
   }
   set_actions(yields(), "undo", all.undo);
   set_actions(takes(), "open", all.open);
