@@ -45,6 +45,9 @@ std::vector<Step> begin_steps(Run& run) {
   auto add = [&](Step s) { steps.push_back(std::move(s)); };
   StoreContext& context = run.stores_context();
 
+  add({.id = "record", .title = "write down on both sites that the source serves", .run = [&run] {
+         for (Side side : {Side::source, Side::target}) run.site(side).call("record.init", {{"side", side_name(side)}, {"name", run.deployment().name}, {"serves", "source"}});
+       }});
   add({.id = "link", .title = "connect the two agents", .run = [&run] { raise_link(run); },
        .still_done = [&run] {
          return get_bool(run.site(Side::source).call("hello").value("link", Json::object()), "up", false) &&

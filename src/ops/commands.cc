@@ -227,7 +227,7 @@ int complete(const CompleteOptions& o) {
     throw Error(Code::store, "complete left behind: " + unexpected.dump(), "repeat rehome complete; it takes away what is still there");
   run.set_phase("completed");
   std::string archived = run.archive();
-  for (Side side : {Side::source, Side::target}) run.site(side).call("shutdown", {{"remove", true}, {"keep_fence", side != serving && !o.unfence_source}});
+  for (Side side : {Side::source, Side::target}) run.site(side).uninstall(side != serving && !o.unfence_source);
   o.emit({{"kind", "result"}, {"what", "complete"}, {"left", left}, {"journal", archived}});
   return 0;
 }
@@ -243,7 +243,7 @@ int cancel(const CancelOptions& o) {
   run.set_phase("cancelled");
   run.journal().append("left", {{"what", left}});
   std::string archived = run.archive();
-  for (Side side : {Side::target, Side::source}) run.site(side).call("shutdown", {{"remove", true}});
+  for (Side side : {Side::target, Side::source}) run.site(side).uninstall(false);
   o.emit({{"kind", "result"}, {"what", "cancel"}, {"left", left}, {"journal", archived}});
   return 0;
 }

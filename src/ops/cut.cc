@@ -219,13 +219,10 @@ void Switchover::each_cut(void (Cut::*what)(Deadline)) {
 
 void Switchover::hold() {
   if (!gated()) return;
-  // Clients of the taking-over site come through its gate: they wait there, since a connection that came through the
-  // link is never sent back.
-  Json request{{"op", "hold"}, {"attempt", attempt_}, {"timer_ms", 5000}};
   takes().call("gate", {{"request", {{"op", "ledger.reset"}}}});
   yields().call("gate", {{"request", {{"op", "ledger.reset"}}}});
-  takes().call("gate", {{"request", request}});
-  yields().call("gate", {{"request", request}});
+  // The yielding site's gate holds everybody: the other site's clients come to it through the link.
+  yields().call("gate", {{"request", {{"op", "hold"}, {"attempt", attempt_}, {"timer_ms", 5000}}}});
 }
 
 void Switchover::drain() {
@@ -305,14 +302,6 @@ void Switchover::back_out(const Error& reason) {
       (get_string(status, "decision") == "SERVING" && get_string(status, "serves", "") == side_name(direction_.takes())))
     throw Error(Code::unknown, std::string("the controller failed after the commit (") + reason.what() + "); the agents finish it",
                 "rehome resume follows them to the end");
-  try {
-    if (gated()) {
-      // The taking-over site's gate goes back to forwarding.
-      takes().call("gate", {{"request", {{"op", "release"}, {"to", "peer"}}}});
-    }
-  } catch (const Error&) {
-    // Its own timer does the same.
-  }
   double ms = ms_between(pause_from_, system_clock().now());
   run_.journal().append("pause", {{"attempt", attempt_}, {"direction", direction_.yields == Side::source ? "switch" : "reverse"},
                                   {"total_ms", ms}, {"predicted_ms", predicted_ms_}, {"result", "backed out"},
@@ -419,7 +408,7 @@ void Switchover::settle() {
     std::string waiting;
     for (const auto& tail : status.value("tails", Json::array()))
       if (!get_bool(tail, "done", false)) all = false, waiting = get_string(tail, "name") + ": " + get_string(tail, "error", "running");
-    if (all && get_string(status, "decision") == "SERVING") break;
+    if (all && get_string(status, "decision") == "SERVING" && get_bool(status, "settled", true)) break;
     if (deadline.passed())
       throw Error(Code::unknown, "the new side serves, but the agents have not finished: " + waiting, "they try again by themselves; see status");
     system_clock().sleep(Millis(20));

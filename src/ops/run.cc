@@ -106,6 +106,11 @@ void Run::connect(Mode mode, bool may_miss) {
     }
   }
   if (!sites_.source && !sites_.target) throw *missing_.source;
+  if (mode == Mode::observe) {
+    // Looking takes nothing from the controller that is at work: its number, not a new one.
+    for (Side side : {Side::source, Side::target})
+      if (sites_[side]) sites_[side]->set_generation(get_int(sites_[side]->call("hello"), "gen"));
+  }
   if (mode != Mode::control && mode != Mode::begin) return;
   if (sites_.source) {
     std::int64_t generation = get_int(sites_.source->call("generation.new"), "gen");

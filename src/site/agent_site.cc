@@ -161,6 +161,17 @@ void AgentSite::install(const Deployment& deployment) {
   }
 }
 
+void AgentSite::uninstall(bool keep_start_condition) {
+  call("boot.remove");
+  call("shutdown");
+  idle_.clear();
+  // The supervisor ends after its children; until then it may still write its log there.
+  std::string lock = shell_quote(state_ + "/run/supervisor.lock");
+  shell("i=0; while [ -e " + lock + " ] && ! flock -n " + lock + " true && [ $i -lt 200 ]; do sleep 0.05; i=$((i+1)); done; cd " +
+        shell_quote(state_) + " && for f in * .[!.]*; do [ \"$f\" = not-serving ] && " + (keep_start_condition ? "continue" : "true") +
+        "; rm -rf -- \"$f\"; done; cd / && rmdir " + shell_quote(state_) + " " + shell_quote(parent_path(state_)) + " 2>/dev/null; true");
+}
+
 Fd AgentSite::connect(Deadline deadline) const {
   Fd fd = connect_to({.path = socket_}, deadline);
   // Through ssh a connection that the other end refuses is accepted here first and then closed: ask before trusting it.

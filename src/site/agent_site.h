@@ -33,6 +33,9 @@ class AgentSite : public Site {
 
   // A connection of its own for a caller that must not wait for a pool (the lease).
   Fd connect(Deadline deadline) const;
+  // complete and cancel: ends the resident agent and removes all of STATE; `keep_start_condition` leaves the one file that keeps the
+  // old side's services from starting.
+  void uninstall(bool keep_start_condition);
   bool has_systemd() const { return systemd_; }
 
  private:

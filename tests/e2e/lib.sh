@@ -4,129 +4,124 @@ set -euo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 bin=${REHOME_BIN:-$repo/build/dev/bin}
 support=$repo/tests/support
-world=${world:-}
+world=
+background=()
 
-on() { local host=$1; shift; "$support/hosts.sh" enter "$world" "$host" "$@"; }
+hosts() { "$support/hosts.sh" "$@"; }
+on() { local host=$1; shift; hosts enter "$world" "$host" "$@"; }
+site() { local what=$1 host=$2; shift 2; "$support/site.sh" "$what" "$world" "$host" "$@"; }
+pg() { local what=$1 host=$2; shift 2; "$support/pg.sh" "$what" "$world" "$host" "$@"; }
+sql() { local host=$1 database=$2; shift 2; pg psql "$host" 5432 -qAt -v ON_ERROR_STOP=1 -d "$database" -c "$*"; }
+
+say() { printf '%s\n' "$*"; }
+fail() { say "FAILED: $*"; exit 1; }
 
 make_world() {
-  world=$(mktemp -d "${TMPDIR:-/tmp}/rw.XXXXXX")
+  world=$(hosts new)
   trap 'status=$?; stop_world; exit $status' EXIT
   trap 'exit 130' INT TERM
-  "$support/hosts.sh" up "$world"
+  hosts up "$world" --for $$
 }
-
 stop_world() {
-  [ -n "$world" ] && [ -e "$world" ] || return 0
-  if [ -n "${KEEP_WORLD:-}" ]; then echo "world kept: $world" >&2; return 0; fi
-  "$support/hosts.sh" down "$world"
+  local p
+  for p in "${background[@]}"; do kill "$p" 2>/dev/null || true; done
+  [ -n "$world" ] || return 0
+  if [ -n "${KEEP_WORLD:-}" ]; then say "world kept: $world" >&2; else hosts down "$world"; fi
 }
 
-# pg HOST [MAJOR]: a server on port 5432, socket in /var/lib/pg, started again by a reboot.
-pg() {
-  local host=$1 major=${2:-15}
-  on "$host" "$support/pg.sh" init "$major" /var/lib/pg 5432 "${@:3}"
-  on "$host" "$support/pg.sh" start "$major" /var/lib/pg
-  on "$host" sh -c "mkdir -p /var/lib/boot.d; printf '#!/bin/sh\nrm -f /var/lib/pg/data/postmaster.pid\nexec %s start %s /var/lib/pg\n' '$support/pg.sh' $major >/var/lib/boot.d/10-postgresql; chmod 755 /var/lib/boot.d/10-postgresql"
+# both_sites [MAJOR_OLD MAJOR_NEW] [-- options of rehome-shop --init]: servers, proxies, and the shop on old.
+both_sites() {
+  local old=15 new=15
+  if [ $# -ge 2 ] && [ "$1" != -- ]; then old=$1 new=$2; shift 2; fi
+  [ "${1:-}" != -- ] || shift
+  pg init old "$old" 5432
+  pg init new "$new" 5432
+  site nginx old
+  site nginx new
+  site database old 5432 "$@"
+  site shop old
+  # The same account on the new server; its database comes with the move, so the shop is installed and not started.
+  site account new 5432
+  on new bash -c 'mkdir -p /var/lib/shop'
+  hosts enter "$world" old cat /var/lib/shop/start >"$world/shared/start"
+  hosts enter "$world" old cat /var/lib/shop/stop >"$world/shared/stop"
+  on new sh -c "cp '$world/shared/start' '$world/shared/stop' /var/lib/shop/; chmod 755 /var/lib/shop/start /var/lib/shop/stop"
 }
 
-sql() { local host=$1 database=$2; shift 2; on "$host" psql -X -qAt -v ON_ERROR_STOP=1 -h /var/lib/pg -U postgres -d "$database" -c "$*"; }
-
-# shop HOST: the service, as a boot script starts it too.
-shop_start() {
-  local host=$1
-  on "$host" sh -c "mkdir -p /srv/shop/files; cat >/var/lib/boot.d/50-shop <<'S'
-#!/bin/sh
-# As a unit with ConditionPathExists=!not-serving would: the old side does not start again after a switch.
-[ -e /var/lib/rehome/shop/source/not-serving ] && exit 0
-[ -e /var/lib/rehome/shop/target/not-serving ] && exit 0
-exec setsid $bin/rehome-shop --listen 127.0.0.1:8000 --db 'host=127.0.0.1 port=5432 user=shop password=shop-secret dbname=shop' --files /srv/shop/files --pid-file /run/shop.pid </dev/null >>/var/log/shop.log 2>&1 &
-S
-chmod 755 /var/lib/boot.d/50-shop; /var/lib/boot.d/50-shop"
-  for _ in $(seq 100); do on "$host" sh -c 'exec 3<>/dev/tcp/127.0.0.1/8000' 2>/dev/null || on "$host" curl -sf -o /dev/null http://127.0.0.1:8000/health && return 0; sleep 0.05; done
-  echo "the shop on $host does not answer" >&2
-  on "$host" tail -5 /var/log/shop.log >&2
-  return 1
-}
-
-make_shop() { # options of rehome-shop --init
-  sql old postgres "CREATE ROLE shop LOGIN PASSWORD 'shop-secret'"
-  sql old postgres "CREATE DATABASE shop OWNER shop"
-  on old "$bin/rehome-shop" --init --db 'host=127.0.0.1 port=5432 user=shop password=shop-secret dbname=shop' "$@"
-  shop_start old
-}
-
-proxy() { # nginx on HOST, port 80
-  local host=$1
-  on "$host" sh -c "mkdir -p /etc/nginx/sites-enabled /var/log/nginx /var/lib/nginx; rm -f /etc/nginx/sites-enabled/*
-cat >/etc/nginx/nginx.conf <<'C'
-worker_processes 1;
-pid /run/nginx.pid;
-error_log /var/log/nginx/error.log;
-events { worker_connections 4096; }
-http { access_log off; keepalive_requests 100000; include /etc/nginx/sites-enabled/*; }
-C
-cat >/etc/nginx/sites-enabled/shop <<'C'
-# The shop's front door.
-upstream shop {
-    server 127.0.0.1:8000;
-    keepalive 16;
-}
-server {
-    listen 80;
-    location / {
-        proxy_pass http://shop;
-        proxy_http_version 1.1;
-        proxy_set_header Connection \"\";
-        proxy_read_timeout 60s;
-    }
-}
-C
-printf '#!/bin/sh\nexec nginx\n' >/var/lib/boot.d/60-nginx; chmod 755 /var/lib/boot.d/60-nginx; nginx"
-}
-
-# rehome.yaml as the person on the new server writes it. STORES, SERVICES and TRAFFIC may be replaced.
+# What the person on the new server writes. NO_FILES, NO_TRAFFIC, DDL, MAX_PAUSE, DRAIN and JOBS change it.
 write_yaml() {
-  cat >"$world/rehome.yaml" <<EOF_YAML
+  yaml=$world/shared/rehome.yaml
+  {
+    cat <<E
 name: shop
 source: {ssh: root@old, boot: "directory:/var/lib/boot.d"}
 target: {local: true, boot: "directory:/var/lib/boot.d"}
 link: {from: target, to: root@old}
 stores:
   - name: db
-    postgres: {databases: [shop], host: /var/lib/pg, os_user: postgres, ddl: ${DDL:-refuse}}
-${FILES_STORE-  - name: receipts
-    files: {path: /srv/shop/files\}}
+    postgres: {databases: [shop], host: /run/postgresql, os_user: postgres, ddl: ${DDL:-refuse}}
+E
+    [ -n "${NO_FILES:-}" ] || cat <<E
+  - name: receipts
+    files: {path: /srv/shop}
+E
+    cat <<E
 services:
   - name: shop
-    command:
-      start: [/var/lib/boot.d/50-shop]
-      pid_file: /run/shop.pid
-${TRAFFIC-traffic:
+    command: {start: [/var/lib/shop/start], stop: [/var/lib/shop/stop], pid_file: /run/shop/pid}
+    warm: true
+E
+    [ -n "${NO_TRAFFIC:-}" ] || cat <<E
+traffic:
   - name: web
-    nginx: {files: [/etc/nginx/sites-enabled/shop], application: "127.0.0.1:8000", gate: "127.0.0.1:8001", front: "http://127.0.0.1/health"\}}
+    nginx: {files: [/etc/nginx/sites-enabled/shop], application: "127.0.0.1:8000", gate: "127.0.0.1:8001", front: "http://127.0.0.1/health"}
+E
+    cat <<E
 checks:
   - {name: health, http: "http://127.0.0.1:8000/health", status: 200, canary: read}
-max_pause: ${MAX_PAUSE:-3s}
+max_pause: ${MAX_PAUSE:-2s}
 drain_deadline: ${DRAIN:-5s}
-limits: {jobs: 2}
-EOF_YAML
-  cp "$world/rehome.yaml" "$world/new/srv/rehome.yaml"
+limits: {jobs: ${JOBS:-2}}
+E
+  } >"$yaml"
 }
 
-rehome() { on new "$bin/rehome" --file /srv/rehome.yaml "$@"; }
+rehome() { on "${CONTROLLER:-new}" "$bin/rehome" --file "$yaml" "$@"; }
 
-load_start() { # HOST RATE [options]
-  on "$1" "$bin/rehome-load" --url-address "${LOAD_TO:-10.77.0.1:80}" --rate "$2" --clients 16 --history "$world/history.$1" --retry-after-ms 200 "${@:3}" >"$world/load.$1.json" 2>"$world/load.$1.err" &
-  load_pid=$!
+# load NAME RATE [options]: clients on admin; their history is in $world/shared/NAME.history
+load() {
+  local name=$1 rate=$2
+  shift 2
+  on admin "$bin/rehome-load" --url-address "${LOAD_TO:-10.77.0.1:80}" --rate "$rate" --clients 32 --history "$world/shared/$name.history" \
+    --retry-after-ms 500 --prefix "$name" "$@" >"$world/shared/$name.json" 2>"$world/shared/$name.err" &
+  eval "${name}_pid=$!"
+  background+=($!)
 }
-load_stop() {
-  # The namespace's entry passes no signal on: the load itself is asked by the pid that it has here.
-  pkill_children "$load_pid" TERM
-  wait "$load_pid" || { cat "$world"/load.*.err >&2; return 1; }
+# Ends a background program of ours inside a host, politely, and waits for it.
+finish() {
+  local pid=$1 p
+  for p in $(descendants "$pid"); do kill -TERM "$p" 2>/dev/null || true; done
+  wait "$pid"
 }
-pkill_children() { local c; for c in $(pgrep -P "$1"); do kill -s "$2" "$c" 2>/dev/null || true; done; kill -s "$2" "$1" 2>/dev/null || true; }
+descendants() { local c; for c in $(pgrep -P "$1"); do descendants "$c"; done; echo "$1"; }
 
-say() { printf '%s\n' "$*"; }
-passed=0
-ok() { passed=$((passed + 1)); say "ok $passed - $*"; }
-fail() { say "not ok - $*"; exit 1; }
+probe() { # NAME: probe writers on both sides, from admin
+  on admin "$bin/rehome-probe" --source "$(site conninfo old 5432)" --target "$(site conninfo new 5432)" --every-ms 20 \
+    --history "$world/shared/$1.probes" >"$world/shared/$1.probe.out" 2>&1 &
+  eval "${1}_pid=$!"
+  background+=($!)
+}
+
+# judge NAME HOST YIELDED [history names...]: the verdict on what the clients were told, when HOST serves
+judge() {
+  local name=$1 host=$2 yielded=$3
+  shift 3
+  local args=() h other=old
+  for h in "$@"; do
+    args+=(--history "$world/shared/$h.history")
+  done
+  [ "$host" = new ] || other=new
+  if [ -e "$world/shared/$name.probes" ]; then args+=(--probes "$world/shared/$name.probes" --yielding-side "$yielded"); fi
+  on "$host" "$bin/rehome-history-check" "${args[@]}" --files /srv/shop --serving "$(site conninfo "$host" 5432)" --other "$(site conninfo $other 5432)" \
+    --json "$world/shared/$name.verdict"
+}
