@@ -69,7 +69,11 @@ Agent::Agent(AgentOptions options)
       gate_(options_.state, [this](const std::string& l) { log(l); }),
       link_({options_.state, [this] { return peer_hello(); },
              [this](const Json& j) {
-               if (j.contains("record")) attempt_.heard(record_from_json(j["record"]));
+               if (!j.contains("record")) return;
+               Record r = record_from_json(j["record"]);
+               attempt_.heard(r);
+               // Its controller may have died while it had this side's gate held, too.
+               if (r.decision != Decision::attempt && r.decision != Decision::commit) gate_.let_go(r.attempt);
              },
              [this] { attempt_.wake(); }, [this](const std::string& l) { log(l); }}),
       listeners_(link_, [this](const std::string& l) { log(l); }),

@@ -130,6 +130,25 @@ Json GateKeeper::ask(const Json& request, Deadline deadline) {
   return say(request, deadline);
 }
 
+void GateKeeper::let_go(std::int64_t attempt) {
+  std::lock_guard lock(mutex_);
+  if (hold_.is_null() || wish_ == GateWish::hold || get_int(hold_, "attempt", 0) > attempt) return;
+  hold_ = nullptr;
+  version_++;
+  changed_.notify_all();
+}
+
+Json GateKeeper::release(const std::string& to, Deadline deadline) {
+  {
+    std::lock_guard lock(mutex_);
+    if (to != name_of(wish_))
+      throw Error(Code::state, "the gate is not to be released to " + to + ": the record says " + std::string(name_of(wish_)),
+                  "attempt.abort and attempt.commit release it");
+    hold_ = nullptr;
+  }
+  return ask({{"op", "release"}, {"to", to}}, deadline);
+}
+
 void GateKeeper::loop() {
   while (!stopping_) {
     if (exists()) {

@@ -26,8 +26,12 @@ class GateKeeper : public AttemptGate {
   void wish(GateWish wish, std::int64_t attempt, Millis wait) override;
   void seal(std::int64_t attempt, Deadline deadline) override;
   bool told() const override;
-  // A controller's request. `hold` is repeated to a gate that restarts.
+  // A controller's request. A `hold` of the yielding side is repeated to a gate that restarts.
   Json ask(const Json& request, Deadline deadline);
+  // The other side's attempt is over: a hold that a controller asked for here, where the other side serves, ends. Also by a
+  // controller's `release`, which must be what the record says anyway: Error(state) otherwise.
+  void let_go(std::int64_t attempt);
+  Json release(const std::string& to, Deadline deadline);
   Json status() const;  // {told, error}
 
  private:

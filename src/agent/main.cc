@@ -78,6 +78,12 @@ void install(const rehome::AgentOptions& options, rehome::Boot boot) {
     config["boot"] = boot.how;  // before it is made, so that boot.remove finds whatever a crash leaves
     write_durably(path, config.dump(1) + "\n");
   }
+  // A run begins with the source serving, and its record there before its agent is.
+  if (!exists(options.state + "/record") && !config.value("began", false)) {
+    create_record_file(options.state + "/record", {});
+    config["began"] = true;
+    write_durably(path, config.dump(1) + "\n");
+  }
   install_boot(boot, "");
   // systemd has started it by now, or will take over when this one ends.
   if (boot.how != "systemd") supervise_detached({options.state});

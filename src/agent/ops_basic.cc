@@ -186,8 +186,13 @@ Json Agent::op_journal_read(const Json& request, AgentConnection&) {
   return {{"lines", lines}, {"next", next}};
 }
 
-Json Agent::op_shutdown(const Json&, AgentConnection& c) {
+Json Agent::op_shutdown(const Json& request, AgentConnection& c) {
   log("shutdown is asked for");
+  if (get_bool(request, "remove", false)) {
+    op_boot_remove(request, c);
+    // The directory outlives the agent: its supervisor ends the gate first, and then removes it.
+    write_durably(options_.state + "/run/remove", get_bool(request, "keep_fence", false) ? "keep the fence" : "all");
+  }
   send_json(c.fd, {{"ok", true}}, Deadline::in(Millis(5000)));
   exit_status_ = kEndedByShutdown;
   stopping_ = true;

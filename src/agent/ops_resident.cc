@@ -138,15 +138,21 @@ Json Agent::op_gate(const Json& request, AgentConnection&) {
   Json inner = request.value("request", Json());
   std::string op = get_string(inner, "op");
   if (op != "status") check_generation(request, true);
-  if (op == "release" || op == "seal")
-    throw Error(Code::usage, "the gate is told to " + op + " by its agent only", "use attempt.seal, attempt.commit or attempt.abort");
+  if (op == "seal") throw Error(Code::usage, "the gate is sealed by its agent only", "use attempt.seal");
+  if (op == "release") {
+    Json answer = gate_.release(get_string(inner, "to"), Deadline::in(Millis(5000)));
+    answer.erase("ok");
+    return answer;
+  }
   if (op == "hold") {
     auto r = attempt_.record();
-    if (!r || r->decision != Decision::attempt || attempt_.lease_left().count() == 0)
-      throw Error(Code::state, "no attempt is open, so nobody would release the gate again", "send attempt.open first");
-    if (get_int(inner, "attempt", r->attempt) != r->attempt)
-      throw Error(Code::state, "attempt " + std::to_string(get_int(inner, "attempt")) + " is not the open one", "see status");
-    inner["attempt"] = r->attempt;
+    if (!r) throw Error(Code::state, "the record cannot be read", "see status");
+    std::int64_t n = get_int(inner, "attempt");
+    bool yields = r->decision == Decision::attempt && r->attempt == n && attempt_.lease_left().count() > 0;
+    // The side that takes over: its clients wait here, since a connection that came through the link is not sent back.
+    bool takes = name_of(r->serves) != side() && r->settled && r->attempt < n;
+    if (!yields && !takes)
+      throw Error(Code::state, "attempt " + std::to_string(n) + " is not open, so nobody would release the gate again", "send attempt.open first");
   }
   Json answer = gate_.ask(inner, Deadline::in(Millis(get_int(request, "timeout_ms", 5000))));
   answer.erase("ok");

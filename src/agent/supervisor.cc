@@ -79,7 +79,7 @@ class Supervisor {
     Ticks gate_looked = 0;
     while (!stop) {
       reap();
-      if (ended_) return end(true), kEndedByShutdown;
+      if (ended_) return end(true), remove_state(), kEndedByShutdown;
       Ticks now = system_clock().now();
       if (agent_ == 0 && now >= agent_next_) start_agent();
       if (!ready && settled_in(state_)) {
@@ -233,6 +233,16 @@ class Supervisor {
     }
   }
 
+  // What `shutdown` with remove asked for. The fence is the file that keeps this site's services from starting.
+  void remove_state() {
+    const std::string marker = state_ + "/run/remove";
+    if (!exists(marker)) return;
+    bool keep = read_file(marker, 64) == "keep the fence" && exists(state_ + "/not-serving");
+    if (!keep) return remove_tree(state_);
+    for (const auto& name : list_directory(state_))
+      if (name != "not-serving") remove_tree(state_ + "/" + name);
+  }
+
   void end(bool gate_too) {
     if (!gate_too && gate_ > 0) log("the gate goes on without a supervisor");
     std::vector<pid_t*> all{&agent_};
@@ -260,8 +270,9 @@ class Supervisor {
 
 int supervise(const SuperviseOptions& options, const std::atomic<int>& stop) {
   for (const char* dir : {"", "/run", "/log"}) make_directories(options.state + dir);
-  Fd lock(::open((options.state + "/run/supervisor.lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
-  if (!lock) throw errno_error(errno, "open", options.state + "/run/supervisor.lock");
+  const std::string lock_path = options.state + "/run/supervisor.lock";
+  Fd lock(::open(lock_path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
+  if (!lock) throw errno_error(errno, "open", lock_path);
   while (::flock(lock.get(), LOCK_EX | LOCK_NB) != 0) {
     if (errno != EWOULDBLOCK) throw errno_error(errno, "lock", options.state);
     if (!options.wait) return 0;
@@ -269,6 +280,9 @@ int supervise(const SuperviseOptions& options, const std::atomic<int>& stop) {
     if (settled_in(options.state)) notify_ready();
     system_clock().sleep(Millis(200));
   }
+  // Whom we waited for may have removed it all: the run is over.
+  struct stat ours, there;
+  if (::fstat(lock.get(), &ours) != 0 || ::stat(lock_path.c_str(), &there) != 0 || ours.st_ino != there.st_ino) return kEndedByShutdown;
   sigset_t child;
   sigemptyset(&child);
   sigaddset(&child, SIGCHLD);
