@@ -12,7 +12,8 @@
 #   hosts.sh power-on WORLD HOST          boots it again from its directories; returns after /var/lib/boot.d
 #   hosts.sh link WORLD down|up           between old and new only: admin still reaches both, and carriers stay up
 #   hosts.sh wire WORLD DELAY LOSS RATE   one-way delay in ms, loss in percent, rate in Mbit/s (0: none); or: off
-#   hosts.sh down WORLD                   ends what it started and removes the directory; safe twice
+#   hosts.sh down WORLD [--force]         ends what it started and removes the directory; safe twice. Refuses to end the
+#                                         world of a process that runs (up --for), unless that one is asking
 #
 # old is 10.77.0.1 and new is 10.77.0.2; root logs in with ssh from each of the three to both, by address or name. admin
 # is where clients and a controller on a third machine run. /run/booted exists once /var/lib/boot.d/* were run, in
@@ -237,6 +238,7 @@ up() {
     (exec setsid bash -c 'tail --pid="$1" -f /dev/null; exec "$0" down "$2"' "$support/hosts.sh" "$3" "$world") \
       </dev/null >/dev/null 2>&1 &
     remember $! "$world/guard.pid"
+    remember "$3" "$world/owner.pid"
     disown
   fi
 }
@@ -327,9 +329,22 @@ E
   printf 'delay %s\nloss %s\nrate %s\n' "$1" "$2" "$3" 1<>"$world/shared/wire"
 }
 
+asked_by() {  # PID: is it this process or one that it descends from
+  local pid=$$
+  while [ "$pid" != 0 ]; do
+    [ "$pid" != "$1" ] || return 0
+    pid=$(awk '/^PPid:/ {print $2}' "/proc/$pid/status" 2>/dev/null) && [ -n "$pid" ] || return 1
+  done
+  return 1
+}
+
 down() {
   local world=$1 name group pid id
   [ -f "$world/world" ] || return 0
+  # Somebody who clears up all worlds that lie about must not end the one in which a test is running.
+  if [ "${2:-}" != --force ] && pid=$(recall "$world/owner.pid") && ! asked_by "$pid"; then
+    die "$world is in use by process $pid; --force ends it all the same"
+  fi
   id=$(world_id "$world")
   if pid=$(recall "$world/guard.pid"); then
     # The guard itself calls this when its time has come.
