@@ -55,9 +55,16 @@ for host in old new; do site shop "$world" $host; done
 site health "$world" old >/dev/null
 say "PostgreSQL, nginx and the shop are up on both, with 200 tables on old"
 
-history=$world/shared/history
+history=$world/shared/history writes=$world/shared/writes
+application=$(site conninfo "$world" old 5432) superuser=$(pg conninfo "$world" old 5432 shop)
+hosts enter "$world" admin "$bin/rehome-writers" --init --db "$application"
+hosts enter "$world" admin timeout $((seconds + 60)) "$bin/rehome-writers" --db "$application" --admin-db "$superuser" \
+  --history "$writes" --repeatable-read 1 --long 1 --superuser 1 --replica-role 1 --large-objects 1 --ddl 1 \
+  --long-ms 300 --every-ms 50 --seconds "$seconds" >"$world/writers" &
 hosts enter "$world" admin timeout $((seconds + 60)) "$bin/rehome-load" --url-address 10.77.0.1:80 --rate "$rate" \
   --clients 16 --seconds "$seconds" --history "$history" --keep-alive | sed 's/^/          /'
+wait $!
+echo "          direct writes: $(cat "$world/writers")"
 say "loaded"
 
 hosts power-cut "$world" old
@@ -68,12 +75,14 @@ say "old lost its power, and serves again"
 
 judge() {
   hosts enter "$world" old timeout 60 "$bin/rehome-history-check" --history "$1" --files /srv/shop \
-    --serving "$(site conninfo "$world" old 5432)" --json "$world/shared/verdict"
+    --serving "$application" --json "$world/shared/verdict"
 }
 judge "$history" | sed 's/^/          /' || fail "the judge found faults"
 acknowledged=$(python3 -c 'import json,sys; v = json.load(open(sys.argv[1])); print(v["acknowledged"] if not v["failed"] else -1)' \
   "$world/shared/verdict")
 [ "$acknowledged" = $((rate * seconds)) ] || fail "$acknowledged orders acknowledged, not $((rate * seconds))"
+judge_writes() { hosts enter "$world" admin timeout 60 "$bin/rehome-writers" --judge "$writes" --serving "$superuser"; }
+judge_writes | sed 's/^/          /' || fail "direct writes are lost or doubled"
 
 # The judge must be able to find fault: a row and a receipt that are taken away by hand.
 key=$(python3 -c 'import json,sys; print([json.loads(l)["key"] for l in open(sys.argv[1])][int(sys.argv[2])])' "$history" 7)
@@ -81,7 +90,10 @@ hosts enter "$world" old find /srv/shop/receipts -name "$key.json" -delete
 pg psql "$world" old 5432 -d shop -c "DELETE FROM order_lines WHERE order_id = (SELECT max(id) FROM orders)"
 judge "$history" >"$world/judged" && fail "the judge missed a receipt and an order's lines"
 grep -q '^lost  *2$' "$world/judged" || fail "two orders were spoilt, the judge says: $(cat "$world/judged")"
-say "the judge finds an order without a receipt, and one without its lines"
+pg psql "$world" old 5432 -d shop -c "DELETE FROM direct_writes WHERE key = (SELECT min(key) FROM direct_writes WHERE kind = 'long')"
+judge_writes >"$world/judged" && fail "the judge missed a row of a long transaction"
+grep -q '^lost: long-' "$world/judged" || fail "a long transaction was spoilt, the judge says: $(cat "$world/judged")"
+say "the judges find an order without a receipt, one without its lines, and a row that is gone"
 
 hosts down "$world"
 hosts down "$world"
