@@ -2,12 +2,13 @@
 #include <csignal>
 #include <cstdio>
 #include <ctime>
+#include <optional>
 
 #include "base/text.h"
-#include "cli/print.h"
+#include "cli/report.h"
 #include "ops/ops.h"
 #include "ops/run.h"
-#include "sys/fs.h"
+#include "ui/terminal.h"
 
 namespace {
 
@@ -64,14 +65,15 @@ int main(int argc, char** argv) {
   app.footer(exit_statuses());
   app.require_subcommand(1);
   app.fallthrough();
-  cli::PrintOptions print;
+  ui::TerminalOptions print;
+  std::optional<ui::Terminal> terminal;
   std::string file = "rehome.yaml";
   app.add_option("-f,--file", file, "the deployment")->capture_default_str();
   app.add_flag("--json", print.json, "one JSON object a line");
   app.add_flag("-q,--quiet", print.quiet, "results and errors only");
 
   std::function<int()> action;
-  auto emit = [&print](const Json& e) { cli::print(print, e); };
+  auto emit = [&terminal](const Json& e) { (*terminal)(e); };
   auto common = [&](auto& o) -> auto& {
     o.file = file;
     o.emit = emit;
@@ -107,7 +109,6 @@ int main(int argc, char** argv) {
       int result = ops::status(common(status));
       while (watch && !ops::cancel_flag()) {
         system_clock().sleep(Millis(1000));
-        if (!print.json) std::fputs("\n", stdout);
         result = ops::status(status);
       }
       return result;
@@ -174,7 +175,7 @@ int main(int argc, char** argv) {
   c->callback([&] {
     action = [&] {
       common(report);
-      return cli::write_report(print, report);
+      return cli::write_report(report);
     };
   });
 
@@ -184,10 +185,15 @@ int main(int argc, char** argv) {
     int status = app.exit(e);
     return status == 0 ? 0 : error_info(Code::usage).exit_status;
   }
+  terminal.emplace(print);
   try {
     return action();
   } catch (const Error& e) {
-    cli::print_error(print, e);
+    terminal->error(e);
     return error_info(e.code).exit_status;
+  } catch (const std::exception& e) {
+    // What no code of ours threw: a bug, and said as one.
+    terminal->error(Error(Code::internal, e.what(), "what was made durable stays; see rehome status"));
+    return error_info(Code::internal).exit_status;
   }
 }

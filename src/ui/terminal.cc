@@ -1,0 +1,226 @@
+#include "ui/terminal.h"
+
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cmath>
+#include <cstdlib>
+
+#include "base/text.h"
+#include "ui/look.h"
+#include "ui/text_view.h"
+
+namespace rehome::ui {
+namespace {
+
+constexpr Ticks kMs = 1'000'000;
+constexpr Ticks kRedraw = 100 * kMs, kPlain = 10'000 * kMs, kWindow = 15'000 * kMs;
+
+Terminal::Sink to_fd(int fd) {
+  return [fd](std::string_view text) {
+    while (!text.empty()) {
+      ssize_t n = ::write(fd, text.data(), text.size());
+      if (n < 0 && (errno == EINTR || errno == EAGAIN)) {
+        if (errno == EAGAIN) ::usleep(1000);
+        continue;
+      }
+      if (n <= 0) return false;
+      text.remove_prefix(static_cast<std::size_t>(n));
+    }
+    return true;
+  };
+}
+
+std::size_t terminal_columns() {
+  const char* term = std::getenv("TERM");
+  if (!::isatty(STDOUT_FILENO) || !term || std::string_view(term) == "dumb") return 0;
+  winsize size{};
+  return ::ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : 80;
+}
+
+// At most `width` columns; a longer line would wrap, and the block could not be erased.
+std::string clipped(const std::string& text, std::size_t width) {
+  if (columns(text) <= width) return text;
+  std::string out;
+  std::size_t used = 0;
+  for (char c : text) {
+    bool first = (static_cast<unsigned char>(c) & 0xC0) != 0x80;
+    if (first && ++used >= width) break;
+    out += c;
+  }
+  return out + "…";
+}
+
+std::string amount(std::int64_t n, const std::string& unit) {
+  return unit == "bytes" ? human_bytes(n) : grouped(n) + " " + unit;
+}
+
+}  // namespace
+
+Terminal::Terminal(TerminalOptions options)
+    : Terminal(options, to_fd(STDOUT_FILENO), to_fd(STDERR_FILENO), terminal_columns(), system_clock()) {}
+
+Terminal::Terminal(TerminalOptions options, Sink out, Sink err, std::size_t columns, Clock& clock)
+    : options_(options), out_(std::move(out)), err_(std::move(err)), columns_(columns), clock_(clock) {}
+
+Terminal::~Terminal() {
+  std::lock_guard lock(mutex_);
+  // Unfinished work is no news; a status stays on the screen.
+  if (status_.empty()) erase();
+  write({});
+}
+
+void Terminal::write(std::string_view text) {
+  pending_ += text;
+  if (!pending_.empty() && out_alive_) out_alive_ = out_(pending_);
+  pending_.clear();
+}
+
+void Terminal::erase() {
+  if (drawn_ > 0) pending_ += "\x1b[" + std::to_string(drawn_) + "A\r\x1b[J";
+  drawn_ = 0;
+}
+
+void Terminal::news(const std::vector<std::string>& lines) {
+  if (lines.empty()) return;
+  erase();
+  status_.clear();
+  for (const auto& l : lines) pending_ += l + "\n";
+  draw(true);
+}
+
+void Terminal::draw(bool now) {
+  if (columns_ == 0) return write({});
+  Ticks t = clock_.now();
+  if (!now && t - drawn_at_ < kRedraw) return;
+  drawn_at_ = t;
+  erase();
+  std::vector<const Work*> order;
+  for (const auto& [store, w] : work_) order.push_back(&w);
+  std::sort(order.begin(), order.end(), [](const Work* a, const Work* b) { return a->order < b->order; });
+  std::size_t width = columns_ - 1;
+  std::vector<std::string> lines;
+  for (const auto& [id, title] : steps_) lines.push_back("  … " + title);
+  for (const Work* w : order) lines.push_back(work_line(*w, width));
+  for (const auto& l : lines) pending_ += clipped(l, width) + "\n";
+  drawn_ = lines.size();
+  write({});
+}
+
+std::string Terminal::work_line(const Work& w, std::size_t width) const {
+  std::string text = "    " + w.store + "  " + w.phase + "  ";
+  double rate = 0;
+  if (w.seen.size() > 1) {
+    auto [t0, d0] = w.seen.front();
+    auto [t1, d1] = w.seen.back();
+    if (t1 > t0 && d1 > d0) rate = static_cast<double>(d1 - d0) / (static_cast<double>(t1 - t0) / 1e9);
+  }
+  std::string numbers;
+  if (w.total > 0) {
+    double part = std::clamp(static_cast<double>(w.done) / static_cast<double>(w.total), 0.0, 1.0);
+    if (columns_ >= 70) {
+      auto full = static_cast<int>(part * 20);
+      for (int i = 0; i < 20; i++) text += i < full ? "█" : "░";
+      text += " ";
+    }
+    // Rounded down: 100 % is said when all is there.
+    text += std::to_string(static_cast<int>(part * 100)) + " %";
+    numbers = "  " + amount(w.done, w.unit) + " of " + amount(w.total, w.unit);
+  } else if (w.done > 0) {
+    numbers = amount(w.done, w.unit);
+  }
+  if (rate > 0) {
+    numbers += "  " + (w.unit == "bytes" ? human_bytes(std::llround(rate)) : grouped(std::llround(rate)) + " " + w.unit) + "/s";
+    if (w.total > w.done) {
+      double left = static_cast<double>(w.total - w.done) / rate;
+      if (left < 1e7) numbers += "  " + human_duration(Millis(std::llround(left) * 1000)) + " left";
+    }
+  }
+  text += numbers;
+  if (!w.detail.empty()) text += "  " + w.detail;
+  return columns_ == 0 ? text : clipped(text, width);
+}
+
+void Terminal::progress(const Json& e) {
+  std::string store = printable(str(e, "store"));
+  auto [it, fresh] = work_.try_emplace(store);
+  Work& w = it->second;
+  if (fresh) w.order = static_cast<int>(work_.size());
+  std::string phase = printable(str(e, "phase"));
+  if (w.phase != phase) w.seen.clear(), w.said = 0;
+  w.store = store;
+  w.phase = phase;
+  w.detail = printable(str(e, "detail"));
+  w.unit = printable(str(e, "unit", "bytes"));
+  bool was_whole = w.total > 0 && w.done >= w.total;
+  w.done = whole(e, "done");
+  w.total = whole(e, "total");
+  Ticks t = clock_.now();
+  if (!w.seen.empty() && w.done < w.seen.back().second) w.seen.clear();
+  w.seen.emplace_back(t, w.done);
+  while (w.seen.size() > 2 && w.seen.front().first < t - kWindow) w.seen.pop_front();
+  if (columns_ > 0) return draw(false);
+  bool complete = w.total > 0 && w.done >= w.total;
+  if (w.said != 0 && t - w.said < kPlain && (!complete || was_whole)) return;
+  if (w.said != 0 && complete && was_whole) return;
+  w.said = t;
+  write(work_line(w, 0) + "\n");
+}
+
+void Terminal::operator()(const Json& e) {
+  std::lock_guard lock(mutex_);
+  std::string kind = str(e, "kind");
+  if (options_.json) return write(dump_line(e) + "\n");
+  if (kind == "status") {
+    auto lines = status_lines(e);
+    // A status that follows a status replaces it: status --watch.
+    erase();
+    status_ = lines;
+    for (const auto& l : lines) pending_ += (columns_ > 0 ? clipped(l, columns_ - 1) : l) + "\n";
+    if (columns_ > 0) drawn_ = lines.size();
+    return write({});
+  }
+  if (kind == "plan") return news(plan_lines(e));
+  if (kind == "result") {
+    work_.clear();
+    steps_.clear();
+    return news(result_lines(e));
+  }
+  if (kind == "finding") return news(entry_lines(e));
+  if (options_.quiet) return;
+  if (kind == "progress") return progress(e);
+  if (kind == "step") {
+    std::string id = str(e, "id"), state = str(e, "state");
+    if (state == "started") {
+      steps_[id] = printable(str(e, "title"));
+      if (columns_ > 0) return draw(true);
+    } else {
+      steps_.erase(id);
+      // A step's stores are done with it: "copy db" ends the line of db.
+      std::erase_if(work_, [&](const auto& w) { return id.ends_with(" " + w.first) || steps_.empty(); });
+    }
+    return news(entry_lines(e));
+  }
+  if (kind == "message") {
+    // Waiting for a moment says the same thing every second.
+    if (str(e, "text") == last_message_) return;
+    last_message_ = str(e, "text");
+  }
+  news(entry_lines(e));
+}
+
+void Terminal::error(const Error& error) {
+  std::lock_guard lock(mutex_);
+  if (options_.json) return write(dump_line({{"kind", "error"}, {"error", error_to_json(error)}}) + "\n");
+  erase();
+  work_.clear();
+  steps_.clear();
+  write({});
+  std::string text;
+  for (const auto& l : error_lines(error)) text += l + "\n";
+  if (err_alive_) err_alive_ = err_(text);
+}
+
+}  // namespace rehome::ui

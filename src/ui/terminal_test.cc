@@ -1,0 +1,194 @@
+#include "ui/terminal.h"
+
+#include <gtest/gtest.h>
+
+#include "ui/text_view.h"
+
+namespace rehome::ui {
+namespace {
+
+class StoppedClock : public Clock {
+ public:
+  Ticks now() override { return t; }
+  std::int64_t wall_us() override { return t / 1000; }
+  void sleep(Millis d) override { t += d.count() * 1'000'000; }
+  Ticks t = 1'000'000'000;
+};
+
+Json copying(std::int64_t done, std::int64_t total, const std::string& detail = "") {
+  return {{"kind", "progress"}, {"store", "db"}, {"phase", "copy"}, {"done", done}, {"total", total}, {"unit", "bytes"}, {"detail", detail}};
+}
+
+struct Screen {
+  std::string out, err;
+  bool alive = true;
+  int writes = 0;
+  StoppedClock clock;
+  Terminal::Sink to_out() {
+    return [this](std::string_view s) {
+      writes++;
+      if (alive) out += s;
+      return alive;
+    };
+  }
+  Terminal::Sink to_err() {
+    return [this](std::string_view s) {
+      err += s;
+      return true;
+    };
+  }
+};
+
+// What a terminal shows after these bytes: cursor up, carriage return, clear to the end.
+std::vector<std::string> shown(const std::string& bytes) {
+  std::vector<std::string> lines{""};
+  std::size_t at = 0;
+  for (std::size_t i = 0; i < bytes.size(); i++) {
+    if (bytes[i] == '\x1b') {
+      std::size_t end = i + 2;
+      std::size_t n = 0;
+      while (std::isdigit(static_cast<unsigned char>(bytes[end]))) n = n * 10 + static_cast<std::size_t>(bytes[end++] - '0');
+      if (bytes[end] == 'A') {
+        EXPECT_LE(n, at) << "the block is erased beyond the screen's first line";
+        at -= n;
+      } else if (bytes[end] == 'J') {
+        lines.resize(at + 1);
+        lines[at].clear();
+      }
+      i = end;
+    } else if (bytes[i] == '\n') {
+      if (++at == lines.size()) lines.emplace_back();
+    } else if (bytes[i] != '\r') {
+      lines[at] += bytes[i];
+    }
+  }
+  return lines;
+}
+
+TEST(Terminal, PlainLinesComeEveryTenSecondsAndAtTheEnd) {
+  Screen s;
+  Terminal t({}, s.to_out(), s.to_err(), 0, s.clock);
+  for (int i = 0; i <= 250; i++) {
+    t(copying(i * 4'000'000, 1'000'000'000));
+    s.clock.sleep(Millis(100));
+  }
+  t(copying(1'000'000'000, 1'000'000'000));
+  EXPECT_EQ(std::count(s.out.begin(), s.out.end(), '\n'), 4) << s.out;
+  EXPECT_NE(s.out.find("40.0 MB/s  15.0 s left"), std::string::npos) << s.out;
+  EXPECT_NE(s.out.find("100 %"), std::string::npos) << s.out;
+  EXPECT_EQ(s.out.find('\x1b'), std::string::npos);
+}
+
+TEST(Terminal, TheBlockIsRedrawnAndNewsScrollAboveIt) {
+  Screen s;
+  {
+    Terminal t({}, s.to_out(), s.to_err(), 80, s.clock);
+    t({{"kind", "step"}, {"id", "link"}, {"title", "connect the two agents"}, {"state", "started"}});
+    t({{"kind", "step"}, {"id", "link"}, {"title", "connect the two agents"}, {"state", "done"}});
+    t({{"kind", "step"}, {"id", "copy db"}, {"title", "copy db"}, {"state", "started"}});
+    for (int i = 1; i <= 50; i++) {
+      s.clock.sleep(Millis(200));
+      t(copying(i * 10'000'000, 1'000'000'000, std::string(200, 'x')));
+    }
+    auto lines = shown(s.out);
+    ASSERT_EQ(lines.size(), 4u) << s.out;
+    EXPECT_EQ(lines[0], "  ✓ connect the two agents");
+    EXPECT_EQ(lines[1], "  … copy db");
+    EXPECT_NE(lines[2].find("50 %"), std::string::npos) << lines[2];
+    EXPECT_LE(columns(lines[2]), 79u);
+    t({{"kind", "step"}, {"id", "copy db"}, {"title", "copy db"}, {"state", "done"}});
+    t({{"kind", "result"}, {"what", "begin"}, {"text", "everything follows"}});
+  }
+  EXPECT_EQ(shown(s.out), (std::vector<std::string>{"  ✓ connect the two agents", "  ✓ copy db", "begin: everything follows", ""}));
+}
+
+TEST(Terminal, TheBlockIsNotRedrawnMoreThanTenTimesASecond) {
+  Screen s;
+  Terminal t({}, s.to_out(), s.to_err(), 80, s.clock);
+  for (int i = 0; i < 10000; i++) {
+    t(copying(i, 10000));
+    s.clock.t += 100'000;
+  }
+  EXPECT_LE(s.writes, 12);
+}
+
+TEST(Terminal, AStatusReplacesTheOneBeforeIt) {
+  Screen s;
+  {
+    Terminal t({}, s.to_out(), s.to_err(), 80, s.clock);
+    t({{"kind", "status"}, {"name", "shop"}, {"phase", "following"}, {"serves", "source"}, {"source", {{"link", {{"up", true}}}}}});
+    t({{"kind", "status"}, {"name", "shop"}, {"phase", "switched"}, {"serves", "target"}});
+  }
+  EXPECT_EQ(shown(s.out), (std::vector<std::string>{"shop: switched; the target serves", ""}));
+}
+
+TEST(Terminal, JsonIsOneObjectALineAndNothingElse) {
+  Screen s;
+  Terminal t({.json = true}, s.to_out(), s.to_err(), 80, s.clock);
+  t(copying(1, 2));
+  t({{"kind", "message"}, {"text", "two\nlines"}});
+  t.error(Error(Code::verify, "the sites differ"));
+  EXPECT_TRUE(s.err.empty());
+  std::istringstream in(s.out);
+  std::string line;
+  int n = 0;
+  while (std::getline(in, line)) {
+    EXPECT_TRUE(Json::parse(line).contains("kind"));
+    n++;
+  }
+  EXPECT_EQ(n, 3);
+}
+
+TEST(Terminal, QuietKeepsResultsAndErrors) {
+  Screen s;
+  Terminal t({.quiet = true}, s.to_out(), s.to_err(), 0, s.clock);
+  t(copying(1, 2));
+  t({{"kind", "message"}, {"text", "hm"}});
+  t({{"kind", "result"}, {"what", "switch"}, {"pause_ms", 83.4}});
+  t.error(Error(Code::backed_out, "backed out", "try again"));
+  EXPECT_EQ(s.out, "switch: done; the pause was 83 ms\n");
+  EXPECT_EQ(s.err, "rehome: backed out\n  try again\n  (backed-out, exit status 10)\n");
+}
+
+TEST(Terminal, AClosedTerminalIsWrittenToOnce) {
+  Screen s;
+  s.alive = false;
+  Terminal t({}, s.to_out(), s.to_err(), 0, s.clock);
+  for (int i = 0; i < 5; i++) t({{"kind", "serves"}, {"side", "target"}});
+  EXPECT_EQ(s.writes, 1);
+}
+
+TEST(Terminal, TextFromTheSitesCannotMoveTheCursor) {
+  Screen s;
+  Terminal t({}, s.to_out(), s.to_err(), 80, s.clock);
+  t({{"kind", "verify"}, {"store", "f"}, {"equal", false}, {"compared", 1}, {"differences", {{{"object", "a\x1b[2J\nb\xc2\x9b" "2J"}, {"what", "differs"}}}}});
+  EXPECT_NE(s.out.find("a\\x1b[2J\\x0ab\\x9b2J: differs"), std::string::npos) << s.out;
+}
+
+TEST(Terminal, OddObjectsAreNoError) {
+  for (const char* kind : {"status", "plan", "result", "finding", "step", "progress", "message", "verify", "check", "canary", "serves", "pause", "error", "unheard of", ""}) {
+    Screen s;
+    Terminal t({}, s.to_out(), s.to_err(), 80, s.clock);
+    t({{"kind", kind}});
+    t({{"kind", kind}, {"stores", 3}, {"steps", {1, 2}}, {"phases", {{"a", 1}}}, {"error", "x"}, {"ms", "y"}, {"differences", {{"a", 2}}}, {"left", {1}}, {"ledger", 7}, {"source", "s"}, {"pause", 1}, {"traffic", {{"a", 1}}}});
+  }
+  Screen s;
+  Terminal t({}, s.to_out(), s.to_err(), 80, s.clock);
+  t(Json(3));
+}
+
+TEST(TextView, ConfigErrorsStartWithTheirPlaces) {
+  auto lines = error_lines(Error(Code::config, "a.yaml:1:2: one\na.yaml:3:4: two", "see the manual"));
+  EXPECT_EQ(lines[0], "a.yaml:1:2: one");
+  EXPECT_EQ(lines[1], "a.yaml:3:4: two");
+}
+
+TEST(TextView, NumbersForPeople) {
+  EXPECT_EQ(grouped(0), "0");
+  EXPECT_EQ(grouped(-1234567), "-1,234,567");
+  EXPECT_EQ(exact_ms(4.26), "4.3 ms");
+  EXPECT_EQ(exact_ms(211.6), "212 ms");
+}
+
+}  // namespace
+}  // namespace rehome::ui
