@@ -314,6 +314,9 @@ void Switchover::back_out(const Error& reason) {
 
 void Switchover::commit() {
   Json answer;
+  auto remember_times = [&] {
+    if (answer.contains("times")) run_.journal().append("times", {{"attempt", attempt_}, {"ms", answer["times"]}});
+  };
   try {
     answer = yields().call("attempt.commit", {{"attempt", attempt_}, {"wait_ms", 10000}}, Deadline::in(Millis(15000)));
   } catch (const Error& e) {
@@ -331,13 +334,14 @@ void Switchover::commit() {
     if (deadline.passed())
       throw Error(Code::unknown, "committed, and the side that takes over has not yet said that it is open",
                   "the agents finish it by themselves when the link is up; see status");
-    system_clock().sleep(Millis(20));
+    system_clock().sleep(Millis(5));
     try {
       answer = yields().call("attempt.status", Json::object(), Deadline::in(Millis(2000)));
     } catch (const Error&) {
       // The agent is restarting; asked again until the deadline.
     }
   }
+  remember_times();
 }
 
 CutResult Switchover::cut() {
