@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <map>
 
 #include "base/text.h"
@@ -61,6 +62,11 @@ Json action_json(Site& site, const Action& a) {
   if (!a.try_input.empty()) j["try_input"] = a.try_input;
   if (!a.user.empty()) j["user"] = a.user;
   return j;
+}
+
+// For tests only: a program that is told where the pause stands, and breaks something there.
+void fault_hook(const char* when, const char* phase) {
+  if (const char* hook = std::getenv("REHOME_FAULT_HOOK")) run({.argv = {hook, when, phase}});
 }
 
 void set_actions(Site& site, const char* set, const std::vector<Action>& actions) {
@@ -172,6 +178,7 @@ Prediction Switchover::predict(bool measure) {
 
 void Switchover::phase(const char* name, const std::function<void()>& work) {
   if (std::string lost = lease_->lost(); !lost.empty()) throw Error(Code::timeout, "the lease is over: " + lost);
+  fault_hook("before", name);
   Ticks from = system_clock().now();
   std::int64_t wall = system_clock().wall_us();
   auto record = [&](const Error* error) {
@@ -188,6 +195,7 @@ void Switchover::phase(const char* name, const std::function<void()>& work) {
     throw e.in(name);
   }
   record(nullptr);
+  fault_hook("after", name);
   // Until the seal everything is revocable, and an overrun is; after it the attempt finishes or the lease decides.
   if (pause_deadline_.passed() && std::string(name) != "open")
     throw Error(Code::timeout, std::string("the pause is longer than max_pause (") + human_duration(run_.deployment().max_pause) + ") after " + name,
