@@ -44,7 +44,7 @@ for side in ("source", "target"):
     a = s[side]
     if "record" not in a or not a["link"].get("up"): sys.exit(1)
     if a["attempt"].get("phase") not in ("serving", "closed") or not a["attempt"].get("settled", True): sys.exit(1)
-    g = a.get("gate", {})
+    g = a.get("gate") or {}
     if "state" in g and g["state"] not in ("OPEN_LOCAL", "OPEN_PEER"): sys.exit(1)
 print({"source": "old", "target": "new"}[s["serves"]])'
 }
@@ -89,7 +89,7 @@ one_fault() { # FAULT WHEN PHASE
     cut_link | power_*) sleep 6; hosts link "$world" up ;;
   esac
   local now= started=$SECONDS
-  for i in $(seq 90); do
+  for i in $(seq 60); do
     if now=$(settled); then break; fi
     sleep 1
   done
@@ -97,7 +97,7 @@ one_fault() { # FAULT WHEN PHASE
     rehome status || true
     cat "$world/shared/out"
     for h in old new; do on $h sh -c 'tail -15 /var/lib/rehome/shop/*/log/agent.log' || true; done
-    fail "$fault $when $phase: neither side serves after 90 s"
+    fail "$fault $when $phase: neither side serves after 60 s"
   fi
   serving=$now
   rehome -q resume || { sleep 3; rehome -q resume; }
