@@ -347,6 +347,8 @@ int Agent::serve(const std::atomic<bool>& stop) {
       system_clock().sleep(Millis(50));
     }
   }
+  listener.reset();
+  ::unlink((options_.state + "/run/agent.sock").c_str());
   close();
   log("agent ends");
   if (options_.ephemeral) remove_tree(options_.state);

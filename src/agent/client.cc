@@ -5,7 +5,7 @@ namespace rehome {
 AgentClient::AgentClient(const std::string& socket_path, Deadline deadline)
     : fd_(connect_to({.path = socket_path}, deadline)), in_(fd_) {}
 
-Json AgentClient::call(const Json& request, Deadline deadline) {
+Json AgentClient::ask(const Json& request, Deadline deadline) {
   if (!usable_) throw Error(Code::unreachable, "the connection to the agent broke earlier", "", true);
   // Until a whole line has come back, a failure leaves half a message in one direction or the other.
   usable_ = false;
@@ -18,7 +18,7 @@ Json AgentClient::call(const Json& request, Deadline deadline) {
 
 Json AgentClient::call(const std::string& op, Json args, Deadline deadline) {
   args["op"] = op;
-  return call(args, deadline);
+  return ask(args, deadline);
 }
 
 Fd open_agent_stream(const std::string& socket_path, const Json& request, Deadline deadline, Json* answer) {

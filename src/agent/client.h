@@ -21,7 +21,7 @@ class AgentClient {
 
   // Sends `request` (with its "op") and returns the answer. An error answer is thrown as the Error it is, and the
   // connection stays usable; Error(unreachable) or Error(timeout) leave it unusable, and whether the agent acted unknown.
-  Json call(const Json& request, Deadline deadline = Deadline::in(Millis(30000)));
+  Json ask(const Json& request, Deadline deadline = Deadline::in(Millis(30000)));
   Json call(const std::string& op, Json args = Json::object(), Deadline deadline = Deadline::in(Millis(30000)));
 
   // False once a call broke the connection.

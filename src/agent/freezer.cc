@@ -256,6 +256,23 @@ Json Freezer::kill() {
   });
 }
 
+void Freezer::forget() {
+  std::lock_guard lock(mutex_);
+  for (auto& item : items_) {
+    if (!item.ours || !exists(item.directory)) continue;
+    try {
+      set_frozen(item.directory, item.v1, false);
+      // Its processes go on, in the root cgroup.
+      std::string root = parent_path(item.directory);
+      for (pid_t pid : pids_in(item.directory)) write_control(root + "/cgroup.procs", std::to_string(pid));
+      if (::rmdir(item.directory.c_str()) != 0) throw errno_error(errno, "remove cgroup", item.directory);
+    } catch (const Error& e) {
+      log_(e.what());
+    }
+  }
+  items_.clear();
+}
+
 void Freezer::start_units() {
   std::vector<std::string> units;
   {

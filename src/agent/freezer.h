@@ -35,6 +35,8 @@ class Freezer {
   Json kill();     // frozen processes die without running another instruction; then the cgroup is thawed, empty
   // Starts the systemd units among the items that do not run: those that a start condition made skip.
   void start_units();
+  // Thaws what is frozen and removes the cgroups that were made here: at the end of a run.
+  void forget();
   static bool available();
 
  private:

@@ -31,7 +31,7 @@ Json GateKeeper::say(const Json& request, Deadline deadline) {
     client_ = std::make_unique<AgentClient>(state_ + "/run/gate.sock", deadline);
   }
   try {
-    return client_->call(request, deadline);
+    return client_->ask(request, deadline);
   } catch (const Error& e) {
     if (!client_->usable()) client_.reset();
     throw Error(e).in("gate");

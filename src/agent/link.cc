@@ -92,9 +92,9 @@ Json Link::call(const std::string& purpose, const Json& request, Deadline deadli
       if (fresh) {
         c.client = std::make_unique<AgentClient>(path, deadline);
         c.path = path;
-        c.client->call({{"op", "peer.hello"}, {"brief", true}}, deadline);
+        c.client->ask({{"op", "peer.hello"}, {"brief", true}}, deadline);
       }
-      return c.client->call(request, deadline);
+      return c.client->ask(request, deadline);
     } catch (const Error& e) {
       if (c.client && c.client->usable()) throw;  // the other agent's own error
       c.client.reset();

@@ -190,6 +190,7 @@ Json Agent::op_shutdown(const Json& request, AgentConnection& c) {
   log("shutdown is asked for");
   if (get_bool(request, "remove", false)) {
     op_boot_remove(request, c);
+    freezer_.forget();
     // The directory outlives the agent: its supervisor ends the gate first, and then removes it.
     write_durably(options_.state + "/run/remove", get_bool(request, "keep_fence", false) ? "keep the fence" : "all");
   }

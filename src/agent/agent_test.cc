@@ -1,0 +1,339 @@
+// One agent in this process, asked through its socket.
+#include "agent/agent.h"
+
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/socket.h>
+
+#include <atomic>
+#include <fstream>
+#include <thread>
+
+#include "agent/boot.h"
+#include "agent/client.h"
+#include "base/text.h"
+#include "sys/fs.h"
+
+namespace rehome {
+namespace {
+
+class Running {
+ public:
+  explicit Running(const std::string& state, bool ephemeral = false) : state_(state) {
+    agent_ = std::make_unique<Agent>(AgentOptions{state, "source", "x", ephemeral});
+    thread_ = std::thread([this] { status = agent_->serve(stop_); });
+    Deadline deadline = Deadline::in(Millis(5000));
+    while (!exists(state + "/run/agent.sock") && !deadline.passed()) system_clock().sleep(Millis(1));
+    REHOME_CHECK(exists(state + "/run/agent.sock"));
+  }
+  ~Running() { end(); }
+  void end() {
+    stop_ = true;
+    if (thread_.joinable()) thread_.join();
+    agent_.reset();
+  }
+  void wait() { thread_.join(); }
+  std::string socket() const { return state_ + "/run/agent.sock"; }
+  Json call(const std::string& op, Json args = Json::object()) {
+    return AgentClient(socket()).call(op, args, Deadline::in(Millis(20'000)));
+  }
+  std::atomic<int> status{-1};
+
+ private:
+  std::string state_;
+  std::atomic<bool> stop_{false};
+  std::unique_ptr<Agent> agent_;
+  std::thread thread_;
+};
+
+Code code_of(const std::function<void()>& f) {
+  try {
+    f();
+  } catch (const Error& e) {
+    return e.code;
+  }
+  return Code::internal;
+}
+
+TEST(Agent, ProgramsAndFiles) {
+  TempDir dir;
+  Running a(dir.path());
+  Json r = a.call("exec", {{"argv", {"sh", "-c", "cat; echo $X >&2; exit 3"}}, {"env", {{"X", "y"}}}, {"input", "in"}});
+  EXPECT_EQ(r["status"], 3);
+  EXPECT_EQ(r["out"], "in");
+  EXPECT_EQ(r["err"], "y\n");
+  EXPECT_EQ(from_base64(get_string(a.call("exec", {{"argv", {"printf", "\\377\\000x"}}}), "out_base64")), std::string("\xff\0x", 3));
+  std::string bytes;
+  for (int i = 0; i < 1000; i++) bytes += static_cast<char>(i * 7);
+  a.call("put", {{"path", dir.path() + "/sub/f"}, {"base64", to_base64(bytes)}, {"mode", "0640"}});
+  EXPECT_EQ(from_base64(get_string(a.call("get", {{"path", dir.path() + "/sub/f"}}), "base64")), bytes);
+  EXPECT_TRUE(get_bool(a.call("get", {{"path", dir.path() + "/none"}}), "missing"));
+  EXPECT_EQ(code_of([&] { a.call("exec", {{"argv", {"sleep", "9"}}, {"timeout_ms", 50}}); }), Code::timeout);
+  EXPECT_EQ(code_of([&] { a.call("no-such-op"); }), Code::usage);
+  EXPECT_EQ(code_of([&] { a.call("exec", {{"argv", "sh"}}); }), Code::usage);
+}
+
+TEST(Agent, AProgramDiesWithItsCallerAndItsGeneration) {
+  TempDir dir;
+  Running a(dir.path());
+  auto start = [&](AgentClient& c, Json extra) {
+    Json request{{"op", "exec"}, {"argv", {"sh", "-c", "echo $$ > " + dir.path() + "/pid; exec sleep 30"}}};
+    request.update(extra);
+    send_json(c.fd(), request, Deadline::in(Millis(1000)));
+    Deadline deadline = Deadline::in(Millis(5000));
+    std::string pid;
+    while (pid.empty() && !deadline.passed()) {
+      if (exists(dir.path() + "/pid")) pid = trim(read_file(dir.path() + "/pid"));
+      system_clock().sleep(Millis(2));
+    }
+    remove_tree(dir.path() + "/pid");
+    return static_cast<pid_t>(std::stol(pid));
+  };
+  auto gone = [](pid_t pid) {
+    Deadline deadline = Deadline::in(Millis(2000));
+    while (::kill(pid, 0) == 0 && !deadline.passed()) system_clock().sleep(Millis(5));
+    return ::kill(pid, 0) != 0;
+  };
+  pid_t first;
+  {
+    AgentClient c(a.socket());
+    first = start(c, Json::object());
+  }
+  EXPECT_TRUE(gone(first));
+  ASSERT_EQ(a.call("generation.new")["gen"], 1);
+  AgentClient c(a.socket());
+  pid_t second = start(c, {{"gen", 1}});
+  ASSERT_EQ(a.call("generation.new")["gen"], 2);
+  EXPECT_TRUE(gone(second));
+  EXPECT_EQ(code_of([&] { a.call("put", {{"path", "/x"}, {"content", ""}, {"gen", 1}}); }), Code::conflict);
+  EXPECT_EQ(code_of([&] { a.call("put", {{"path", "/x"}, {"content", ""}}); }), Code::usage);
+  EXPECT_NO_THROW(a.call("hello"));
+}
+
+// A server that greets and echoes, for relays.
+class Echo {
+ public:
+  explicit Echo(const std::string& path) : listener_(listen_on({.path = path})) {
+    thread_ = std::thread([this] {
+      while (!stop_) {
+        auto fd = accept_from(listener_, Deadline::in(Millis(100)), &stop_);
+        if (!fd) continue;
+        open++;
+        send_all(*fd, "hello\n");
+        auto shared = std::make_shared<Fd>(std::move(*fd));
+        threads_.run([this, shared] {
+          try {
+            Reader in(*shared);
+            while (!stop_) {
+              try {
+                auto l = in.line(Deadline::in(Millis(100)));
+                if (!l) break;
+                send_all(*shared, *l + "\n");
+              } catch (const Error& e) {
+                if (e.code != Code::timeout) break;
+              }
+            }
+          } catch (const Error&) {
+            // gone
+          }
+          open--;
+        });
+      }
+    });
+  }
+  ~Echo() {
+    stop_ = true;
+    thread_.join();
+  }
+  std::atomic<int> open{0};
+
+ private:
+  Fd listener_;
+  std::atomic<bool> stop_{false};
+  Threads threads_;
+  std::thread thread_;
+};
+
+bool becomes(const std::atomic<int>& value, int wanted) {
+  Deadline deadline = Deadline::in(Millis(3000));
+  while (value != wanted && !deadline.passed()) system_clock().sleep(Millis(5));
+  return value == wanted;
+}
+
+TEST(Agent, RelaysAreCutAndKept) {
+  TempDir dir;
+  Running a(dir.path() + "/s");
+  Echo echo(dir.path() + "/echo");
+  a.call("generation.new");
+  Json to{{"op", "relay"}, {"to", "unix:" + dir.path() + "/echo"}, {"gen", 1}};
+  Json kept = to;
+  kept["keep"] = "snapshot";
+  Fd plain = open_agent_stream(a.socket(), to, Deadline::in(Millis(5000)));
+  Reader in(plain);
+  EXPECT_EQ(in.line(Deadline::in(Millis(2000))), "hello");
+  send_all(plain, "one\n");
+  EXPECT_EQ(in.line(Deadline::in(Millis(2000))), "one");
+  {
+    Fd k = open_agent_stream(a.socket(), kept, Deadline::in(Millis(5000)));
+    EXPECT_TRUE(becomes(echo.open, 2));
+    EXPECT_EQ(code_of([&] { open_agent_stream(a.socket(), kept, Deadline::in(Millis(5000))); }), Code::conflict);
+  }
+  Ticks from = system_clock().now();
+  a.call("generation.new");  // cuts the plain one; the kept one outlives its controller
+  EXPECT_EQ(in.line(Deadline::in(Millis(2000))), std::nullopt);
+  EXPECT_LT(ms_between(from, system_clock().now()), 1000);
+  EXPECT_TRUE(becomes(echo.open, 1));
+  Json list = a.call("keep.list")["kept"];
+  ASSERT_EQ(list.size(), 1u);
+  EXPECT_EQ(list[0]["alive"], true);
+  EXPECT_EQ(a.call("keep.drop", {{"name", "snapshot"}, {"gen", 2}})["dropped"], true);
+  EXPECT_TRUE(becomes(echo.open, 0));
+  EXPECT_EQ(code_of([&] { open_agent_stream(a.socket(), to, Deadline::in(Millis(5000))); }), Code::conflict);
+  to["gen"] = 2;
+  to["to"] = "unix:" + dir.path() + "/nobody";
+  EXPECT_EQ(code_of([&] { open_agent_stream(a.socket(), to, Deadline::in(Millis(5000))); }), Code::unreachable);
+}
+
+TEST(Agent, JournalKeepsOrderAndDropsATornLine) {
+  TempDir dir;
+  {
+    Running a(dir.path());
+    EXPECT_EQ(a.call("journal.append", {{"from", 0}, {"lines", {"{\"a\":1}", "{\"b\":2}"}}})["next"], 2);
+    EXPECT_EQ(code_of([&] { a.call("journal.append", {{"from", 1}, {"lines", {"x"}}}); }), Code::conflict);
+    EXPECT_EQ(code_of([&] { a.call("journal.append", {{"from", 2}, {"lines", {"x\ny"}}}); }), Code::usage);
+  }
+  {
+    std::ofstream torn(dir.path() + "/journal.jsonl", std::ios::app);
+    torn << "{\"half";
+  }
+  Running a(dir.path());
+  Json r = a.call("journal.read", {{"from", 1}});
+  EXPECT_EQ(r["lines"], Json({"{\"b\":2}"}));
+  EXPECT_EQ(r["next"], 2);
+  EXPECT_EQ(a.call("journal.append", {{"from", 2}, {"lines", {"c"}}})["next"], 3);
+  EXPECT_EQ(read_file(dir.path() + "/journal.jsonl"), "{\"a\":1}\n{\"b\":2}\nc\n");
+}
+
+TEST(Agent, ResidentsComeBackWithTheAgent) {
+  TempDir dir;
+  Echo echo(dir.path() + "/echo");
+  auto starts = [](Running& a) { return a.call("child.status", {{"name", "k"}}); };
+  {
+    Running a(dir.path() + "/s");
+    a.call("child.set", {{"name", "k"}, {"argv", {"sh", "-c", "echo line; sleep 0.05; exit 4"}}, {"restart_ms", 20}});
+    a.call("service.set", {{"name", "echo"}, {"to", "unix:" + dir.path() + "/echo"}});
+    // Its own peer: what goes out by the link comes in again.
+    a.call("link.set", {{"socket", a.socket()}});
+    a.call("listen.set", {{"name", "l"}, {"at", "unix:" + dir.path() + "/s/run/l/x/.s"}, {"service", "echo"}});
+    Deadline deadline = Deadline::in(Millis(5000));
+    while (starts(a)["starts"] < 3 && !deadline.passed()) system_clock().sleep(Millis(10));
+    Json s = starts(a);
+    EXPECT_GE(s["starts"], 3);
+    EXPECT_EQ(s["last_status"], 4);
+    EXPECT_EQ(s["tail"][0], "line");
+  }
+  Running a(dir.path() + "/s");
+  EXPECT_GE(starts(a)["starts"], 1);
+  Fd fd = connect_to({.path = dir.path() + "/s/run/l/x/.s"}, Deadline::in(Millis(2000)));
+  Reader in(fd);
+  EXPECT_EQ(in.line(Deadline::in(Millis(2000))), "hello");
+  send_all(fd, "through the link\n");
+  EXPECT_EQ(in.line(Deadline::in(Millis(2000))), "through the link");
+  a.call("child.drop", {{"name", "k"}});
+  EXPECT_EQ(code_of([&] { starts(a); }), Code::state);
+  a.call("listen.drop", {{"name", "l"}});
+  EXPECT_FALSE(exists(dir.path() + "/s/run/l/x/.s"));
+}
+
+TEST(Agent, ActionsSayWhatFailed) {
+  TempDir dir;
+  Running a(dir.path());
+  auto item = [](const char* name, const char* input, bool warm) {
+    return Json{{"name", name}, {"argv", {"sh", "-e"}}, {"input", input}, {"try_input", input}, {"warm", warm}, {"timeout_ms", 300}};
+  };
+  a.call("action.set", {{"set", "undo"}, {"items", {item("good", "true", true), item("bad", "echo broken >&2; false", true)}}});
+  EXPECT_NO_THROW(a.call("action.try", {{"set", "undo"}, {"name", "good"}}));
+  EXPECT_NO_THROW(a.call("action.try", {{"set", "undo"}, {"name", "good"}}));  // the same program again
+  try {
+    a.call("action.try", {{"set", "undo"}});
+    FAIL();
+  } catch (const Error& e) {
+    EXPECT_NE(e.message.find("'bad'"), std::string::npos);
+    EXPECT_NE(e.message.find("broken"), std::string::npos);
+  }
+  a.call("action.set", {{"set", "undo"}, {"items", {item("slow", "sleep 5", true)}}});
+  EXPECT_EQ(code_of([&] { a.call("action.try", {{"set", "undo"}}); }), Code::timeout);
+  EXPECT_EQ(code_of([&] { a.call("action.set", {{"set", "nonsense"}, {"items", Json::array()}}); }), Code::usage);
+}
+
+TEST(Agent, FreezesThawsAndKills) {
+  if (!Freezer::available()) FAIL() << "freezing needs root and a cgroup file system";
+  TempDir dir;
+  std::string count = dir.path() + "/count";
+  Child writer({.argv = {"sh", "-c", "echo $$ > " + dir.path() + "/pid; (while :; do echo x >> " + count + "; done) & wait"}}, {});
+  Deadline deadline = Deadline::in(Millis(5000));
+  while ((!exists(count) || !exists(dir.path() + "/pid")) && !deadline.passed()) system_clock().sleep(Millis(5));
+  Freezer freezer("test-" + std::to_string(::getpid()), [](const std::string&) {});
+  freezer.set(Freezer::parse({{{"name", "w"}, {"pid_file", dir.path() + "/pid"}}}));
+  auto grows = [&] {
+    auto before = read_file(count).size();
+    system_clock().sleep(Millis(60));
+    return read_file(count).size() > before;
+  };
+  EXPECT_TRUE(grows());
+  Json f = freezer.freeze();
+  EXPECT_GE(f[0]["processes"], 2);
+  EXPECT_LT(f[0]["ms"].get<double>(), 500);
+  EXPECT_FALSE(grows());
+  freezer.thaw();
+  EXPECT_TRUE(grows());
+  EXPECT_EQ(freezer.kill()[0]["processes"], 0);  // not frozen: not ours to kill
+  freezer.freeze();
+  auto before = read_file(count).size();
+  EXPECT_GE(freezer.kill()[0]["processes"], 2);
+  EXPECT_EQ(read_file(count).size(), before);  // not one more write on the way out
+  EXPECT_EQ(writer.wait(Deadline::in(Millis(2000))), 128 + SIGKILL);
+  freezer.forget();
+}
+
+TEST(Agent, EphemeralLeavesNothing) {
+  TempDir dir;
+  std::string state = dir.path() + "/e";
+  Running a(state, true);
+  {
+    AgentClient c(a.socket());
+    EXPECT_EQ(c.call("hello")["ephemeral"], true);
+    EXPECT_EQ(c.call("exec", {{"argv", {"true"}}})["status"], 0);
+  }
+  a.wait();
+  EXPECT_FALSE(exists(state));
+}
+
+TEST(Agent, OneAgentAState) {
+  TempDir dir;
+  Running a(dir.path());
+  EXPECT_EQ(code_of([&] { Agent second(AgentOptions{dir.path(), "source", "x", false}); }), Code::conflict);
+  EXPECT_TRUE(a.call("hello")["record_error"].is_string());
+  a.call("record.init", {{"side", "source"}, {"name", "x"}, {"serves", "source"}});
+  EXPECT_NO_THROW(a.call("record.init", {{"side", "source"}, {"name", "x"}, {"serves", "source"}}));
+  EXPECT_EQ(a.call("attempt.status")["phase"], "serving");
+  a.call("shutdown");
+  a.wait();
+  EXPECT_EQ(a.status, kEndedByShutdown);
+}
+
+TEST(Agent, WhatComesBackAfterAReboot) {
+  TempDir dir;
+  Boot boot{"directory:" + dir.path(), "shop", "source", "/s", {"app.service"}};
+  EXPECT_EQ(install_boot(boot, "/bin/rehome-agent"), dir.path() + "/rehome-shop-source");
+  EXPECT_NE(read_file(dir.path() + "/rehome-shop-source").find("supervise --detach --state /s"), std::string::npos);
+  remove_boot(boot);
+  EXPECT_TRUE(list_directory(dir.path()).empty());
+  std::string unit = unit_text(boot, "/bin/rehome-agent");
+  for (const char* line : {"Before=nginx.service app.service\n", "StartLimitIntervalSec=0\n", "Restart=always\n", "RestartSec=100ms\n", "OOMScoreAdjust=-900\n"})
+    EXPECT_NE(unit.find(line), std::string::npos) << line;
+  EXPECT_EQ(code_of([&] { install_boot({"magic", "shop", "source", "/s", {}}, "/x"); }), Code::config);
+}
+
+}  // namespace
+}  // namespace rehome
