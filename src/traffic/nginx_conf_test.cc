@@ -1,0 +1,117 @@
+#include "traffic/nginx_conf.h"
+
+#include <gtest/gtest.h>
+
+#include "base/error.h"
+
+namespace rehome {
+namespace {
+
+const Address kApp = Address::parse("127.0.0.1:8000"), kGate = Address::parse("127.0.0.1:8001");
+
+NginxPlan plan(const std::string& site, const Address& application = kApp, const Address& gate = kGate) {
+  NginxFiles files{"/etc/nginx/nginx.conf",
+                   {{"/etc/nginx/nginx.conf", "events {}\nhttp { include conf.d/*.conf; }\n"}, {"/etc/nginx/conf.d/site.conf", site}}};
+  return plan_nginx(files, {"/etc/nginx/conf.d/site.conf"}, application, gate, Millis(30000));
+}
+
+std::string edited(const std::string& site) {
+  NginxPlan p = plan(site);
+  for (const auto& problem : p.problems) EXPECT_FALSE(problem.fatal) << problem.where << ": " << problem.message;
+  return p.edited["/etc/nginx/conf.d/site.conf"];
+}
+
+std::string refused(const std::string& site) {
+  for (const auto& p : plan(site).problems)
+    if (p.fatal) return p.id;
+  return "";
+}
+
+TEST(NginxConf, ReadsQuotesCommentsVariablesAndNesting) {
+  auto tree = parse_nginx("f", "a 'b c' \"d\\\"e\" ${x}y; # not; this {\nserver { location ~ \\.php$ { return 200; } }\nif ($a = \"b\") { set $q \"}\"; }");
+  ASSERT_EQ(tree.size(), 3u);
+  EXPECT_EQ(tree[0].words[1].text, "b c");
+  EXPECT_EQ(tree[0].words[2].text, "d\"e");
+  EXPECT_EQ(tree[0].words[3].text, "${x}y");
+  EXPECT_EQ(tree[1].line, 2);
+  EXPECT_EQ(tree[1].block[0].words[2].text, "\\.php$");
+  EXPECT_EQ(tree[2].block[0].words[2].text, "}");
+}
+
+TEST(NginxConf, SaysWhereItDoesNotFit) {
+  for (const char* text : {"a", "http {", "}", "a 'b;", "http { a }", ";"}) {
+    try {
+      parse_nginx("/f", std::string("x y;\n") + text);
+      ADD_FAILURE() << text;
+    } catch (const Error& e) {
+      EXPECT_NE(std::string(e.what()).find("/f:2"), std::string::npos) << e.what();
+    }
+  }
+}
+
+TEST(NginxConf, LeadsAnUpstreamThroughTheGateAndTakesKeepaliveOut) {
+  EXPECT_EQ(edited("# the shop\nupstream shop {\n  server localhost:8000 max_fails=0; # one\n  keepalive 16;\n  keepalive_timeout 5s;\n}\n"
+                   "server { location / { proxy_http_version 1.1; proxy_set_header Connection \"\"; proxy_pass http://shop; } }\n"),
+            "# the shop\nupstream shop {\n  server 127.0.0.1:8001 max_fails=0; # one\n  \n  \n}\n"
+            "server { location / { proxy_http_version 1.1; proxy_set_header Connection \"\"; proxy_pass http://shop; } }\n");
+}
+
+TEST(NginxConf, KeepsTheHostThatTheApplicationSees) {
+  EXPECT_EQ(edited("server { location / { proxy_set_header Host $host; proxy_pass http://127.0.0.1:8000/x; } }"),
+            "server { location / { proxy_set_header Host $host; proxy_pass http://127.0.0.1:8001/x; } }");
+  EXPECT_EQ(edited("server { location /a/ { proxy_pass http://127.0.0.1:8000/; } }"),
+            "server { location /a/ { proxy_pass http://127.0.0.1:8001/; proxy_set_header Host 127.0.0.1:8000;"
+            " proxy_redirect default; proxy_redirect http://127.0.0.1:8000/ /a/; } }");
+  // A line of its own in the location ends the inheritance from the server: that is copied.
+  EXPECT_EQ(edited("server { proxy_set_header X-A b; proxy_redirect off; location / { proxy_pass \"http://127.0.0.1:8000\"; } }"),
+            "server { proxy_set_header X-A b; proxy_redirect off; location / { proxy_pass \"http://127.0.0.1:8001\"; proxy_set_header X-A b;"
+            " proxy_set_header Host 127.0.0.1:8000; } }");
+}
+
+TEST(NginxConf, UnixSocketsOnBothEnds) {
+  NginxPlan p = plan("upstream a { server unix:/run/app.sock; } server { location / { proxy_set_header Host h; proxy_pass http://unix:/run/app.sock:/x; } }",
+                     Address::parse("unix:/run/app.sock"), Address::parse("unix:/run/gate.sock"));
+  EXPECT_EQ(p.edited["/etc/nginx/conf.d/site.conf"],
+            "upstream a { server unix:/run/gate.sock; } server { location / { proxy_set_header Host h; proxy_pass http://unix:/run/gate.sock:/x; } }");
+}
+
+TEST(NginxConf, OtherApplicationsAreLeftAlone) {
+  EXPECT_EQ(edited("upstream a { server 127.0.0.1:8000; } upstream b { server 127.0.0.1:9000; server 10.0.0.1:8000; keepalive 4; }"),
+            "upstream a { server 127.0.0.1:8001; } upstream b { server 127.0.0.1:9000; server 10.0.0.1:8000; keepalive 4; }");
+}
+
+TEST(NginxConf, RefusesWhatCannotBeHeld) {
+  EXPECT_EQ(refused("upstream a { server 127.0.0.1:8000; server 127.0.0.1:8002 backup; }"), "nginx.several_servers");
+  EXPECT_EQ(refused("upstream a { server 127.0.0.1:8000 weight=3; server 10.0.0.7:8000 weight=1; }"), "nginx.several_servers");
+  EXPECT_EQ(refused("upstream a { server 127.0.0.1:8000; server 10.0.0.7:8000 down; }"), "");
+  EXPECT_EQ(refused("server { location / { proxy_pass http://127.0.0.1:9000; } }"), "nginx.no_way");
+  EXPECT_EQ(refused("server { location / { set $b 127.0.0.1:8000; proxy_pass http://$b; } }"), "nginx.no_way");
+}
+
+TEST(NginxConf, FindsAWayPastTheGateInAnotherFile) {
+  NginxFiles files{"/e/nginx.conf",
+                   {{"/e/nginx.conf", "http { include a.conf; include b.conf; }"},
+                    {"/e/a.conf", "upstream a { server 127.0.0.1:8000; }"},
+                    {"/e/b.conf", "server { location / { proxy_pass http://127.0.0.1:8000; } }"}}};
+  NginxPlan p = plan_nginx(files, {"/e/a.conf"}, kApp, kGate, Millis(1000));
+  ASSERT_EQ(p.problems.size(), 1u);
+  EXPECT_EQ(p.problems[0].id, "nginx.other_file");
+  EXPECT_EQ(p.problems[0].where, "/e/b.conf:1");
+}
+
+TEST(NginxConf, WarnsOfATimeoutBelowTheLongestWait) {
+  NginxPlan p = plan("server { proxy_read_timeout 5s; location / { proxy_set_header Host h; proxy_pass http://127.0.0.1:8000; } }");
+  ASSERT_EQ(p.problems.size(), 1u);
+  EXPECT_FALSE(p.problems[0].fatal);
+  EXPECT_EQ(p.problems[0].id, "nginx.timeout");
+}
+
+TEST(NginxConf, Times) {
+  EXPECT_EQ(parse_nginx_time("60"), Millis(60000));
+  EXPECT_EQ(parse_nginx_time("1m 30s"), Millis(90000));
+  EXPECT_EQ(parse_nginx_time("500ms"), Millis(500));
+  EXPECT_FALSE(parse_nginx_time("$x"));
+}
+
+}  // namespace
+}  // namespace rehome

@@ -1,0 +1,220 @@
+#include <cctype>
+
+#include "base/error.h"
+#include "traffic/nginx_conf.h"
+
+namespace rehome {
+namespace {
+
+bool is_space(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; }
+
+class Parser {
+ public:
+  Parser(const std::string& file, std::string_view text) : file_(file), text_(text) {}
+
+  std::vector<NginxDirective> block(bool inside) {
+    std::vector<NginxDirective> out;
+    while (true) {
+      skip_space();
+      if (at_ == text_.size()) {
+        if (inside) fail("a '}' is missing at the end");
+        return out;
+      }
+      if (text_[at_] == '}') {
+        if (!inside) fail("a '}' has no '{'");
+        at_++;
+        return out;
+      }
+      out.push_back(directive());
+    }
+  }
+
+ private:
+  [[noreturn]] void fail(const std::string& what) const {
+    throw Error(Code::config, file_ + ":" + std::to_string(line_) + ": " + what, "nginx -t says what nginx itself makes of it");
+  }
+
+  void step() {
+    if (text_[at_] == '\n') line_++;
+    at_++;
+  }
+
+  void skip_space() {
+    while (at_ < text_.size()) {
+      if (is_space(text_[at_])) {
+        step();
+      } else if (text_[at_] == '#') {
+        while (at_ < text_.size() && text_[at_] != '\n') at_++;
+      } else {
+        return;
+      }
+    }
+  }
+
+  NginxDirective directive() {
+    NginxDirective d;
+    d.file = file_;
+    d.line = line_;
+    d.begin = at_;
+    while (true) {
+      skip_space();
+      if (at_ == text_.size()) fail("a ';' is missing");
+      char c = text_[at_];
+      if (c == ';' || c == '{') {
+        if (d.words.empty()) fail(std::string("'") + c + "' comes before any word");
+        at_++;
+        if (c == '{') {
+          d.is_block = true;
+          if (d.name().ends_with("_by_lua_block"))
+            skip_foreign();
+          else
+            d.block = block(true);
+        }
+        d.end = at_;
+        return d;
+      }
+      if (c == '}') fail("a ';' is missing before '}'");
+      d.words.push_back(word());
+    }
+  }
+
+  NginxWord word() {
+    NginxWord w;
+    w.begin = at_;
+    char quote = text_[at_];
+    if (quote == '"' || quote == '\'') {
+      step();
+      while (at_ < text_.size() && text_[at_] != quote) take(w.text);
+      if (at_ == text_.size()) fail("a quote does not end");
+      at_++;
+      w.end = at_;
+      return w;
+    }
+    while (at_ < text_.size() && !is_space(text_[at_]) && text_[at_] != ';') {
+      if (text_[at_] == '{') {
+        // "${name}" is a variable, anything else a block.
+        if (w.text.empty() || w.text.back() != '$') break;
+        while (at_ < text_.size() && text_[at_] != '}') take(w.text);
+        if (at_ == text_.size()) fail("a '${' does not end");
+      }
+      take(w.text);
+    }
+    w.end = at_;
+    return w;
+  }
+
+  void take(std::string& out) {
+    if (text_[at_] == '\\' && at_ + 1 < text_.size()) {
+      char next = text_[at_ + 1];
+      if (next != '"' && next != '\'' && next != '\\' && next != ' ') out += '\\';
+      step();
+    }
+    out += text_[at_];
+    step();
+  }
+
+  // Lua has braces, quotes and comments of its own; balanced braces are as much as nginx itself asks for first.
+  void skip_foreign() {
+    for (int depth = 1; depth > 0; step()) {
+      if (at_ == text_.size()) fail("a lua block does not end");
+      if (text_[at_] == '{') depth++;
+      if (text_[at_] == '}') depth--;
+    }
+  }
+
+  const std::string& file_;
+  std::string_view text_;
+  std::size_t at_ = 0;
+  int line_ = 1;
+};
+
+}  // namespace
+
+std::vector<NginxDirective> parse_nginx(const std::string& file, std::string_view text) {
+  return Parser(file, text).block(false);
+}
+
+NginxTarget split_nginx_target(std::string_view word) {
+  NginxTarget t;
+  if (auto scheme = word.find("://"); scheme != std::string_view::npos) {
+    t.scheme = word.substr(0, scheme);
+    t.at = scheme + 3;
+  }
+  std::string_view rest = word.substr(t.at);
+  std::size_t end;
+  if (rest.starts_with("unix:")) {
+    end = rest.find(':', 5);
+    if (end != std::string_view::npos) t.uri = rest.substr(end + 1);
+  } else {
+    end = rest.find_first_of("/?");
+    if (end != std::string_view::npos) t.uri = rest.substr(end);
+  }
+  t.address = rest.substr(0, end);
+  return t;
+}
+
+bool nginx_reaches(std::string_view address, std::string_view scheme, const Address& application) {
+  if (address.starts_with("unix:")) return application.is_unix() && address.substr(5) == application.path;
+  if (application.is_unix() || address.find('$') != std::string_view::npos) return false;
+  std::string text(address);
+  auto colon = text.rfind(':');
+  bool has_port = colon != std::string::npos && (text[0] != '[' || text.find(']') < colon);
+  if (!has_port) text += scheme == "https" || scheme == "grpcs" ? ":443" : ":80";
+  Address a;
+  try {
+    a = Address::parse(text);
+  } catch (const Error&) {
+    return false;
+  }
+  auto here = [](const std::string& host) {
+    return host == "localhost" || host == "0.0.0.0" || host == "*" || host == "::" || host == "::1" || host.empty() ? std::string("127.0.0.1") : host;
+  };
+  return a.port == application.port && here(a.host) == here(application.host);
+}
+
+NginxFiles split_nginx_dump(std::string_view dump) {
+  NginxFiles files;
+  constexpr std::string_view mark = "# configuration file ";
+  std::string* current = nullptr;
+  for (std::size_t at = 0; at < dump.size();) {
+    auto end = dump.find('\n', at);
+    std::string_view line = dump.substr(at, end == std::string_view::npos ? end : end - at);
+    if (line.starts_with(mark) && line.ends_with(":")) {
+      std::string path(line.substr(mark.size(), line.size() - mark.size() - 1));
+      if (files.main.empty()) files.main = path;
+      current = &files.text[path];
+      current->clear();
+    } else if (current) {
+      current->append(line).append("\n");
+    }
+    at = end == std::string_view::npos ? dump.size() : end + 1;
+  }
+  if (files.main.empty()) throw Error(Code::config, "nginx -T prints no configuration file", "is this program nginx?");
+  return files;
+}
+
+std::optional<Millis> parse_nginx_time(std::string_view text) {
+  std::int64_t total = 0;
+  bool any = false;
+  for (std::size_t i = 0; i < text.size();) {
+    if (text[i] == ' ') {
+      i++;
+      continue;
+    }
+    std::int64_t n = 0;
+    std::size_t digits = i;
+    for (; i < text.size() && std::isdigit(static_cast<unsigned char>(text[i])); i++) n = n * 10 + (text[i] - '0');
+    if (i == digits || i - digits > 9) return std::nullopt;
+    std::size_t unit = i;
+    while (i < text.size() && std::isalpha(static_cast<unsigned char>(text[i]))) i++;
+    std::string_view u = text.substr(unit, i - unit);
+    std::int64_t ms = u == "ms" ? 1 : u == "s" || u.empty() ? 1000 : u == "m" ? 60'000 : u == "h" ? 3600'000 : u == "d" ? 86'400'000 : 0;
+    if (ms == 0) return std::nullopt;
+    total += n * ms;
+    any = true;
+  }
+  if (!any) return std::nullopt;
+  return Millis(total);
+}
+
+}  // namespace rehome
