@@ -1,0 +1,149 @@
+#include "traffic/gates.h"
+
+#include "base/text.h"
+
+namespace rehome {
+namespace {
+
+std::string marked_address(const Site& site, const std::string& name) { return "unix:" + site.state() + "/run/gate-" + name + ".marked"; }
+std::string peer_address(const Site& site, const std::string& name) { return "unix:" + site.state() + "/run/l/gate-" + name; }
+
+void set_route(Site& site, const TrafficConfig& t, const GateSide& side) {
+  Json route{{"name", t.name},
+             {"listen", side.listen},
+             {"marked", marked_address(site, t.name)},
+             {"local", side.local},
+             {"peer", peer_address(site, t.name)},
+             {"proxy_protocol", t.proxy_protocol},
+             {"max_waiting", t.max_waiting},
+             {"max_wait_ms", t.max_wait.count()}};
+  Json routes = Json::array();
+  if (std::string path = site.state() + "/gate.json"; there(site, path)) {
+    Json now = parse_json(get_text(site, path), path);
+    for (const auto& r : now.at("routes"))
+      if (get_string(r, "name") != t.name) routes.push_back(r);
+  }
+  routes.push_back(route);
+  site.call("gate.set", {{"routes", routes}});
+}
+
+// Open, that is: a gate that holds would keep the clients that are about to be sent to it waiting.
+void wait_for_gate(TrafficContext& ctx, Site& site, const std::string& name) {
+  Deadline deadline = Deadline::in(Millis(15000));
+  std::string last;
+  while (true) {
+    stop_if_cancelled(ctx);
+    try {
+      Json status = gate_status(site);
+      std::string state = get_string(status, "state");
+      std::string trouble = get_string(gate_route(status, name, site), "trouble", "");
+      if ((state == "OPEN_LOCAL" || state == "OPEN_PEER") && trouble.empty()) return;
+      last = trouble.empty() ? "it is " + state : trouble;
+    } catch (const Error& e) {
+      last = e.what();
+    }
+    if (deadline.passed())
+      throw Error(Code::timeout, "the gate does not open for " + name + ": " + last,
+                  "see log/gate.log and log/agent.log in " + site.state() + " on that host", true)
+          .in(site.label());
+    system_clock().sleep(Millis(20));
+  }
+}
+
+}  // namespace
+
+void raise_gates(TrafficContext& ctx, const TrafficConfig& traffic, const BySide<GateSide>& sides) {
+  for (Side s : {Side::source, Side::target}) {
+    Site& site = ctx.at(s);
+    ctx.note("gate for " + traffic.name, {{"where", site.label()}, {"listens", sides[s].listen}, {"undone_by", "the end of the agents"}});
+    site.call("service.set", {{"name", "gate-" + traffic.name}, {"to", marked_address(site, traffic.name)}});
+    site.call("listen.set", {{"name", "gate-" + traffic.name},
+                             {"at", peer_address(site, traffic.name)},
+                             {"service", "gate-" + traffic.name},
+                             {"mode", 0600}});
+  }
+  for (Side s : {Side::source, Side::target}) set_route(ctx.at(s), traffic, sides[s]);
+  for (Side s : {Side::source, Side::target}) wait_for_gate(ctx, ctx.at(s), traffic.name);
+}
+
+Json gate_status(Site& site) { return site.call("gate", {{"request", {{"op", "status"}}}}); }
+
+Json gate_route(const Json& status, const std::string& name, const Site& site) {
+  Json routes = status.value("routes", Json::array());
+  for (const auto& r : routes)
+    if (get_string(r, "name") == name) return r;
+  throw Error(Code::state, "the gate has no route " + name, "its gate.json names it? rehome resume sends it again").in(site.label());
+}
+
+std::int64_t clients_at(Site& site, const std::string& name) {
+  Json before = gate_route(gate_status(site), name, site);
+  if (before.contains("to_peer_last_minute")) return get_int(before, "to_peer_last_minute") + get_int(before, "in_flight_to_peer", 0);
+  // A gate that counts no minutes: who comes within a second, and who is there.
+  system_clock().sleep(Millis(1000));
+  Json now = gate_route(gate_status(site), name, site);
+  std::int64_t marked = get_int(now, "from_peer", 0) - get_int(before, "from_peer", 0);
+  return std::max<std::int64_t>(0, get_int(now, "accepted") - get_int(before, "accepted") - marked) + get_int(now, "in_flight");
+}
+
+bool there(Site& site, const std::string& path) {
+  return !get_bool(site.call("get", {{"path", path}}), "missing", false);
+}
+
+std::string get_text(Site& site, const std::string& path) {
+  Json answer = site.call("get", {{"path", path}});
+  if (get_bool(answer, "missing", false)) throw Error(Code::io, path + " is not there").in(site.label());
+  if (!answer.contains("content"))
+    throw Error(Code::io, path + " is not UTF-8, so it cannot be edited without changing other bytes",
+                "iconv -f latin1 -t utf-8 makes it so")
+        .in(site.label());
+  return get_string(answer, "content");
+}
+
+void put_text(Site& site, const std::string& path, const std::string& content, unsigned mode) {
+  site.call("put", {{"path", path}, {"content", content}, {"mode", mode}});
+}
+
+void stop_if_cancelled(const TrafficContext& ctx) {
+  if (ctx.cancelled) throw Error(Code::interrupted, "stopped", "rehome resume goes on, rehome cancel takes everything back");
+}
+
+void at_both(TrafficContext&, const std::function<void(Side)>& work) {
+  std::unique_ptr<Error> first;
+  for (Side s : {Side::target, Side::source}) {
+    try {
+      work(s);
+    } catch (const Error& e) {
+      if (!first) first = std::make_unique<Error>(e);
+    }
+  }
+  if (first) throw *first;
+}
+
+std::vector<std::string> common_notes(const Deployment& d, const TrafficConfig& t) {
+  std::string longer = t.longer_requests == TrafficConfig::Longer::cut
+                           ? "longer ones are cut, and counted"
+                           : "a longer one makes the switch back out";
+  return {
+      "new connections wait while the switch pauses, at most " + std::to_string(t.max_waiting) + " of them and " + human_duration(t.max_wait) +
+          " each; more, or longer, are answered 503 and counted as dropped",
+      "requests and uploads in flight have " + human_duration(d.drain_deadline) + " to finish; " + longer,
+      "websockets and event streams do not end by themselves: they count as requests in flight, so " + longer + "; clients connect again",
+  };
+}
+
+std::vector<std::unique_ptr<Traffic>> make_traffic(const Deployment& deployment) {
+  std::vector<std::unique_ptr<Traffic>> all;
+  for (const auto& t : deployment.traffic) {
+    if (t.kind == TrafficConfig::Kind::nginx)
+      all.push_back(make_nginx(deployment, t));
+    else if (t.take == TrafficConfig::Take::redirect)
+      all.push_back(make_redirect(deployment, t));
+    else if (t.take == TrafficConfig::Take::unix_socket)
+      all.push_back(make_unix_socket(deployment, t));
+    else
+      all.push_back(make_listen(deployment, t));
+  }
+  return all;
+}
+
+}  // namespace rehome

@@ -1,0 +1,50 @@
+// What every driver asks of the gates and their agents.
+#pragma once
+
+#include <string>
+
+#include "traffic/traffic.h"
+
+namespace rehome {
+
+// One side's part of a route; addresses as Address::parse takes them.
+struct GateSide {
+  std::string listen;  // where clients, or their proxy, arrive
+  std::string local;   // where the gate finds the application
+};
+
+// Makes both gates and the way between them: each gate's route `traffic.name`, and a service and a listener of the
+// link, so that a gate whose side does not serve reaches the other one. Returns when both gates are open, whichever
+// way. Other routes stay. Idempotent. Throws Error(timeout) naming the gate that does not open, with what it says.
+void raise_gates(TrafficContext&, const TrafficConfig& traffic, const BySide<GateSide>& sides);
+
+// What the gate says about itself. Throws Error(unreachable) or what the agent answered.
+Json gate_status(Site&);
+// The route `name` in a status; throws Error(state) when there is none.
+Json gate_route(const Json& status, const std::string& name, const Site&);
+
+// Clients that use this side's gate although the other serves: those of the last minute and those still connected.
+std::int64_t clients_at(Site&, const std::string& route);
+
+// Text of a file at a site. Throws Error(io) when it is missing or is not UTF-8.
+std::string get_text(Site&, const std::string& path);
+bool there(Site&, const std::string& path);
+void put_text(Site&, const std::string& path, const std::string& content, unsigned mode = 0600);
+
+// Throws Error(interrupted) once the person wants to stop.
+void stop_if_cancelled(const TrafficContext&);
+
+// Does `work` at both sites, and throws the first error only after the other site had its turn: what a driver can
+// take back, it takes back.
+void at_both(TrafficContext&, const std::function<void(Side)>& work);
+
+// What happens to whom at a switch, for every kind of traffic.
+std::vector<std::string> common_notes(const Deployment&, const TrafficConfig&);
+
+// The drivers.
+std::unique_ptr<Traffic> make_listen(const Deployment&, const TrafficConfig&);
+std::unique_ptr<Traffic> make_redirect(const Deployment&, const TrafficConfig&);
+std::unique_ptr<Traffic> make_unix_socket(const Deployment&, const TrafficConfig&);
+std::unique_ptr<Traffic> make_nginx(const Deployment&, const TrafficConfig&);
+
+}  // namespace rehome

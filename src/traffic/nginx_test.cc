@@ -1,0 +1,291 @@
+// nginx in front of two gates, with clients that never stop asking.
+#include <gtest/gtest.h>
+
+#include <sys/stat.h>
+
+#include "base/error.h"
+#include "traffic/testing/web.h"
+#include "traffic/testing/world.h"
+
+namespace rehome {
+namespace {
+
+using namespace testing;
+
+Address loopback(std::uint16_t port) { return {.host = "127.0.0.1", .port = port}; }
+std::string text(std::uint16_t port) { return loopback(port).text(); }
+
+struct Ports {
+  std::uint16_t front = free_port(), application = free_port(), gate = free_port();
+};
+
+std::string usual_site(const Ports& p) {
+  return "# the shop\nupstream shop {\n  server " + text(p.application) + ";  # one\n  keepalive 16;\n}\n"
+         "map $http_upgrade $upgrade { default upgrade; '' ''; }\n"
+         "server {\n  listen " + text(p.front) + ";\n  client_max_body_size 8m;\n  location / {\n    proxy_http_version 1.1;\n    proxy_set_header Connection \"\";\n"
+         "    proxy_set_header Host $host;\n    proxy_pass http://shop;\n  }\n"
+         "  location /ws {\n    proxy_http_version 1.1;\n    proxy_set_header Upgrade $http_upgrade;\n    proxy_set_header Connection $upgrade;\n"
+         "    proxy_pass http://shop;\n  }\n  location /events { proxy_pass http://shop; proxy_buffering off; }\n}\n";
+}
+
+// Both sites with an application "source" or "target" behind an nginx each.
+struct TwoSites {
+  explicit TwoSites(const std::function<std::string(const Ports&)>& site = usual_site)
+      : nginx{std::make_unique<Nginx>(site(ports.source)), std::make_unique<Nginx>(site(ports.target))},
+        applications{std::make_unique<Application>("source", loopback(ports.source.application)),
+                     std::make_unique<Application>("target", loopback(ports.target.application))} {
+    Deployment d;
+    d.name = "test";
+    TrafficConfig t;
+    t.name = "web";
+    t.kind = TrafficConfig::Kind::nginx;
+    for (Side s : {Side::source, Side::target}) {
+      t.on[s].listen = text(ports[s].gate);
+      t.on[s].application = text(ports[s].application);
+      t.on[s].files = {nginx[s]->site()};
+      t.on[s].nginx_conf = nginx[s]->conf();
+    }
+    d.traffic.push_back(t);
+    d.drain_deadline = Millis(1500);
+    world = std::make_unique<World>(d);
+    traffic = std::move(make_traffic(world->deployment).at(0));
+  }
+  Address front(Side s) { return loopback(ports[s].front); }
+  std::string lines() {
+    std::string all;
+    for (const auto& l : world->lines) all += l + "\n";
+    return all;
+  }
+
+  BySide<Ports> ports;
+  BySide<std::unique_ptr<Nginx>> nginx;
+  BySide<std::unique_ptr<Application>> applications;
+  std::unique_ptr<World> world;
+  std::unique_ptr<Traffic> traffic;
+};
+
+void nothing_failed(Load& load) {
+  load.stop();
+  EXPECT_EQ(load.bad, 0) << load.first_bad();
+  EXPECT_EQ(load.broken, 0);
+  EXPECT_GT(load.good, 50);
+}
+
+void drain(LocalSite& site) {
+  Deadline deadline = Deadline::in(Millis(3000));
+  while (get_int(site.gate({{"op", "status"}}), "in_flight") > 0) {
+    ASSERT_FALSE(deadline.passed()) << site.gate({{"op", "status"}}).dump();
+    system_clock().sleep(Millis(2));
+  }
+}
+
+TEST(NginxTraffic, PreflightFindsNothingWhereNothingIsWrong) {
+  TwoSites t;
+  for (const auto& f : t.traffic->preflight(t.world->context())) ADD_FAILURE() << f.object << ": " << f.message;
+  EXPECT_TRUE(t.world->notes.empty());
+}
+
+TEST(NginxTraffic, BeginHoldSwitchAndCompleteUnderLoadFailNoRequest) {
+  TwoSites t;
+  std::string original = read_file(t.nginx.source->site());
+  Load load(t.front(Side::source), 8, false);
+  system_clock().sleep(Millis(200));
+  t.traffic->prepare(t.world->context());
+  EXPECT_NE(read_file(t.nginx.source->site()), original);
+  EXPECT_NE(read_file(t.nginx.source->site()).find("# the shop"), std::string::npos);
+
+  // A hold of 300 ms, to the same side: longest wait measured by the gate.
+  t.world->hold();
+  drain(t.world->source);
+  system_clock().sleep(Millis(300));
+  t.world->release(Side::source);
+  system_clock().sleep(Millis(200));
+  Json ledger = t.world->source.gate({{"op", "status"}}).at("ledger");
+  EXPECT_GT(get_int(ledger, "held"), 0);
+  EXPECT_EQ(get_int(ledger, "dropped"), 0);
+  EXPECT_GE(ledger.at("longest_wait_ms").get<double>(), 250);
+  EXPECT_LT(ledger.at("longest_wait_ms").get<double>(), 1500);
+  std::printf("  hold of 300 ms: %s\n", ledger.dump().c_str());
+
+  // The switch itself: clients stay at the source's address.
+  std::int64_t before = t.applications.target->requests;
+  t.world->hold();
+  drain(t.world->source);
+  t.world->release(Side::target);
+  system_clock().sleep(Millis(300));
+  EXPECT_GT(t.applications.target->requests, before);
+  std::int64_t at_source = t.applications.source->requests;
+  system_clock().sleep(Millis(200));
+  EXPECT_EQ(t.applications.source->requests, at_source);
+  EXPECT_GT(t.traffic->from_old_address(t.world->context(), Side::source), 0);
+
+  // Back, then complete.
+  t.world->hold();
+  drain(t.world->target);
+  t.world->release(Side::source);
+  t.traffic->withdraw(t.world->context());
+  system_clock().sleep(Millis(200));
+  nothing_failed(load);
+  EXPECT_EQ(read_file(t.nginx.source->site()), original);
+  EXPECT_TRUE(t.traffic->leftovers(t.world->context()).empty());
+  struct stat st;
+  ASSERT_EQ(::stat(t.nginx.source->site().c_str(), &st), 0);
+  EXPECT_EQ(st.st_mode & 0777u, 0640u);
+  std::printf("  %ld requests, longest %.1f ms\n%s", load.good.load(), static_cast<double>(load.longest_us) / 1000, t.lines().c_str());
+}
+
+TEST(NginxTraffic, OneRequestIsOneConnectionThoughClientsKeepTheirs) {
+  TwoSites t;
+  t.traffic->prepare(t.world->context());
+  Browser browser(t.front(Side::source));
+  std::int64_t connections = t.applications.source->connections;
+  for (int i = 0; i < 20; i++) EXPECT_EQ(browser.ask("/").status, 200);
+  EXPECT_EQ(t.applications.source->connections - connections, 20);
+  // Nothing is in flight between two requests, and the client's own connection lives through a switch.
+  drain(t.world->source);
+  t.world->hold();
+  t.world->release(Side::target);
+  ASSERT_TRUE(browser.connected());
+  Answer a = browser.ask("/");
+  EXPECT_EQ(a.status, 200);
+  EXPECT_EQ(a.body.substr(0, 6), "target") << a.body;
+}
+
+TEST(NginxTraffic, KeepAliveClientsUnderReloadsAreCounted) {
+  TwoSites t;
+  Load load(t.front(Side::source), 8, true);
+  system_clock().sleep(Millis(100));
+  t.traffic->prepare(t.world->context());
+  t.traffic->withdraw(t.world->context());
+  load.stop();
+  EXPECT_EQ(load.bad, 0) << load.first_bad();
+  EXPECT_NE(t.lines().find("TCP resets sent by this host meanwhile"), std::string::npos);
+  std::printf("  keep-alive clients over two reloads: %ld answers, %ld connections ended before one\n", load.good.load(), load.broken.load());
+}
+
+TEST(NginxTraffic, AWebsocketPassesNginxAndGateAndIsCutWhenAsked) {
+  TwoSites t;
+  t.traffic->prepare(t.world->context());
+  Browser socket(t.front(Side::source));
+  EXPECT_EQ(socket.ask("/ws", "Connection: Upgrade\r\nUpgrade: websocket\r\n").status, 101);
+  send_all(socket.fd(), "ping");
+  EXPECT_EQ(socket.in().exactly(4, Deadline::in(Millis(2000))), "ping");
+  t.world->hold();
+  EXPECT_EQ(get_int(t.world->source.gate({{"op", "status"}}), "in_flight"), 1);
+  // It still works while new connections wait: it is drained, not held.
+  send_all(socket.fd(), "pong");
+  EXPECT_EQ(socket.in().exactly(4, Deadline::in(Millis(2000))), "pong");
+  EXPECT_EQ(get_int(t.world->source.gate({{"op", "cut"}}), "cut"), 1);
+  EXPECT_FALSE(socket.in().line(Deadline::in(Millis(2000))).has_value());
+  EXPECT_EQ(get_int(t.world->source.gate({{"op", "status"}}).at("ledger"), "cut"), 1);
+  t.world->release(Side::source);
+}
+
+TEST(NginxTraffic, EventStreamsAndUploadsAreInFlightUntilTheyEnd) {
+  TwoSites t;
+  t.traffic->prepare(t.world->context());
+  Browser events(t.front(Side::source));
+  events.connect();
+  send_all(events.fd(), "GET /events HTTP/1.1\r\nHost: h\r\n\r\n");
+  while (events.in().line(Deadline::in(Millis(2000)))->find("tick") == std::string::npos) {
+  }
+  std::thread upload([&] {
+    Answer a = ask_once(t.front(Side::source), "/slow?300", "", std::string(3 << 20, 'x'));
+    EXPECT_EQ(a.status, 200);
+    EXPECT_NE(a.body.find("source POST"), std::string::npos) << a.body;
+    EXPECT_NE(a.body.find("body=3145728"), std::string::npos) << a.body;
+  });
+  // nginx asks the application once it has the whole upload.
+  Deadline both = Deadline::in(Millis(3000));
+  while (get_int(t.world->source.gate({{"op", "status"}}), "in_flight") < 2 && !both.passed()) system_clock().sleep(Millis(5));
+  t.world->hold();
+  EXPECT_EQ(get_int(t.world->source.gate({{"op", "status"}}), "in_flight"), 2);
+  upload.join();
+  Deadline one = Deadline::in(Millis(1000));
+  while (get_int(t.world->source.gate({{"op", "status"}}), "in_flight") != 1 && !one.passed()) system_clock().sleep(Millis(5));
+  EXPECT_EQ(get_int(t.world->source.gate({{"op", "cut"}}), "cut"), 1);
+  t.world->release(Side::source);
+}
+
+TEST(NginxTraffic, TheApplicationSeesTheSameRequests) {
+  TwoSites t([](const Ports& p) {
+    return "server { listen " + text(p.front) + "; location / { proxy_pass http://" + text(p.application) + "; } }\n";
+  });
+  Answer before = ask_once(t.front(Side::source)), moved = ask_once(t.front(Side::source), "/moved");
+  t.traffic->prepare(t.world->context());
+  EXPECT_EQ(ask_once(t.front(Side::source)).body, before.body);
+  EXPECT_EQ(ask_once(t.front(Side::source), "/moved").head.substr(0, 12), moved.head.substr(0, 12));
+  auto location = [](const std::string& head) {
+    auto at = head.find("Location:");
+    return head.substr(at, head.find('\n', at) - at);
+  };
+  EXPECT_EQ(location(ask_once(t.front(Side::source), "/moved").head), location(moved.head));
+  EXPECT_GT(get_int(t.world->source.gate({{"op", "status"}}).at("routes")[0], "accepted"), 0);
+}
+
+TEST(NginxTraffic, PrepareAndWithdrawAreIdempotentAndMeetInTheMiddle) {
+  TwoSites t;
+  std::string original = read_file(t.nginx.source->site());
+  t.traffic->withdraw(t.world->context());
+  t.traffic->prepare(t.world->context());
+  std::string edited = read_file(t.nginx.source->site());
+  t.traffic->prepare(t.world->context());
+  EXPECT_EQ(read_file(t.nginx.source->site()), edited);
+  EXPECT_EQ(t.traffic->leftovers(t.world->context()).size(), 2u);
+  t.traffic->withdraw(t.world->context());
+  t.traffic->withdraw(t.world->context());
+  EXPECT_EQ(read_file(t.nginx.source->site()), original);
+  EXPECT_EQ(ask_once(t.front(Side::source)).status, 200);
+}
+
+TEST(NginxTraffic, AnEditThatNginxRefusesIsPutBack) {
+  TwoSites t;
+  std::string original = read_file(t.nginx.source->site());
+  TempDir dir;
+  std::string program = dir.path() + "/nginx";
+  write_durably(program, "#!/bin/sh\ncase \"$*\" in *-t) [ -e " + dir.path() + "/once ] || { touch " + dir.path() + "/once; echo no such luck >&2; exit 1; } ;; esac\nexec nginx \"$@\"\n", 0755);
+  t.world->deployment.traffic[0].on.source.nginx = program;
+  auto traffic = std::move(make_traffic(t.world->deployment).at(0));
+  try {
+    traffic->prepare(t.world->context());
+    ADD_FAILURE();
+  } catch (const Error& e) {
+    EXPECT_NE(std::string(e.what()).find("no such luck"), std::string::npos) << e.what();
+  }
+  EXPECT_EQ(read_file(t.nginx.source->site()), original);
+  EXPECT_EQ(ask_once(t.front(Side::source)).status, 200);
+  t.traffic->withdraw(t.world->context());
+  EXPECT_TRUE(t.traffic->leftovers(t.world->context()).empty());
+}
+
+TEST(NginxTraffic, AFileThatSomebodyElseChangedIsNotOverwritten) {
+  TwoSites t;
+  t.traffic->prepare(t.world->context());
+  std::string theirs = read_file(t.nginx.source->site()) + "# theirs\n";
+  write_durably(t.nginx.source->site(), theirs);
+  try {
+    t.traffic->withdraw(t.world->context());
+    ADD_FAILURE();
+  } catch (const Error& e) {
+    EXPECT_NE(std::string(e.what()).find("changed by somebody else"), std::string::npos);
+    EXPECT_FALSE(e.hint.empty());
+  }
+  EXPECT_EQ(read_file(t.nginx.source->site()), theirs);
+  EXPECT_EQ(t.traffic->leftovers(t.world->context()).size(), 1u);  // the target's is back all the same
+}
+
+TEST(NginxTraffic, FindsAStoppedNginxAndAFileThatItDoesNotRead) {
+  TwoSites t;
+  t.world->deployment.traffic[0].on.target.files = {t.nginx.target->site() + ".other"};
+  auto found = make_traffic(t.world->deployment).at(0)->preflight(t.world->context());
+  ASSERT_EQ(found.size(), 2u);
+  EXPECT_EQ(found[0].id, "nginx.not_read");
+  EXPECT_EQ(found[1].id, "nginx.other_file");
+  write_durably(t.nginx.source->conf(), read_file(t.nginx.source->conf()) + "broken");
+  found = t.traffic->preflight(t.world->context());
+  ASSERT_EQ(found.size(), 1u);
+  EXPECT_NE(found[0].message.find("not valid"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace rehome
