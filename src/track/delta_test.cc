@@ -56,6 +56,7 @@ class Pair {
   std::string to() const { return dir.path() + "/to"; }
   void start() {
     watch.emplace(*source, filter, dirty);
+    dirty.add("", why_attributes);  // both roots were made just now, not copied
     std::atomic<bool> stop{false};
     links->build(stop);
   }

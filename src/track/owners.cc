@@ -1,7 +1,6 @@
 #include "track/owners.h"
 
 #include <charconv>
-#include <cstring>
 
 #include "base/error.h"
 #include "base/text.h"
@@ -79,21 +78,6 @@ std::optional<id_t> Accounts::id(Kind kind, const std::string& name) {
 void Accounts::refresh() {
   std::lock_guard lock(mutex_);
   for (auto& t : tables_) t = {};
-}
-
-std::string OwnerMap::map_acl(const std::string& value) const {
-  std::string out = value;
-  std::size_t at = 4;
-  for (; at + 8 <= out.size(); at += 8) {
-    std::uint16_t tag;
-    std::memcpy(&tag, out.data() + at, sizeof tag);
-    if (tag != 0x02 && tag != 0x08) continue;
-    id_t id;
-    std::memcpy(&id, out.data() + at + 4, sizeof id);
-    id = get(tag == 0x02 ? Accounts::Kind::user : Accounts::Kind::group, id);
-    std::memcpy(out.data() + at + 4, &id, sizeof id);
-  }
-  return out;
 }
 
 }  // namespace rehome::track

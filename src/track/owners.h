@@ -3,6 +3,8 @@
 
 #include <sys/types.h>
 
+#include <cstdint>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -31,6 +33,9 @@ class Accounts {
   } tables_[2];
 };
 
+// An id of this side as the other side's. Called from several threads.
+using OwnerLookup = std::function<id_t(Accounts::Kind, id_t)>;
+
 // The sender's ids to the receiver's: told by name once, then a lookup. Id 0 is never mapped.
 class OwnerMap {
  public:
@@ -40,9 +45,6 @@ class OwnerMap {
     auto it = m.find(from);
     return it == m.end() ? from : it->second;
   }
-  // A POSIX ACL's binary value with its ids mapped.
-  std::string map_acl(const std::string& value) const;
-
  private:
   std::map<id_t, id_t> map_[2];
 };
@@ -58,6 +60,21 @@ void each_acl_id(const std::string& value, F f) {
     __builtin_memcpy(&id, value.data() + at + 4, sizeof id);
     f(tag == 0x02 ? Accounts::Kind::user : Accounts::Kind::group, id);
   }
+}
+
+// The value with its ids mapped by get(kind, id).
+template <class F>
+std::string map_acl(std::string value, F get) {
+  for (std::size_t at = 4; at + 8 <= value.size(); at += 8) {
+    std::uint16_t tag;
+    __builtin_memcpy(&tag, value.data() + at, sizeof tag);
+    if (tag != 0x02 && tag != 0x08) continue;
+    id_t id;
+    __builtin_memcpy(&id, value.data() + at + 4, sizeof id);
+    id = get(tag == 0x02 ? Accounts::Kind::user : Accounts::Kind::group, id);
+    __builtin_memcpy(value.data() + at + 4, &id, sizeof id);
+  }
+  return value;
 }
 
 inline bool is_acl(const std::string& xattr) { return xattr.starts_with("system.posix_acl_"); }

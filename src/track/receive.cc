@@ -244,7 +244,7 @@ void Receiver::on_entry(Channel& channel, Entry entry) {
   entry.meta.uid = owners_.get(Accounts::Kind::user, entry.meta.uid);
   entry.meta.gid = owners_.get(Accounts::Kind::group, entry.meta.gid);
   for (auto& [k, v] : entry.meta.xattrs)
-    if (is_acl(k)) v = owners_.map_acl(v);
+    if (is_acl(k)) v = map_acl(v, [&](Accounts::Kind kind, id_t id) { return owners_.get(kind, id); });
   batch_.emplace_back();
   Pending& pending = batch_.back();
   try {

@@ -1,0 +1,300 @@
+#include "track/follow.h"
+
+#include <fcntl.h>
+
+#include <algorithm>
+
+#include "base/error.h"
+#include "track/writers.h"
+
+namespace rehome::track {
+namespace {
+
+constexpr Millis mapped_every{5000};
+
+std::vector<std::string> strings(const Json& j, const char* key) {
+  std::vector<std::string> out;
+  if (!j.contains(key)) return out;
+  if (!j[key].is_array()) throw Error(Code::usage, std::string("'") + key + "' is not an array");
+  for (const auto& v : j[key]) out.push_back(v.get<std::string>());
+  return out;
+}
+
+}  // namespace
+
+Json to_json(const StoreSettings& s) {
+  return {{"path", s.path}, {"include", s.include}, {"exclude", s.exclude}, {"owner_by_name", s.owner_by_name}};
+}
+
+StoreSettings settings_from(const Json& j) {
+  StoreSettings s;
+  s.path = get_string(j, "path");
+  if (s.path.empty() || s.path[0] != '/') throw Error(Code::usage, "the path '" + s.path + "' is not absolute");
+  while (s.path.size() > 1 && s.path.back() == '/') s.path.pop_back();
+  s.include = strings(j, "include");
+  s.exclude = strings(j, "exclude");
+  s.owner_by_name = get_bool(j, "owner_by_name", true);
+  return s;
+}
+
+Follower::Follower(AgentHost& host, Accounts& accounts, std::string store, StoreSettings settings, std::string why_rescan)
+    : host_(host), accounts_(accounts), store_(std::move(store)), settings_(std::move(settings)),
+      filter_(settings_.include, settings_.exclude) {
+  Fd root(::open(settings_.path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (!root) throw errno_error(errno, "open directory", settings_.path, "correct the store's path");
+  tree_.emplace(std::move(root), settings_.path);
+  links_.emplace(*tree_, filter_);
+  sender_.emplace(*tree_, filter_, *links_, accounts_);
+  try {
+    watch_.emplace(*tree_, filter_, dirty_);
+    if (!why_rescan.empty()) dirty_.rescan(why_rescan);
+  } catch (const Error& e) {
+    // Without events every pass reads the whole tree: slower, not less right.
+    watch_trouble_ = e.message;
+    host_.log("files " + store_ + ": " + e.message);
+  }
+  indexer_ = std::thread([this] {
+    try {
+      links_->build(stop_);
+    } catch (const std::exception& e) {
+      host_.log("files " + store_ + ": index of hard links: " + e.what());
+    }
+    index_ready_ = true;
+  });
+  thread_ = std::thread([this] { loop(); });
+}
+
+Follower::~Follower() {
+  stop_ = true;
+  {
+    std::lock_guard lock(mutex_);
+    wake_.notify_all();
+  }
+  thread_.join();
+  indexer_.join();
+}
+
+void Follower::start_copy(std::int64_t bandwidth) {
+  std::lock_guard lock(mutex_);
+  if (copied_ || copying_) return;
+  want_copy_ = true;
+  copy_bandwidth_ = bandwidth;
+  trouble_.clear();
+  wake_.notify_all();
+}
+
+void Follower::follow(Millis interval, std::int64_t bandwidth) {
+  std::lock_guard lock(mutex_);
+  interval_ = interval;
+  bandwidth_ = bandwidth;
+  wishes_changed_ = true;
+  wake_.notify_all();
+}
+
+void Follower::arm() {
+  std::lock_guard sending(sending_);
+  if (watch_) watch_->drain();
+  dirty_.take();
+  std::lock_guard lock(mutex_);
+  copied_ = true;
+  clean_at_ = system_clock().now();
+}
+
+void Follower::loop() {
+  Millis retry(200);
+  while (!stop_) {
+    bool copy;
+    Millis interval;
+    std::int64_t bandwidth;
+    {
+      std::unique_lock lock(mutex_);
+      wake_.wait_for(lock, interval_.count() > 0 ? interval_ : Millis(60'000), [&] { return stop_ || want_copy_ || wishes_changed_; });
+      if (stop_) return;
+      wishes_changed_ = false;
+      copy = want_copy_;
+      interval = interval_;
+      bandwidth = bandwidth_;
+      if (copy) {
+        want_copy_ = false;
+        copying_ = true;
+      }
+    }
+    try {
+      if (copy) {
+        std::lock_guard sending(sending_);
+        // What changed before now is copied with everything else.
+        dirty_.take();
+        whole_tree({}, copy_bandwidth_, true);
+      } else if (interval.count() > 0) {
+        std::lock_guard sending(sending_);
+        pass(false, Deadline::in(std::chrono::minutes(30)), bandwidth);
+      }
+      retry = Millis(200);
+      std::lock_guard lock(mutex_);
+      trouble_.clear();
+    } catch (const Error& e) {
+      std::unique_lock lock(mutex_);
+      if (trouble_ != e.message) host_.log("files " + store_ + ": " + e.message);
+      trouble_ = e.message + (e.hint.empty() ? "" : " (" + e.hint + ")");
+      if (copy) {
+        copying_ = false;
+        want_copy_ = !stop_;
+      }
+      wake_.wait_for(lock, retry, [&] { return stop_.load(); });
+      retry = std::min(retry * 2, Millis(5000));
+    }
+  }
+}
+
+Channel& Follower::channel(Deadline deadline) {
+  if (channel_ && channel_->readable(Millis(0))) {
+    // Nothing was asked, so this is the end of the stream.
+    channel_.reset();
+    connection_.reset();
+  }
+  if (!channel_) {
+    connection_ = host_.open_peer({{"op", "files.apply"}, {"store", store_}}, deadline);
+    channel_.emplace(connection_.get());
+    sender_->forget_names();
+  }
+  return *channel_;
+}
+
+void Follower::whole_tree(Dirty dirty, std::int64_t bandwidth, bool copy) {
+  RsyncPass p{.state = host_.state(), .store = store_, .path = settings_.path, .include = settings_.include,
+              .exclude = settings_.exclude, .owner_by_name = settings_.owner_by_name, .bandwidth = bandwidth};
+  progress_.bytes = 0;
+  progress_.percent = 0;
+  try {
+    if (run_rsync(p, progress_, stop_) && !watch_)
+      throw Error(Code::store, "files vanished while " + settings_.path + " was read", "it is read again", true);
+    // rsync's files are in the page cache of the other side: the cut counts on them.
+    Fd peer = host_.open_peer({{"op", "files.sync"}, {"store", store_}}, Deadline::in(std::chrono::minutes(10)));
+  } catch (...) {
+    if (!copy) dirty_.put_back(std::move(dirty));
+    throw;
+  }
+  std::lock_guard lock(mutex_);
+  rescans_ += !copy;
+  copying_ = false;
+  copied_ = true;
+}
+
+void Follower::add_mapped(bool all) {
+  for (const auto& w : find_writers(*tree_, {.path = settings_.path, .mapped_only = true})) {
+    struct stat st {};
+    std::string name;
+    Cursor cursor(*tree_);
+    int directory = cursor.at(w.path, name);
+    bool named = directory >= 0 && ::fstatat(directory, name.c_str(), &st, AT_SYMLINK_NOFOLLOW) == 0 && st.st_ino == w.ino;
+    if (!all && named) {
+      // While following only when its time has moved: a mapped database would be read through every few seconds.
+      std::pair<std::int64_t, std::int64_t> time(st.st_mtim.tv_sec, st.st_mtim.tv_nsec);
+      auto [it, fresh] = mapped_seen_.emplace(w.ino, time);
+      if (!fresh && it->second == time) continue;
+      it->second = time;
+    }
+    if (!named) dirty_.add_inode(w.ino);
+    else if (filter_.includes(w.path, false)) dirty_.add(w.path, why_content | why_attributes);
+    if (mapped_seen_.size() > 10000) mapped_seen_.clear();
+  }
+}
+
+Flushed Follower::pass(bool final, Deadline deadline, std::int64_t bandwidth) {
+  Flushed out;
+  Ticks began = system_clock().now();
+  if (!watch_) dirty_.rescan(watch_trouble_);
+  if (watch_) {
+    Ticks from = system_clock().now();
+    static constexpr auto every = mapped_every.count() * 1'000'000;
+    if (final || from - last_mapped_ > every) {
+      add_mapped(final);
+      last_mapped_ = system_clock().now();
+      out.scan_ms = ms_between(from, last_mapped_);
+    }
+  }
+  try {
+    for (int round = 0; round < (final ? 10 : 3); round++) {
+      if (watch_) watch_->drain();
+      if (dirty_.empty()) break;
+      // The way there first: what is taken out must not be lost when there is none.
+      Channel* c = dirty_.rescan_reason().empty() ? &channel(deadline) : nullptr;
+      Dirty dirty = dirty_.take();
+      if (!c && !dirty.rescan) {
+        dirty_.put_back(std::move(dirty));
+        continue;
+      }
+      out.passes++;
+      if (dirty.rescan) {
+        out.rescanned = true;
+        whole_tree(std::move(dirty), bandwidth, false);
+        if (!watch_) break;
+        continue;
+      }
+      Sent sent = sender_->send(*c, std::move(dirty), dirty_, {.durable = true, .bandwidth = bandwidth, .deadline = deadline, .stop = &stop_});
+      out.sent.files += sent.files;
+      out.sent.bytes += sent.bytes;
+      out.sent.paths += sent.paths;
+      out.sent.failed = std::move(sent.failed);
+      if (!out.sent.failed.empty() && !final && round > 0) break;
+    }
+  } catch (...) {
+    channel_.reset();
+    connection_.reset();
+    throw;
+  }
+  out.ms = ms_between(began, system_clock().now());
+  bool clean = dirty_.empty();
+  {
+    std::lock_guard lock(mutex_);
+    sent_files_ += out.sent.files;
+    sent_bytes_ += out.sent.bytes;
+    passes_ += out.passes;
+    failed_ = out.sent.failed;
+    last_pass_ms_ = out.ms;
+    if (clean) clean_at_ = system_clock().now();
+  }
+  if (!out.sent.failed.empty()) {
+    const auto& [path, why] = out.sent.failed.front();
+    throw Error(Code::store, std::to_string(out.sent.failed.size()) + " paths of " + settings_.path + " cannot be sent; the first is " +
+                                 shown(path) + ": " + why, "", true);
+  }
+  if (final && !clean)
+    throw Error(Code::store, settings_.path + " still changes: something writes there that is not frozen",
+                "files.writers names who has it open", true);
+  return out;
+}
+
+Flushed Follower::flush(bool final, Deadline deadline) {
+  {
+    std::lock_guard lock(mutex_);
+    if (copying_ || want_copy_)
+      throw Error(Code::state, "the copy of " + settings_.path + " is not finished", "wait for it; status shows how far it is", true);
+  }
+  std::unique_lock sending(sending_, std::chrono::milliseconds(deadline.left()));
+  if (!sending)
+    throw Error(Code::timeout, "an earlier pass over " + settings_.path + " has not ended", "see files.status", true);
+  return pass(final, deadline, 0);
+}
+
+Json Follower::status() {
+  std::string rescan = rescan_reason();
+  std::lock_guard lock(mutex_);
+  Json j{{"state", !rescan.empty() ? "rescan" : "tracking"}, {"tracking", watch_.has_value()}, {"path", settings_.path},
+         {"dirty", dirty_.size()}, {"following", interval_.count() > 0}, {"copied", copied_},
+         {"copy", {{"running", copying_ || want_copy_}, {"bytes", progress_.bytes.load()}, {"percent", progress_.percent.load()}}},
+         {"sent_files", sent_files_}, {"sent_bytes", sent_bytes_}, {"passes", passes_}, {"rescans", rescans_},
+         {"last_pass_ms", last_pass_ms_}, {"events", watch_ ? watch_->events() : 0}, {"links_indexed", index_ready_.load()},
+         {"clean_ms_ago", clean_at_ ? static_cast<std::int64_t>(ms_between(clean_at_, system_clock().now())) : -1}};
+  if (!rescan.empty()) j["reason"] = rescan;
+  if (!trouble_.empty()) j["trouble"] = trouble_;
+  if (!failed_.empty()) {
+    Json list = Json::array();
+    for (std::size_t i = 0; i < std::min<std::size_t>(20, failed_.size()); i++)
+      list.push_back({{"path", shown(failed_[i].first)}, {"why", failed_[i].second}});
+    j["failed"] = list;
+  }
+  return j;
+}
+
+}  // namespace rehome::track

@@ -1,0 +1,98 @@
+// One store at the side that serves: its watch, its dirty set, and the thread that keeps the other side the same.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "agent/module.h"
+#include "track/delta.h"
+#include "track/rsync.h"
+#include "track/watch.h"
+
+namespace rehome::track {
+
+struct StoreSettings {
+  std::string path;
+  std::vector<std::string> include, exclude;
+  bool owner_by_name = true;
+};
+Json to_json(const StoreSettings& s);
+StoreSettings settings_from(const Json& j);  // throws Error(usage, config)
+
+struct Flushed {
+  Sent sent;
+  double ms = 0;
+  int passes = 0;
+  bool rescanned = false;  // a whole-tree rsync was needed
+  double scan_ms = 0;      // for mapped files in /proc
+};
+
+class Follower {
+ public:
+  // Starts tracking at once. `why_rescan` non-empty: changes may have been missed already (the agent restarted).
+  Follower(AgentHost& host, Accounts& accounts, std::string store, StoreSettings settings, std::string why_rescan);
+  ~Follower();
+
+  const StoreSettings& settings() const { return settings_; }
+  const Tree& tree() const { return *tree_; }
+  const Filter& filter() const { return filter_; }
+  // The bulk copy, in the background; a copy that runs or is done is not started again.
+  void start_copy(std::int64_t bandwidth);
+  void follow(Millis interval, std::int64_t bandwidth);  // 0: stop following; tracking goes on
+  // What is equal now counts as the beginning: the dirty set is emptied. For a tree that was just made equal.
+  void arm();
+  void rescan(const std::string& reason) { dirty_.rescan(reason); }
+  // Sends all that is dirty; `final` also what is mapped, and returns only when nothing is dirty. Throws Error(store)
+  // with the first path that cannot be sent.
+  Flushed flush(bool final, Deadline deadline);
+  Json status();
+  std::string rescan_reason() const { return watch_trouble_.empty() ? dirty_.rescan_reason() : watch_trouble_; }
+
+ private:
+  void loop();
+  Flushed pass(bool final, Deadline deadline, std::int64_t bandwidth);
+  void whole_tree(Dirty dirty, std::int64_t bandwidth, bool copy);
+  void add_mapped(bool all);
+  Channel& channel(Deadline deadline);
+
+  AgentHost& host_;
+  Accounts& accounts_;
+  const std::string store_;
+  const StoreSettings settings_;
+  Filter filter_;
+  std::optional<Tree> tree_;
+  DirtySet dirty_;
+  std::optional<LinkIndex> links_;
+  std::optional<Watch> watch_;
+  std::string watch_trouble_;  // why there is no watch
+  std::optional<Sender> sender_;
+
+  std::timed_mutex sending_;  // one pass at a time; guards what is below
+  Fd connection_;
+  std::optional<Channel> channel_;
+  Ticks last_mapped_ = 0;
+  std::map<std::uint64_t, std::pair<std::int64_t, std::int64_t>> mapped_seen_;  // inode -> mtime
+
+  std::mutex mutex_;  // of the wishes and the status
+  std::condition_variable wake_;
+  Millis interval_{0};
+  std::int64_t bandwidth_ = 0;
+  bool wishes_changed_ = false, want_copy_ = false, copying_ = false, copied_ = false;
+  std::int64_t copy_bandwidth_ = 0;
+  std::string trouble_;
+  std::vector<std::pair<std::string, std::string>> failed_;
+  std::int64_t sent_files_ = 0, sent_bytes_ = 0, passes_ = 0, rescans_ = 0;
+  double last_pass_ms_ = 0;
+  Ticks clean_at_ = 0;
+  RsyncProgress progress_;
+  std::atomic<bool> stop_{false}, index_ready_{false};
+  std::thread thread_, indexer_;
+};
+
+}  // namespace rehome::track

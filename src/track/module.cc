@@ -1,0 +1,527 @@
+#include "track/module.h"
+
+#include <fcntl.h>
+#include <sys/socket.h>
+#include <sys/statvfs.h>
+#include <sys/xattr.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <csignal>
+#include <map>
+#include <mutex>
+
+#include "agent/module.h"
+#include "base/error.h"
+#include "sys/fs.h"
+#include "sys/process.h"
+#include "track/compare.h"
+#include "track/follow.h"
+#include "track/mounts.h"
+#include "track/writers.h"
+
+namespace rehome {
+namespace track {
+namespace {
+
+// A tree that the other agent may write into.
+struct Receiving {
+  StoreSettings settings;
+  Filter filter;
+  WritableRoot root;
+  std::optional<Tree> tree;
+  Receiving(StoreSettings s, const std::string& private_place)
+      : settings(std::move(s)), filter(settings.include, settings.exclude), root(settings.path, private_place) {
+    Fd copy(::fcntl(root.dir(), F_DUPFD_CLOEXEC, 3));
+    if (!copy) throw errno_error(errno, "keep open", settings.path);
+    tree.emplace(std::move(copy), settings.path);
+  }
+};
+
+struct Kept {
+  std::shared_ptr<Follower> follower;
+  std::shared_ptr<Receiving> receiving;
+  Json saved = Json::object();  // as in files.json
+};
+
+class TrackModule : public AgentModule {
+ public:
+  explicit TrackModule(AgentHost& host) : host_(host) {}
+  ~TrackModule() override { stop(); }
+
+  bool owns(const std::string& op) const override { return op.starts_with("files."); }
+
+  void start() override {
+    if (!exists(file())) return;
+    Json all = parse_json(read_file(file()), file());
+    for (const auto& [name, saved] : all.items()) {
+      auto attempt = [&](const char* what, auto act) {
+        try {
+          act();
+        } catch (const std::exception& e) {
+          host_.log("files " + name + ": " + what + ": " + e.what());
+          std::lock_guard lock(mutex_);
+          troubles_[name + ": " + what] = e.what();
+        }
+      };
+      {
+        std::lock_guard lock(mutex_);
+        stores_[name].saved = saved;
+      }
+      // Closed again first: the bind mount did not outlive a reboot.
+      if (get_bool(saved, "closed", false)) attempt("close", [&] { close_tree(get_string(saved["receive"], "path")); });
+      if (saved.contains("receive")) attempt("receive", [&] { set_receiving(name, settings_from(saved["receive"])); });
+      if (saved.contains("track"))
+        attempt("track", [&] {
+          auto f = std::make_shared<Follower>(host_, accounts_, name, settings_from(saved["track"]),
+                                              "the agent was started again; changes may have been missed");
+          {
+            std::lock_guard lock(mutex_);
+            stores_[name].follower = f;
+          }
+          if (saved.contains("copy")) f->start_copy(get_int(saved["copy"], "bwlimit", 0));
+          if (saved.contains("follow"))
+            f->follow(Millis(get_int(saved["follow"], "interval_ms")), get_int(saved["follow"], "bwlimit", 0));
+        });
+    }
+  }
+
+  void stop() override {
+    std::map<std::string, Kept> gone;
+    {
+      std::lock_guard lock(mutex_);
+      gone.swap(stores_);
+    }
+  }
+
+  Json handle(const std::string& op, const Json& request, AgentConnection& c) override {
+    using Handler = Json (TrackModule::*)(const Json&, AgentConnection&);
+    static const std::map<std::string, Handler> table{
+        {"files.track", &TrackModule::on_track},       {"files.untrack", &TrackModule::on_untrack},
+        {"files.receive", &TrackModule::on_receive},   {"files.copy", &TrackModule::on_copy},
+        {"files.follow", &TrackModule::on_follow},     {"files.flush", &TrackModule::on_flush},
+        {"files.arm", &TrackModule::on_arm},           {"files.rescan", &TrackModule::on_rescan},
+        {"files.status", &TrackModule::on_status},     {"files.writers", &TrackModule::on_writers},
+        {"files.close", &TrackModule::on_close},       {"files.open", &TrackModule::on_open},
+        {"files.compare", &TrackModule::on_compare},   {"files.manifest", &TrackModule::on_manifest},
+        {"files.accounts", &TrackModule::on_accounts}, {"files.apply", &TrackModule::on_apply},
+        {"files.sync", &TrackModule::on_sync},         {"files.rsync", &TrackModule::on_rsync},
+        {"files.rsync_server", &TrackModule::on_rsync_server}, {"files.forget", &TrackModule::on_forget},
+        {"files.probe", &TrackModule::on_probe}};
+    auto it = table.find(op);
+    if (it == table.end()) throw Error(Code::usage, "this agent knows no '" + op + "'", "use the same version at both ends");
+    return (this->*it->second)(request, c);
+  }
+
+ private:
+  std::string private_place(const std::string& store) const { return host_.state() + "/run/tree-" + store; }
+  std::string file() const { return host_.state() + "/files.json"; }
+
+  // With mutex_ held.
+  void save() {
+    Json all = Json::object();
+    for (const auto& [name, kept] : stores_)
+      if (!kept.saved.empty()) all[name] = kept.saved;
+    write_durably(file(), all.dump(1) + "\n");
+  }
+  void remember(const std::string& store, const char* key, const Json& value) {
+    std::lock_guard lock(mutex_);
+    Json& saved = stores_[store].saved;
+    Json before = saved;
+    if (value.is_null()) saved.erase(key);
+    else saved[key] = value;
+    if (saved == before) return;
+    save();
+  }
+
+  std::shared_ptr<Follower> follower(const Json& request) {
+    std::string store = get_string(request, "store");
+    std::lock_guard lock(mutex_);
+    auto it = stores_.find(store);
+    if (it == stores_.end() || !it->second.follower)
+      throw Error(Code::state, "store " + store + " is not tracked on the " + host_.side(), "send files.track first");
+    return it->second.follower;
+  }
+  std::shared_ptr<Receiving> receiving(const Json& request) {
+    std::string store = get_string(request, "store");
+    std::lock_guard lock(mutex_);
+    auto it = stores_.find(store);
+    if (it == stores_.end() || !it->second.receiving)
+      throw Error(Code::denied, "store " + store + " is not to be written on the " + host_.side(), "send files.receive first");
+    return it->second.receiving;
+  }
+  void set_receiving(const std::string& store, StoreSettings settings) {
+    auto r = std::make_shared<Receiving>(std::move(settings), private_place(store));
+    std::lock_guard lock(mutex_);
+    stores_[store].receiving = std::move(r);
+  }
+
+  Json on_track(const Json& request, AgentConnection&) {
+    std::string store = get_string(request, "store");
+    StoreSettings settings = settings_from(request);
+    std::shared_ptr<Follower> old;
+    {
+      std::lock_guard lock(mutex_);
+      auto& f = stores_[store].follower;
+      if (f && to_json(f->settings()) == to_json(settings)) {
+        std::string reason = f->rescan_reason();
+        return {{"state", reason.empty() ? "tracking" : "rescan"}, {"reason", reason}, {"again", true}};
+      }
+      old = std::move(f);
+    }
+    old.reset();
+    remember(store, "track", to_json(settings));
+    auto f = std::make_shared<Follower>(host_, accounts_, store, settings, "");
+    {
+      std::lock_guard lock(mutex_);
+      stores_[store].follower = f;
+    }
+    std::string reason = f->rescan_reason();
+    return {{"state", reason.empty() ? "tracking" : "rescan"}, {"reason", reason}};
+  }
+
+  Json on_untrack(const Json& request, AgentConnection&) {
+    std::string store = get_string(request, "store");
+    std::shared_ptr<Follower> old;
+    {
+      std::lock_guard lock(mutex_);
+      old = std::move(stores_[store].follower);
+    }
+    old.reset();
+    for (const char* key : {"track", "copy", "follow"}) remember(store, key, Json());
+    return Json::object();
+  }
+
+  Json on_receive(const Json& request, AgentConnection&) {
+    std::string store = get_string(request, "store");
+    StoreSettings settings = settings_from(request);
+    bool made = !exists(settings.path);
+    if (made) make_directories(settings.path, 0755);
+    {
+      std::lock_guard lock(mutex_);
+      auto& r = stores_[store].receiving;
+      if (r && to_json(r->settings) == to_json(settings) && !made) return {{"made", false}};
+    }
+    set_receiving(store, settings);
+    remember(store, "receive", to_json(settings));
+    return {{"made", made}};
+  }
+
+  Json on_forget(const Json& request, AgentConnection&) {
+    std::string store = get_string(request, "store");
+    Kept old;
+    std::lock_guard lock(mutex_);
+    if (auto it = stores_.find(store); it != stores_.end()) {
+      if (get_bool(it->second.saved, "closed", false))
+        throw Error(Code::state, "store " + store + " is closed on the " + host_.side(), "send files.open first");
+      old = std::move(it->second);
+      stores_.erase(it);
+      save();
+    }
+    return Json::object();
+  }
+
+  Json on_copy(const Json& request, AgentConnection&) {
+    auto f = follower(request);
+    std::int64_t bandwidth = get_int(request, "bwlimit", 0);
+    remember(get_string(request, "store"), "copy", {{"bwlimit", bandwidth}});
+    f->start_copy(bandwidth);
+    return f->status();
+  }
+
+  Json on_follow(const Json& request, AgentConnection&) {
+    auto f = follower(request);
+    Json wish{{"interval_ms", get_int(request, "interval_ms", 1000)}, {"bwlimit", get_int(request, "bwlimit", 0)}};
+    remember(get_string(request, "store"), "follow", wish["interval_ms"] == 0 ? Json() : wish);
+    f->follow(Millis(wish["interval_ms"].get<std::int64_t>()), wish["bwlimit"].get<std::int64_t>());
+    return f->status();
+  }
+
+  Json on_flush(const Json& request, AgentConnection&) {
+    auto f = follower(request);
+    bool final = get_bool(request, "final", false);
+    Flushed r = f->flush(final, Deadline::in(Millis(get_int(request, "timeout_ms", 30'000))));
+    return {{"files", r.sent.files}, {"bytes", r.sent.bytes}, {"ms", r.ms}, {"passes", r.passes}, {"rescanned", r.rescanned},
+            {"scan_ms", r.scan_ms}, {"paths", hex(r.sent.paths)}};
+  }
+
+  Json on_arm(const Json& request, AgentConnection&) {
+    auto f = follower(request);
+    f->arm();
+    // What was a bulk copy is equal now: a restart must not begin one again.
+    remember(get_string(request, "store"), "copy", Json());
+    return f->status();
+  }
+
+  Json on_rescan(const Json& request, AgentConnection&) {
+    follower(request)->rescan(get_string(request, "reason", "asked for"));
+    return Json::object();
+  }
+
+  Json on_status(const Json& request, AgentConnection&) {
+    std::string store = get_string(request, "store");
+    std::shared_ptr<Follower> f;
+    Json out{{"state", "none"}};
+    {
+      std::lock_guard lock(mutex_);
+      auto it = stores_.find(store);
+      if (it != stores_.end()) {
+        f = it->second.follower;
+        if (it->second.receiving) out["receiving"] = it->second.receiving->settings.path;
+        out["closed"] = get_bool(it->second.saved, "closed", false);
+      }
+      for (const auto& [what, why] : troubles_)
+        if (what.starts_with(store + ": ")) out["trouble"] = what.substr(store.size() + 2) + ": " + why;
+    }
+    if (f) {
+      Json s = f->status();
+      for (auto& [k, v] : s.items()) out[k] = v;
+    }
+    return out;
+  }
+
+  Json on_writers(const Json& request, AgentConnection&) {
+    auto f = follower(request);
+    WriterQuery q{.path = f->settings().path};
+    if (request.contains("pids"))
+      for (const auto& p : request["pids"]) q.except.insert(p.get<pid_t>());
+    if (request.contains("cgroups"))
+      for (const auto& g : request["cgroups"]) q.except_cgroups.push_back(g.get<std::string>());
+    Json list = Json::array();
+    for (const auto& w : find_writers(f->tree(), q))
+      list.push_back({{"pid", w.pid}, {"program", w.program}, {"cgroup", w.cgroup}, {"path", shown(w.path)}, {"mapped", w.mapped}});
+    return {{"writers", list}};
+  }
+
+  // Changes nothing: what check asks of each side.
+  Json on_probe(const Json& request, AgentConnection&) {
+    std::string path = get_string(request, "path");
+    Json out{{"exists", exists(path)}, {"rsync", rsync_version()}, {"root", ::geteuid() == 0}};
+    std::string at = path;
+    while (!exists(at) && at.size() > 1) at = parent_path(at);
+    struct stat st;
+    if (::stat(at.c_str(), &st) != 0) throw errno_error(errno, "stat", at);
+    out["directory"] = exists(path) && S_ISDIR(st.st_mode);
+    struct statvfs v;
+    if (::statvfs(at.c_str(), &v) != 0) throw errno_error(errno, "look at the file system of", at);
+    out["free_bytes"] = static_cast<std::int64_t>(v.f_bavail) * static_cast<std::int64_t>(v.f_frsize);
+    out["free_inodes"] = static_cast<std::int64_t>(v.f_favail);
+    out["all_inodes"] = static_cast<std::int64_t>(v.f_files);
+    out["read_only"] = (v.f_flag & ST_RDONLY) != 0;
+    auto mounts = read_mounts();
+    dev_t dev = 0;
+    place_in_file_system(mounts, at, &dev);
+    for (const auto& m : mounts)
+      if (m.dev == dev) out["file_system"] = m.type;
+    Json below = Json::array();
+    for (const auto& m : mounts_below(path)) below.push_back(shown(m.point));
+    out["mounts_below"] = below;
+    if (out["directory"].get<bool>()) {
+      out["watch_obstacle"] = Watch::obstacle(path);
+      Fd fd(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+      if (!fd) throw errno_error(errno, "open", path, "the agent must be able to read it");
+      bool empty = true;
+      each_name(fd.get(), "", [&](std::string_view, ino_t, unsigned char) { return empty = false; });
+      out["empty"] = empty;
+    }
+    if (get_bool(request, "count", false)) count_tree(path, request, out);
+    if (get_bool(request, "attributes", false)) try_attributes(at, out);
+    return out;
+  }
+
+  void count_tree(const std::string& path, const Json& request, Json& out) {
+    StoreSettings settings = settings_from(request);
+    Filter filter(settings.include, settings.exclude);
+    Tree tree(Fd(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)), path);
+    std::int64_t files = 0, bytes = 0, linked = 0, xattrs = 0, acls = 0;
+    std::set<id_t> users, groups;
+    walk(tree, filter, [&](const std::string& p, ino_t, unsigned char, int directory) {
+      auto m = read_meta(directory, std::string(name_of(p)), p);
+      if (!m) return !host_.stopping();
+      files++;
+      if (m->is_file()) bytes += m->size / static_cast<std::int64_t>(std::max<nlink_t>(1, m->nlink));
+      linked += !m->is_directory() && m->nlink > 1;
+      for (const auto& [k, v] : m->xattrs) (is_acl(k) ? acls : xattrs)++;
+      if (users.size() < 10000) users.insert(m->uid);
+      if (groups.size() < 10000) groups.insert(m->gid);
+      for (const auto& [k, v] : m->xattrs)
+        if (is_acl(k))
+          each_acl_id(v, [&](Accounts::Kind kind, id_t id) { (kind == Accounts::Kind::user ? users : groups).insert(id); });
+      return !host_.stopping();
+    });
+    out["files"] = files;
+    out["bytes"] = bytes;
+    out["linked"] = linked;
+    out["xattrs"] = xattrs;
+    out["acls"] = acls;
+    Json names[2] = {Json::array(), Json::array()}, numbers[2] = {Json::array(), Json::array()};
+    accounts_.refresh();
+    for (auto kind : {Accounts::Kind::user, Accounts::Kind::group})
+      for (id_t id : kind == Accounts::Kind::user ? users : groups) {
+        if (id == 0) continue;
+        std::string name = accounts_.name(kind, id);
+        if (name.empty()) numbers[kind == Accounts::Kind::group].push_back(id);
+        else names[kind == Accounts::Kind::group].push_back(name);
+      }
+    out["users"] = names[0];
+    out["groups"] = names[1];
+    out["unnamed_users"] = numbers[0];
+    out["unnamed_groups"] = numbers[1];
+  }
+
+  // Whether the file system keeps attributes and ACLs: tried on a file of our own, which is removed.
+  void try_attributes(const std::string& directory, Json& out) {
+    std::string name = directory + "/.rehome-probe." + std::to_string(::getpid());
+    Fd fd(::open(name.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
+    if (!fd) throw errno_error(errno, "create", name, "the agent must be able to write there");
+    ::unlink(name.c_str());
+    out["has_xattrs"] = ::fsetxattr(fd.get(), "user.rehome", "1", 1, 0) == 0;
+    struct {
+      std::uint32_t version = 2;
+      struct {
+        std::uint16_t tag, perm;
+        std::uint32_t id;
+      } e[5] = {{1, 6, ~0u}, {2, 4, 1}, {4, 4, ~0u}, {16, 4, ~0u}, {32, 0, ~0u}};
+    } acl;
+    out["has_acls"] = ::fsetxattr(fd.get(), "system.posix_acl_access", &acl, sizeof acl, 0) == 0;
+  }
+
+  Json on_close(const Json& request, AgentConnection&) {
+    auto r = receiving(request);
+    // Written down first: a crash in between leaves a tree that is closed at the next start, not one that nobody opens.
+    remember(get_string(request, "store"), "closed", true);
+    try {
+      close_tree(r->settings.path);
+    } catch (const Error& e) {
+      remember(get_string(request, "store"), "closed", Json());
+      if (e.code != Code::denied || !get_bool(request, "best_effort", false)) throw;
+      return {{"closed", false}, {"reason", e.message}};
+    }
+    return {{"closed", true}};
+  }
+
+  Json on_open(const Json& request, AgentConnection&) {
+    std::string store = get_string(request, "store"), path;
+    {
+      std::lock_guard lock(mutex_);
+      auto it = stores_.find(store);
+      if (it == stores_.end() || !it->second.saved.contains("receive")) return {{"open", true}};
+      if (!get_bool(it->second.saved, "closed", false)) return {{"open", true}};
+      path = get_string(it->second.saved["receive"], "path");
+    }
+    open_tree(path);
+    remember(store, "closed", Json());
+    return {{"open", true}};
+  }
+
+  // Which of these account names are here: {"users": {name: id}, "groups": {…}}.
+  Json on_accounts(const Json& request, AgentConnection&) {
+    accounts_.refresh();
+    Json out;
+    for (auto kind : {Accounts::Kind::user, Accounts::Kind::group}) {
+      const char* key = kind == Accounts::Kind::user ? "users" : "groups";
+      out[key] = Json::object();
+      if (!request.contains(key)) continue;
+      for (const auto& n : request[key])
+        if (auto id = accounts_.id(kind, n.get<std::string>())) out[key][n.get<std::string>()] = *id;
+    }
+    return out;
+  }
+
+  Json on_apply(const Json& request, AgentConnection& c) {
+    auto r = receiving(request);
+    send_all(c.fd, "{\"ok\":true}\n", Deadline::in(Millis(5000)));
+    Channel channel(c.fd.get(), c.in.take_buffered());
+    Receiver(*r->tree, r->filter, accounts_, {.owner_by_name = r->settings.owner_by_name}).serve(channel, host_.stopping());
+    return Json();
+  }
+
+  Json on_sync(const Json& request, AgentConnection&) {
+    auto r = receiving(request);
+    if (::syncfs(r->root.dir()) != 0) throw errno_error(errno, "sync the file system of", r->settings.path);
+    return Json::object();
+  }
+
+  Json on_manifest(const Json& request, AgentConnection& c) {
+    const Tree* tree;
+    const Filter* filter;
+    std::shared_ptr<Receiving> r;
+    std::shared_ptr<Follower> f;
+    {
+      std::lock_guard lock(mutex_);
+      auto it = stores_.find(get_string(request, "store"));
+      if (it != stores_.end()) r = it->second.receiving, f = it->second.follower;
+    }
+    if (r) tree = &*r->tree, filter = &r->filter;
+    else if (f) tree = &f->tree(), filter = &f->filter();
+    else throw Error(Code::state, "store " + get_string(request, "store") + " is not known on the " + host_.side());
+    send_all(c.fd, "{\"ok\":true}\n", Deadline::in(Millis(5000)));
+    Channel channel(c.fd.get(), c.in.take_buffered());
+    serve_manifest(*tree, *filter, accounts_, channel, host_.stopping());
+    return Json();
+  }
+
+  Json on_compare(const Json& request, AgentConnection&) {
+    auto f = follower(request);
+    Compared r = compare_trees(host_, accounts_, get_string(request, "store"), *f,
+                               {.most = static_cast<std::size_t>(get_int(request, "most", 1000)),
+                                .jobs = static_cast<int>(get_int(request, "jobs", 2)), .stop = &host_.stopping()});
+    return to_json(r);
+  }
+
+  Json on_rsync(const Json& request, AgentConnection& c) {
+    follower(request);
+    Json to_peer{{"op", "files.rsync_server"}, {"store", get_string(request, "store")}, {"argv", request.at("argv")}};
+    Fd peer = host_.open_peer(to_peer, Deadline::in(Millis(30'000)));
+    send_all(c.fd, "{\"ok\":true}\n", Deadline::in(Millis(5000)));
+    std::string ahead = c.in.take_buffered();
+    if (!ahead.empty()) send_all(peer, ahead, Deadline::in(Millis(30'000)));
+    relay(c.fd, peer, host_.stopping());
+    return Json();
+  }
+
+  Json on_rsync_server(const Json& request, AgentConnection& c) {
+    auto r = receiving(request);
+    Command command{.argv = check_server_argv(request.at("argv").get<std::vector<std::string>>()),
+                    // The descriptor, not the path: the path may be closed by our own bind mount.
+                    .directory = "/proc/self/fd/" + std::to_string(r->root.dir())};
+    int pair[2];
+    if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) != 0) throw errno_error(errno, "make a socket pair for", "rsync");
+    Fd ours(pair[0]), theirs(pair[1]);
+    Child child(command, {.err = true, .in_fd = theirs.get(), .out_fd = theirs.get()});
+    theirs.reset();
+    send_all(c.fd, "{\"ok\":true}\n", Deadline::in(Millis(5000)));
+    std::string ahead = c.in.take_buffered();
+    if (!ahead.empty()) send_all(ours, ahead, Deadline::in(Millis(30'000)));
+    relay(c.fd, ours, host_.stopping());
+    ours.reset();
+    int status = 0;
+    try {
+      status = child.wait(Deadline::in(Millis(10'000)));
+    } catch (const Error&) {
+      child.kill(SIGKILL);
+      status = 137;
+    }
+    if (status != 0) {
+      ::fcntl(child.err.get(), F_SETFL, O_NONBLOCK);
+      char buf[2000];
+      ssize_t n = ::read(child.err.get(), buf, sizeof buf);
+      host_.log("files " + get_string(request, "store") + ": rsync server ended with status " + std::to_string(status) + ": " +
+                std::string(buf, static_cast<std::size_t>(std::max<ssize_t>(0, n))));
+    }
+    return Json();
+  }
+
+  AgentHost& host_;
+  Accounts accounts_;
+  std::mutex mutex_;
+  std::map<std::string, Kept> stores_;
+  std::map<std::string, std::string> troubles_;
+};
+
+}  // namespace
+}  // namespace track
+
+std::unique_ptr<AgentModule> make_track_module(AgentHost& host) { return std::make_unique<track::TrackModule>(host); }
+
+}  // namespace rehome

@@ -1,0 +1,412 @@
+// Two modules with a host of our own, joined by socket pairs: what a store driver asks of two agents. rsync is the real one,
+// and its shim is this test's own binary.
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <poll.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+
+#include <thread>
+
+#include "base/error.h"
+#include "sys/fs.h"
+#include "sys/process.h"
+#include "track/module.h"
+
+int main(int argc, char** argv) {
+  if (argc > 1 && std::string(argv[1]) == "rsync-shim") {
+    try {
+      return rehome::track::rsync_shim(std::vector<std::string>(argv + 2, argv + argc));
+    } catch (const std::exception& e) {
+      std::fprintf(stderr, "rsync-shim: %s\n", e.what());
+      return 12;
+    }
+  }
+  ::testing::InitGoogleTest(&argc, argv);
+  return RUN_ALL_TESTS();
+}
+
+namespace rehome {
+namespace {
+
+// An agent's core as far as the module needs it: its socket, and the way to the other one.
+class FakeAgent : public AgentHost {
+ public:
+  FakeAgent(std::string state, std::string side) : state_(std::move(state)), side_(std::move(side)) {
+    make_directories(state_ + "/run");
+    listener_ = listen_on({.path = state_ + "/run/agent.sock"});
+  }
+  ~FakeAgent() override { down(); }
+  void up(FakeAgent& peer) {
+    peer_ = &peer;
+    stopping_ = false;
+    module_ = make_track_module(*this);
+    module_->start();
+    accepting_ = std::thread([this] {
+      while (auto fd = accept_from(listener_, {}, &stopping_)) serve(std::move(*fd));
+    });
+  }
+  void down() {
+    if (!module_) return;
+    stopping_ = true;
+    accepting_.join();
+    module_->stop();
+    std::vector<std::thread> threads;
+    {
+      std::lock_guard lock(mutex_);
+      threads.swap(threads_);
+    }
+    for (auto& t : threads) t.join();
+    module_.reset();
+  }
+  Json call(const std::string& op, Json args = Json::object()) {
+    args["op"] = op;
+    Fd fd = connect_to({.path = state_ + "/run/agent.sock"}, Deadline::in(Millis(5000)));
+    send_all(fd, dump_line(args) + "\n");
+    Reader in(fd);
+    Json answer = parse_json(in.line(Deadline::in(Millis(60000))).value_or("{}"), "answer");
+    if (answer.contains("error")) throw error_from_json(answer["error"]);
+    return answer;
+  }
+  const std::string& state() const override { return state_; }
+  std::string side() const override { return side_; }
+  void log(const std::string& line) override {
+    std::lock_guard lock(mutex_);
+    log_ += line + "\n";
+  }
+  Fd open_peer(const Json& request, Deadline deadline) override {
+    if (cut_) throw Error(Code::unreachable, "the link is down", "", true);
+    Fd fd = connect_to({.path = peer_->state_ + "/run/agent.sock"}, deadline);
+    send_all(fd, dump_line(request) + "\n");
+    std::string line;
+    char c;
+    while (::recv(fd.get(), &c, 1, 0) == 1 && c != '\n') line += c;
+    Json answer = parse_json(line, "answer");
+    if (answer.contains("error")) throw error_from_json(answer["error"]);
+    return fd;
+  }
+  const std::atomic<bool>& stopping() const override { return stopping_; }
+  std::string log_text() {
+    std::lock_guard lock(mutex_);
+    return log_;
+  }
+  std::atomic<bool> cut_{false};
+
+ private:
+  void serve(Fd fd) {
+    std::lock_guard lock(mutex_);
+    threads_.emplace_back([this, fd = std::move(fd)]() mutable {
+      try {
+        Reader in(fd);
+        while (!stopping_) {
+          pollfd p{fd.get(), POLLIN, 0};
+          if (::poll(&p, 1, 100) <= 0) continue;
+          auto line = in.line(Deadline::in(Millis(5000)));
+          if (!line) return;
+          Json request = parse_json(*line, "request"), answer;
+          AgentConnection c{fd, in, true};
+          try {
+            answer = module_->handle(get_string(request, "op"), request, c);
+            if (answer.is_null()) return;
+            answer["ok"] = true;
+          } catch (const Error& e) {
+            answer = {{"error", error_to_json(e)}};
+          }
+          send_all(fd, dump_line(answer) + "\n");
+        }
+      } catch (const Error& e) {
+        log(std::string("connection: ") + e.what());
+      }
+    });
+  }
+  std::string state_, side_;
+  FakeAgent* peer_ = nullptr;
+  std::unique_ptr<AgentModule> module_;
+  Fd listener_;
+  std::thread accepting_;
+  std::mutex mutex_;
+  std::vector<std::thread> threads_;
+  std::string log_;
+  std::atomic<bool> stopping_{false};
+};
+
+class Files : public ::testing::Test {
+ protected:
+  Files() : source(dir.path() + "/s", "source"), target(dir.path() + "/t", "target") {
+    make_directories(from);
+    source.up(target);
+    target.up(source);
+  }
+  ~Files() override {
+    source.down();
+    target.down();
+    ::umount2(to.c_str(), MNT_DETACH);
+  }
+  void sh(const std::string& script) {
+    Outcome o = run({.argv = {"bash", "-c", "set -e; " + script}, .directory = from});
+    ASSERT_TRUE(o.ok()) << script << "\n" << o.err;
+  }
+  Json settings(const std::string& path) {
+    return {{"store", "files"}, {"path", path}, {"include", Json::array()}, {"exclude", Json::array()}};
+  }
+  void begin() {
+    source.call("files.track", settings(from));
+    target.call("files.receive", settings(to));
+    source.call("files.copy", {{"store", "files"}});
+    wait([&] { return status()["copied"] == true; });
+  }
+  Json status() { return source.call("files.status", {{"store", "files"}}); }
+  Json flush(bool final = true) { return source.call("files.flush", {{"store", "files"}, {"final", final}}); }
+  template <class F>
+  void wait(F done) {
+    for (int i = 0; i < 600; i++) {
+      if (done()) return;
+      system_clock().sleep(Millis(50));
+    }
+    FAIL() << status().dump(1) << "\n" << source.log_text() << target.log_text();
+  }
+  std::string differences() { return differences(from, to); }
+  static std::string differences(const std::string& a, const std::string& b) {
+    Outcome o = run({.argv = {"rsync", "-aHAXc", "--delete", "-ni", "--modify-window=-1", a + "/", b + "/"}});
+    return o.out + o.err;
+  }
+
+  TempDir dir;
+  std::string from = dir.path() + "/from", to = dir.path() + "/to";
+  FakeAgent source, target;
+};
+
+TEST_F(Files, CopyFollowFlush) {
+  sh("mkdir -p a/b; for i in $(seq 200); do echo $i > a/b/$i; done; ln a/b/1 a/one; truncate -s 10M sparse; chown -R 33:33 a");
+  begin();
+  EXPECT_EQ(differences(), "");
+  sh("echo more >> a/b/7; rm a/b/8; mv a/b a/c");
+  Json f = flush();
+  EXPECT_GT(f["files"].get<int>(), 2);
+  EXPECT_EQ(f["rescanned"], false);
+  EXPECT_EQ(differences(), "");
+  f = flush();
+  EXPECT_EQ(f["files"], 0);
+  EXPECT_EQ(f["bytes"], 0);
+  source.call("files.follow", {{"store", "files"}, {"interval_ms", 50}});
+  sh("echo x > followed");
+  wait([&] { return exists(to + "/followed"); });
+  wait([&] { return status()["dirty"] == 0; });
+  EXPECT_EQ(differences(), "");
+}
+
+TEST_F(Files, ChangesDuringTheCopyAreNotLost) {
+  sh("mkdir d; for i in $(seq 2000); do echo $i > d/$i; done");
+  source.call("files.track", settings(from));
+  target.call("files.receive", settings(to));
+  source.call("files.copy", {{"store", "files"}});
+  for (int i = 0; i < 20; i++) sh("echo changed" + std::to_string(i) + " >> d/" + std::to_string(1 + i * 90) + "; mv d/" + std::to_string(2 + i * 90) + " d/m" + std::to_string(i));
+  wait([&] { return status()["copied"] == true; });
+  flush();
+  EXPECT_EQ(differences(), "");
+}
+
+TEST_F(Files, AnOverflowIsARescan) {
+  sh("echo 1 > 1");
+  begin();
+  // What the tracker is told when the kernel's queue overflowed.
+  source.call("files.rescan", {{"store", "files"}, {"reason", "the kernel's event queue overflowed"}});
+  EXPECT_EQ(status()["state"], "rescan");
+  sh("echo 2 > 2; rm 1");
+  Json f = flush();
+  EXPECT_EQ(f["rescanned"], true);
+  EXPECT_EQ(status()["state"], "tracking");
+  EXPECT_EQ(differences(), "");
+}
+
+TEST_F(Files, ARestartedAgentRescansAndFollowsAgain) {
+  sh("mkdir d; echo 1 > d/1");
+  begin();
+  source.call("files.follow", {{"store", "files"}, {"interval_ms", 100}});
+  source.down();
+  sh("echo unseen >> d/1; echo 2 > d/2; mkdir e; ln d/2 e/2");
+  source.up(target);
+  wait([&] { return status()["state"] == "tracking" && status()["rescans"].get<int>() + status()["copied"].get<bool>() > 0 && exists(to + "/e/2"); });
+  flush();
+  EXPECT_EQ(differences(), "");
+}
+
+TEST_F(Files, ALostLinkIsTriedAgain) {
+  sh("echo 1 > 1");
+  begin();
+  source.cut_ = true;
+  target.down();
+  source.call("files.follow", {{"store", "files"}, {"interval_ms", 50}});
+  sh("echo 2 > 2");
+  wait([&] { return status().contains("trouble"); });
+  target.up(source);
+  source.cut_ = false;
+  wait([&] { return exists(to + "/2"); });
+  flush();
+  EXPECT_EQ(differences(), "");
+}
+
+TEST_F(Files, MappedWritesAreSentAtTheEnd) {
+  sh("head -c 1000000 /dev/zero > mapped");
+  begin();
+  // Another process: our own is not looked at, since it is the agent.
+  int ready[2], go[2];
+  ASSERT_EQ(::pipe(ready), 0);
+  ASSERT_EQ(::pipe(go), 0);
+  pid_t pid = ::fork();
+  if (pid == 0) {
+    int fd = ::open((from + "/mapped").c_str(), O_RDWR);
+    auto* m = static_cast<char*>(::mmap(nullptr, 1000000, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0));
+    ::close(fd);
+    m[10] = 'x';
+    char c = 0;
+    (void)!::write(ready[1], &c, 1);
+    (void)!::read(go[0], &c, 1);
+    m[500000] = 'y';
+    (void)!::write(ready[1], &c, 1);
+    (void)!::read(go[0], &c, 1);
+    ::_exit(0);
+  }
+  char c;
+  ASSERT_EQ(::read(ready[0], &c, 1), 1);
+  flush(false);
+  ASSERT_EQ(::write(go[1], &c, 1), 1);
+  ASSERT_EQ(::read(ready[0], &c, 1), 1);
+  Json writers = source.call("files.writers", {{"store", "files"}});
+  ASSERT_EQ(writers["writers"].size(), 1u) << writers.dump();
+  EXPECT_EQ(writers["writers"][0]["pid"], pid);
+  EXPECT_EQ(writers["writers"][0]["mapped"], true);
+  EXPECT_EQ(source.call("files.writers", {{"store", "files"}, {"pids", {pid}}})["writers"].size(), 0u);
+  flush();
+  EXPECT_EQ(differences(), "");
+  ASSERT_EQ(::write(go[1], &c, 1), 1);
+  ::waitpid(pid, nullptr, 0);
+}
+
+TEST_F(Files, AClosedTreeIsWrittenByUsOnly) {
+  sh("echo 1 > 1");
+  begin();
+  EXPECT_EQ(target.call("files.close", {{"store", "files"}})["closed"], true);
+  EXPECT_NE(::open((to + "/x").c_str(), O_WRONLY | O_CREAT, 0644) >= 0, true);
+  EXPECT_EQ(errno, EROFS);
+  sh("echo 2 > 2; echo 11 > 1");
+  flush();
+  EXPECT_EQ(differences(), "");
+  target.down();
+  ::umount2(to.c_str(), MNT_DETACH);  // as a reboot does
+  target.up(source);
+  EXPECT_LT(::open((to + "/x").c_str(), O_WRONLY | O_CREAT, 0644), 0);
+  sh("echo 3 > 3");
+  flush();
+  EXPECT_EQ(differences(), "");
+  target.down();  // and with the mount still there
+  target.up(source);
+  source.call("files.rescan", {{"store", "files"}});
+  sh("echo 4 > 4");
+  flush();
+  EXPECT_EQ(differences(), "");
+  target.call("files.open", {{"store", "files"}});
+  target.call("files.open", {{"store", "files"}});
+  Fd fd(::open((to + "/mine").c_str(), O_WRONLY | O_CREAT, 0644));
+  EXPECT_TRUE(fd);
+}
+
+TEST_F(Files, TheOtherWayRound) {
+  sh("mkdir d; echo 1 > d/1");
+  begin();
+  source.call("files.follow", {{"store", "files"}, {"interval_ms", 50}});
+  target.call("files.close", {{"store", "files"}});
+  // Prepared before the pause, armed in it.
+  target.call("files.track", settings(to));
+  source.call("files.receive", settings(from));
+  sh("echo 2 > d/2");
+  flush();
+  target.call("files.arm", {{"store", "files"}});
+  source.call("files.follow", {{"store", "files"}, {"interval_ms", 0}});
+  source.call("files.untrack", {{"store", "files"}});
+  target.call("files.open", {{"store", "files"}});
+  source.call("files.close", {{"store", "files"}});
+  EXPECT_EQ(run({.argv = {"bash", "-c", "echo new >> d/1; mv d e; ln e/2 two"}, .directory = to}).status, 0);
+  Json f = target.call("files.flush", {{"store", "files"}, {"final", true}});
+  EXPECT_EQ(f["rescanned"], false);
+  EXPECT_EQ(differences(to, from), "");
+  source.call("files.open", {{"store", "files"}});
+}
+
+TEST_F(Files, CompareFindsWhatDiffers) {
+  sh("mkdir -p d/e; for i in $(seq 500); do echo $i > d/e/$i; done; ln d/e/1 d/one; ln d/e/2 d/two; setfacl -m u:7:r d/e/3; chown 33:33 d/e/4");
+  begin();
+  Json c = source.call("files.compare", {{"store", "files"}});
+  EXPECT_EQ(c["equal"], true) << c.dump(1);
+  EXPECT_EQ(c["entries"], 505);
+  // Behind our back: no event of the source tells of it.
+  run_ok({.argv = {"bash", "-c", "cd d/e; cp -p 5 x; echo Z > x; touch -r 5 x; cat x > 5; rm x; touch -r 6 5; chmod 600 7; rm 8; echo > extra; touch -d 2001-01-01 9; rm ../one; cp -p 1 ../one"}, .directory = to});
+  c = source.call("files.compare", {{"store", "files"}});
+  EXPECT_EQ(c["equal"], false);
+  std::set<std::string> paths;
+  for (const auto& d : c["differences"]) paths.insert(d["path"].get<std::string>());
+  for (const char* p : {"d/e/5", "d/e/7", "d/e/8", "d/e/9", "d/e/extra"}) EXPECT_TRUE(paths.contains(p)) << p;
+  EXPECT_FALSE(paths.contains("d/e/10"));
+}
+
+TEST_F(Files, CompareFindsLostLinks) {
+  sh("echo 1 > 1; ln 1 2; touch -d 2001-01-01 .");
+  begin();
+  run_ok({.argv = {"bash", "-c", "rm 2; cp -p 1 2; touch -d 2001-01-01 ."}, .directory = to});
+  Json c = source.call("files.compare", {{"store", "files"}});
+  ASSERT_EQ(c["differences"].size(), 1u) << c.dump(1);
+  EXPECT_EQ(c["differences"][0]["what"], "its hard links are not the same");
+}
+
+TEST_F(Files, CompareOfATreeInUse) {
+  sh("for i in $(seq 300); do echo $i > $i; done");
+  begin();
+  source.call("files.follow", {{"store", "files"}, {"interval_ms", 20}});
+  std::atomic<bool> stop{false};
+  std::thread writer([&] {
+    for (int i = 0; !stop; i++) {
+      std::string p = from + "/" + std::to_string(1 + i % 300);
+      Fd fd(::open(p.c_str(), O_WRONLY | O_APPEND));
+      (void)!::write(fd.get(), "x", 1);
+      system_clock().sleep(Millis(1));
+    }
+  });
+  Json c = source.call("files.compare", {{"store", "files"}});
+  stop = true;
+  writer.join();
+  EXPECT_EQ(c["equal"], true) << c.dump(1);
+}
+
+TEST_F(Files, OnlyWhatIsRegisteredIsWritten) {
+  EXPECT_THROW(target.call("files.rsync_server", {{"store", "none"}, {"argv", {"rsync", "--server", "-a", ".", "./"}}}), Error);
+  begin();
+  for (std::vector<std::string> argv : {std::vector<std::string>{"rsync", "--server", "-a", ".", "/etc"},
+                                        {"rsync", "--server", "--sender", "-a", ".", "./"},
+                                        {"rsync", "--server", "--log-file=/x", "-a", ".", "./"},
+                                        {"rsync", "--server", "-a", "--temp-dir", "/x", ".", "./"},
+                                        {"sh", "-c", "true", ".", "./"}})
+    EXPECT_THROW(target.call("files.rsync_server", {{"store", "files"}, {"argv", argv}}), Error) << argv[2];
+}
+
+TEST_F(Files, ProbeSaysWhatIsThere) {
+  sh("mkdir d; echo hello > d/f; ln d/f g; setfattr -n user.x -v 1 d; setfacl -m u:33:r g; chown 33:54321 d");
+  Json a = settings(from);
+  a["count"] = true;
+  a["attributes"] = true;
+  Json p = source.call("files.probe", a);
+  EXPECT_EQ(p["files"], 3);
+  EXPECT_EQ(p["linked"], 2);
+  EXPECT_EQ(p["empty"], false);
+  EXPECT_EQ(p["has_xattrs"], true);
+  EXPECT_EQ(p["has_acls"], true);
+  EXPECT_EQ(p["watch_obstacle"], "");
+  EXPECT_EQ(p["users"], Json::array({"www-data"}));
+  EXPECT_EQ(p["unnamed_groups"], Json::array({54321}));
+  EXPECT_FALSE(exists(from + "/.rehome-probe." + std::to_string(::getpid())));
+}
+
+}  // namespace
+}  // namespace rehome

@@ -1,0 +1,177 @@
+#include "track/mounts.h"
+
+#include <fcntl.h>
+#include <sys/mount.h>
+#include <sys/statvfs.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+
+#include "base/error.h"
+#include "base/text.h"
+#include "sys/fs.h"
+
+namespace rehome::track {
+namespace {
+
+// mountinfo writes space, tab, newline and backslash as \ooo.
+std::string unescape(std::string_view text) {
+  std::string out;
+  for (std::size_t i = 0; i < text.size(); i++) {
+    if (text[i] == '\\' && i + 3 < text.size()) {
+      out += static_cast<char>((text[i + 1] - '0') * 64 + (text[i + 2] - '0') * 8 + (text[i + 3] - '0'));
+      i += 3;
+    } else {
+      out += text[i];
+    }
+  }
+  return out;
+}
+
+bool below(std::string_view path, std::string_view directory) {
+  if (directory == "/") return true;
+  return path.starts_with(directory) && (path.size() == directory.size() || path[directory.size()] == '/');
+}
+
+const Mount* top_at(const std::vector<Mount>& mounts, const std::string& path) {
+  const Mount* top = nullptr;
+  for (const auto& m : mounts)
+    if (m.point == path) top = &m;
+  return top;
+}
+
+bool is_mount_point(const std::string& path) {
+  auto mounts = read_mounts();
+  return top_at(mounts, path) != nullptr;
+}
+
+unsigned long flags_of(const std::string& path) {
+  struct statvfs v;
+  if (::statvfs(path.c_str(), &v) != 0) throw errno_error(errno, "look at the file system of", path);
+  unsigned long f = 0;
+  if (v.f_flag & ST_NOSUID) f |= MS_NOSUID;
+  if (v.f_flag & ST_NODEV) f |= MS_NODEV;
+  if (v.f_flag & ST_NOEXEC) f |= MS_NOEXEC;
+  if (v.f_flag & ST_NOATIME) f |= MS_NOATIME;
+  if (v.f_flag & ST_NODIRATIME) f |= MS_NODIRATIME;
+  if (v.f_flag & ST_RELATIME) f |= MS_RELATIME;
+  return f;
+}
+
+bool read_only(int fd) {
+  struct statvfs v;
+  return ::fstatvfs(fd, &v) == 0 && (v.f_flag & ST_RDONLY);
+}
+
+}  // namespace
+
+std::vector<Mount> read_mounts(const std::string& pid) {
+  std::vector<Mount> out;
+  for (const auto& line : split(read_file("/proc/" + pid + "/mountinfo"), '\n')) {
+    auto f = split(line, ' ');
+    if (f.size() < 7) continue;
+    Mount m;
+    unsigned major = 0, minor = 0;
+    if (std::sscanf(f[2].c_str(), "%u:%u", &major, &minor) != 2) continue;
+    m.dev = makedev(major, minor);
+    m.root = unescape(f[3]);
+    m.point = unescape(f[4]);
+    m.read_only = f[5] == "ro" || f[5].starts_with("ro,");
+    for (std::size_t i = 6; i + 1 < f.size(); i++)
+      if (f[i] == "-") {
+        m.type = f[i + 1];
+        break;
+      }
+    out.push_back(std::move(m));
+  }
+  return out;
+}
+
+std::string place_in_file_system(const std::vector<Mount>& mounts, const std::string& path, dev_t* dev) {
+  const Mount* best = nullptr;
+  for (const auto& m : mounts)
+    if (below(path, m.point) && (!best || m.point.size() >= best->point.size())) best = &m;
+  if (!best) return {};
+  if (dev) *dev = best->dev;
+  std::string rest = best->point == "/" ? path : path.substr(best->point.size());
+  if (rest == "/") rest.clear();
+  std::string out = best->root == "/" ? rest : best->root + rest;
+  return out.empty() ? "/" : out;
+}
+
+std::vector<Mount> mounts_below(const std::string& path) {
+  std::vector<Mount> out;
+  for (auto& m : read_mounts())
+    if (m.point != path && below(m.point, path)) out.push_back(std::move(m));
+  return out;
+}
+
+WritableRoot::WritableRoot(const std::string& path, const std::string& private_place) {
+  // A private mount that a killed agent left.
+  for (int i = 0; i < 16 && exists(private_place) && is_mount_point(private_place); i++)
+    if (::umount2(private_place.c_str(), MNT_DETACH) != 0) break;
+  dir_ = Fd(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (!dir_) throw errno_error(errno, "open directory", path);
+  if (!read_only(dir_.get())) return;
+  Fd copy(::open_tree(AT_FDCWD, path.c_str(), OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC));
+  if (!copy) throw errno_error(errno, "copy the mount of", path, "run the agent as root");
+  mount_attr attributes{};
+  attributes.attr_clr = MOUNT_ATTR_RDONLY;
+  if (::mount_setattr(copy.get(), "", AT_EMPTY_PATH, &attributes, sizeof attributes) != 0)
+    throw errno_error(errno, "make a writable copy of the mount of", path,
+                      "Linux 5.12 is needed once the agent has restarted; open the tree by hand with umount " + path);
+  make_directories(private_place);
+  if (::move_mount(copy.get(), "", AT_FDCWD, private_place.c_str(), MOVE_MOUNT_F_EMPTY_PATH) != 0)
+    throw errno_error(errno, "mount " + path + " at", private_place);
+  mounted_ = private_place;
+  dir_ = Fd(::open(private_place.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (!dir_ || read_only(dir_.get())) {
+    ::umount2(mounted_.c_str(), MNT_DETACH);
+    throw Error(Code::io, path + " is on a file system that is mounted read-only", "mount it writable");
+  }
+}
+
+WritableRoot::~WritableRoot() {
+  dir_.reset();
+  if (mounted_.empty()) return;
+  ::umount2(mounted_.c_str(), MNT_DETACH);
+  ::rmdir(mounted_.c_str());
+}
+
+bool is_closed(const std::string& path) {
+  auto mounts = read_mounts();
+  const Mount* top = top_at(mounts, path);
+  return top && top->read_only;
+}
+
+void close_tree(const std::string& path) {
+  if (is_closed(path)) return;
+  unsigned long flags = flags_of(path);
+  auto denied = [&](int err) {
+    return Error(err == EPERM || err == EACCES ? Code::denied : Code::io,
+                 "close " + path + " by a read-only bind mount: " + std::strerror(err),
+                 err == EPERM ? "run the agent as root; without it only the services' start condition keeps writers away" : "");
+  };
+  // With what is mounted below, or it would be hidden.
+  if (::mount(path.c_str(), path.c_str(), nullptr, MS_BIND | MS_REC, nullptr) != 0) throw denied(errno);
+  if (::mount(nullptr, path.c_str(), nullptr, MS_REMOUNT | MS_BIND | MS_RDONLY | flags, nullptr) != 0) {
+    int err = errno;
+    ::umount2(path.c_str(), MNT_DETACH);
+    throw denied(err);
+  }
+}
+
+void open_tree(const std::string& path) {
+  // Writable first: a service that was started early keeps this mount, through its working directory say.
+  for (int i = 0; i < 16 && is_closed(path); i++) {
+    unsigned long flags = flags_of(path);
+    if (::mount(nullptr, path.c_str(), nullptr, MS_REMOUNT | MS_BIND | flags, nullptr) != 0)
+      throw errno_error(errno, "make writable", path, "umount " + path);
+    if (::umount2(path.c_str(), MNT_DETACH) != 0) throw errno_error(errno, "unmount", path, "umount " + path);
+  }
+}
+
+}  // namespace rehome::track

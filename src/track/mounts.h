@@ -1,0 +1,55 @@
+// Closing a tree to everybody but us, by a read-only bind mount over it; and which mount a path is on.
+#pragma once
+
+#include <sys/types.h>
+
+#include <string>
+#include <vector>
+
+#include "sys/fd.h"
+
+namespace rehome::track {
+
+struct Mount {
+  dev_t dev = 0;
+  std::string root;   // of the mount, within its file system
+  std::string point;  // where it is mounted
+  std::string type;
+  bool read_only = false;
+};
+// In the order in which they were mounted; of this process, or of another with `pid`. Throws Error(io).
+std::vector<Mount> read_mounts(const std::string& pid = "self");
+
+// Where `path` lies in its file system ("" when it is on none of `mounts`): the same for every bind mount of it, in
+// every mount namespace. The device goes to *dev.
+std::string place_in_file_system(const std::vector<Mount>& mounts, const std::string& path, dev_t* dev = nullptr);
+
+// Mount points below `path`, not `path` itself.
+std::vector<Mount> mounts_below(const std::string& path);
+
+// A directory that can be written through `dir` although its path may be closed by close_tree(). A tree that is closed
+// already (the agent was started again) is mounted once more, writable, at a private place, which is unmounted when this
+// is destroyed; what a killed agent left there is replaced. rsync needs a working directory that has a path: a mount in
+// no namespace would be simpler, and is not enough.
+class WritableRoot {
+ public:
+  // Throws Error(io) when it cannot be opened, or is read-only for us too (Linux before 5.12).
+  WritableRoot(const std::string& path, const std::string& private_place);
+  ~WritableRoot();
+  WritableRoot(const WritableRoot&) = delete;
+  WritableRoot& operator=(const WritableRoot&) = delete;
+  int dir() const { return dir_.get(); }
+
+ private:
+  Fd dir_;
+  std::string mounted_;
+};
+
+// Mounts the tree over itself, read-only. Idempotent. What is open for writing there already stays so: writers are
+// stopped or frozen first. Throws Error(denied) where the rights are missing; nothing has changed then.
+void close_tree(const std::string& path);
+// Undoes it for everybody, those included who had opened something in the closed tree. Idempotent.
+void open_tree(const std::string& path);
+bool is_closed(const std::string& path);
+
+}  // namespace rehome::track

@@ -1,0 +1,32 @@
+// Who has files of a tree open for writing: from /proc, in every mount namespace.
+#pragma once
+
+#include <sys/types.h>
+
+#include <set>
+#include <string>
+#include <vector>
+
+#include "track/tree.h"
+
+namespace rehome::track {
+
+struct Writer {
+  pid_t pid = 0;
+  std::string program, cgroup;
+  std::string path;      // relative to the tree
+  ino_t ino = 0;
+  bool mapped = false;   // shared and writable: its writes raise no event
+};
+
+struct WriterQuery {
+  std::string path;                  // of the tree, absolute, as this host sees it
+  bool mapped_only = false;          // what the final pass needs; does not look at descriptors
+  std::set<pid_t> except;            // and their cgroups:
+  std::vector<std::string> except_cgroups;  // "/system.slice/shop.service"; what is below them too
+};
+
+// Processes of others are seen by root only. Kernel threads and those that end meanwhile are left out.
+std::vector<Writer> find_writers(const Tree& tree, const WriterQuery& query);
+
+}  // namespace rehome::track
