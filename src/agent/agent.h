@@ -142,7 +142,6 @@ class Agent : public AgentHost, private AttemptHands, private AttemptPeer {
   Json op_peer_commit(const Json&, AgentConnection&);
   Json op_peer_tails(const Json&, AgentConnection&);
   Json op_peer_service(const Json&, AgentConnection&);
-  Json op_peer_rsync(const Json&, AgentConnection&);
   void check_alone(const Json& request) const;
 
   AgentOptions options_;

@@ -11,9 +11,13 @@
 #include <vector>
 
 #include "agent/agent.h"
+#include "agent/client.h"
 #include "agent/boot.h"
 #include "agent/supervisor.h"
 #include "sys/fs.h"
+#ifdef REHOME_WITH_TRACK
+#include "track/module.h"
+#endif
 
 namespace {
 
@@ -30,6 +34,8 @@ const char* const kUsage =
     "rehome-agent install --state DIR --side source|target --name NAME [--boot HOW] [--before UNIT]...\n"
     "rehome-agent supervise --state DIR [--detach] [--wait]\n"
     "rehome-agent dial SOCKET\n"
+    "rehome-agent ask --state DIR     one request from standard input, its answer on standard output\n"
+    "rehome-agent rsync-shim ...      started by rsync only\n"
     "rehome-agent version\n";
 
 // Joins standard input and output to a socket: for ssh servers that forbid forwarding sockets.
@@ -56,6 +62,20 @@ int dial(const std::string& path) {
       if (n > 0) rehome::write_all(1, std::string_view(buf, static_cast<std::size_t>(n)), "standard output");
     }
   }
+}
+
+// One request line from standard input to the agent, its answer to standard output: what stored actions use. Throws the
+// error that the agent answers.
+int ask(const std::string& state) {
+  std::string request;
+  char buf[4096];
+  ssize_t n;
+  while ((n = ::read(0, buf, sizeof buf)) > 0 || (n < 0 && errno == EINTR))
+    if (n > 0) request.append(buf, static_cast<std::size_t>(n));
+  rehome::AgentClient client(state + "/run/agent.sock");
+  rehome::Json answer = client.call(rehome::parse_json(request, "the request"), rehome::Deadline::in(rehome::Millis(60'000)));
+  rehome::write_all(1, rehome::dump_line(answer) + "\n", "standard output");
+  return 0;
 }
 
 // Makes the agent of a state directory resident: what a restarted one needs, what brings it back after a reboot, and
@@ -95,6 +115,18 @@ void install(const rehome::AgentOptions& options, rehome::Boot boot) {
 int main(int argc, char** argv) {
   std::vector<std::string> args(argv + 1, argv + argc);
   std::string command = args.empty() ? "" : args[0];
+#ifdef REHOME_WITH_TRACK
+  // Its words are rsync's, not ours.
+  if (command == "rsync-shim") {
+    try {
+      ::signal(SIGPIPE, SIG_IGN);
+      return rehome::track::rsync_shim({args.begin() + 1, args.end()});
+    } catch (const std::exception& e) {
+      std::fprintf(stderr, "rehome-agent: %s\n", e.what());
+      return 12;  // rsync's own status for a broken stream
+    }
+  }
+#endif
   rehome::AgentOptions serve;
   rehome::SuperviseOptions supervise;
   rehome::Boot boot;
@@ -123,6 +155,7 @@ int main(int argc, char** argv) {
   ::signal(SIGPIPE, SIG_IGN);
   try {
     if (command == "dial" && !plain.empty()) return dial(plain);
+    if (command == "ask" && !serve.state.empty()) return ask(serve.state);
     if (serve.state.empty() || serve.state[0] != '/' || (command != "serve" && command != "supervise" && command != "install"))
       return std::fputs(kUsage, stderr), 2;
     if (command == "install") return install(serve, boot), 0;

@@ -53,7 +53,6 @@ const std::map<std::string, Agent::Op>& Agent::ops() {
       {"peer.commit", {&Agent::op_peer_commit, false}},
       {"peer.tails", {&Agent::op_peer_tails, false}},
       {"peer.service", {&Agent::op_peer_service, false}},
-      {"peer.rsync", {&Agent::op_peer_rsync, false}},
   };
   return table;
 }

@@ -117,28 +117,4 @@ Json Agent::op_peer_service(const Json& request, AgentConnection& c) {
   return Json();
 }
 
-Json Agent::op_peer_rsync(const Json& request, AgentConnection& c) {
-  Command command;
-  if (!request.contains("argv") || !request["argv"].is_array()) throw Error(Code::usage, "'argv' is not an array");
-  for (const auto& w : request["argv"]) command.argv.push_back(w.get<std::string>());
-  if (command.argv.size() < 2 || command.argv[0] != "rsync" || command.argv[1] != "--server")
-    throw Error(Code::denied, "only 'rsync --server ...' runs here");
-  int pair[2];
-  if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) != 0) throw errno_error(errno, "make a socket pair for", "rsync");
-  Fd ours(pair[0]), theirs(pair[1]);
-  Child child(command, {.in_fd = theirs.get(), .out_fd = theirs.get(), .err_fd = log_file_.get()});
-  theirs.reset();
-  send_json(c.fd, {{"ok", true}}, Deadline::in(Millis(5000)));
-  std::string ahead = c.in.take_buffered();
-  if (!ahead.empty()) send_all(ours, ahead, Deadline::in(Millis(30'000)));
-  relay(c.fd, ours, stopping_);
-  ours.reset();
-  try {
-    child.wait(Deadline::in(Millis(5000)));
-  } catch (const Error&) {
-    child.kill(SIGKILL);
-  }
-  return Json();
-}
-
 }  // namespace rehome

@@ -5,7 +5,6 @@
 #include <algorithm>
 
 #include "base/error.h"
-#include "track/writers.h"
 
 namespace rehome::track {
 namespace {
@@ -180,14 +179,16 @@ void Follower::whole_tree(Dirty dirty, std::int64_t bandwidth, bool copy) {
   copied_ = true;
 }
 
-void Follower::add_mapped(bool all) {
-  for (const auto& w : find_writers(*tree_, {.path = settings_.path, .mapped_only = true})) {
+std::vector<Writer> Follower::add_mapped(bool final) {
+  auto writers = find_writers(*tree_, {.path = settings_.path, .mapped_only = !final});
+  for (const auto& w : writers) {
+    if (!w.mapped) continue;
     struct stat st {};
     std::string name;
     Cursor cursor(*tree_);
     int directory = cursor.at(w.path, name);
     bool named = directory >= 0 && ::fstatat(directory, name.c_str(), &st, AT_SYMLINK_NOFOLLOW) == 0 && st.st_ino == w.ino;
-    if (!all && named) {
+    if (!final && named) {
       // While following only when its time has moved: a mapped database would be read through every few seconds.
       std::pair<std::int64_t, std::int64_t> time(st.st_mtim.tv_sec, st.st_mtim.tv_nsec);
       auto [it, fresh] = mapped_seen_.emplace(w.ino, time);
@@ -198,6 +199,7 @@ void Follower::add_mapped(bool all) {
     else if (filter_.includes(w.path, false)) dirty_.add(w.path, why_content | why_attributes);
     if (mapped_seen_.size() > 10000) mapped_seen_.clear();
   }
+  return writers;
 }
 
 Flushed Follower::pass(bool final, Deadline deadline, std::int64_t bandwidth) {
@@ -208,7 +210,8 @@ Flushed Follower::pass(bool final, Deadline deadline, std::int64_t bandwidth) {
     Ticks from = system_clock().now();
     static constexpr auto every = mapped_every.count() * 1'000'000;
     if (final || from - last_mapped_ > every) {
-      add_mapped(final);
+      auto writers = add_mapped(final);
+      if (final) out.writers = std::move(writers);
       last_mapped_ = system_clock().now();
       out.scan_ms = ms_between(from, last_mapped_);
     }
@@ -274,10 +277,13 @@ Flushed Follower::flush(bool final, Deadline deadline) {
   std::unique_lock sending(sending_, std::chrono::milliseconds(deadline.left()));
   if (!sending)
     throw Error(Code::timeout, "an earlier pass over " + settings_.path + " has not ended", "see files.status", true);
+  // The way is opened ahead of the pause.
+  if (!final && watch_) channel(deadline);
   return pass(final, deadline, 0);
 }
 
 Json Follower::status() {
+  if (watch_) watch_->drain();
   std::string rescan = rescan_reason();
   std::lock_guard lock(mutex_);
   Json j{{"state", !rescan.empty() ? "rescan" : "tracking"}, {"tracking", watch_.has_value()}, {"path", settings_.path},

@@ -14,6 +14,7 @@
 #include "track/delta.h"
 #include "track/rsync.h"
 #include "track/watch.h"
+#include "track/writers.h"
 
 namespace rehome::track {
 
@@ -30,7 +31,8 @@ struct Flushed {
   double ms = 0;
   int passes = 0;
   bool rescanned = false;  // a whole-tree rsync was needed
-  double scan_ms = 0;      // for mapped files in /proc
+  double scan_ms = 0;           // for writers in /proc
+  std::vector<Writer> writers;  // final: who has files open for writing, frozen or not
 };
 
 class Follower {
@@ -58,7 +60,7 @@ class Follower {
   void loop();
   Flushed pass(bool final, Deadline deadline, std::int64_t bandwidth);
   void whole_tree(Dirty dirty, std::int64_t bandwidth, bool copy);
-  void add_mapped(bool all);
+  std::vector<Writer> add_mapped(bool final);
   Channel& channel(Deadline deadline);
 
   AgentHost& host_;

@@ -8,8 +8,10 @@
 #include <algorithm>
 #include <cerrno>
 #include <csignal>
+#include <condition_variable>
 #include <map>
 #include <mutex>
+#include <set>
 
 #include "agent/module.h"
 #include "base/error.h"
@@ -36,6 +38,40 @@ struct Receiving {
     if (!copy) throw errno_error(errno, "keep open", settings.path);
     tree.emplace(std::move(copy), settings.path);
   }
+
+  // Streams of the peer that write here. They end, all of them, before the tree is opened to its application.
+  std::mutex mutex;
+  std::atomic<bool> revoked{true};  // the peer may write only while this is false
+  std::set<int> streams;
+  std::condition_variable ended;
+  void revoke() {
+    std::unique_lock lock(mutex);
+    revoked = true;
+    for (int fd : streams) ::shutdown(fd, SHUT_RDWR);
+    ended.wait(lock, [&] { return streams.empty(); });
+  }
+};
+
+class Stream {
+ public:
+  Stream(Receiving& r, int fd, const std::string& store) : r_(r), fd_(fd) {
+    std::lock_guard lock(r.mutex);
+    if (r.revoked)
+      throw Error(Code::denied, "store " + store + " is in use on this side; nothing is written from the other",
+                  "see status: which side serves?");
+    r.streams.insert(fd);
+  }
+  ~Stream() {
+    std::lock_guard lock(r_.mutex);
+    r_.streams.erase(fd_);
+    r_.ended.notify_all();
+  }
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+
+ private:
+  Receiving& r_;
+  int fd_;
 };
 
 struct Kept {
@@ -70,7 +106,8 @@ class TrackModule : public AgentModule {
       }
       // Closed again first: the bind mount did not outlive a reboot.
       if (get_bool(saved, "closed", false)) attempt("close", [&] { close_tree(get_string(saved["receive"], "path")); });
-      if (saved.contains("receive")) attempt("receive", [&] { set_receiving(name, settings_from(saved["receive"])); });
+      if (saved.contains("receive"))
+        attempt("receive", [&] { set_receiving(name, settings_from(saved["receive"]), get_bool(saved, "active", false)); });
       if (saved.contains("track"))
         attempt("track", [&] {
           auto f = std::make_shared<Follower>(host_, accounts_, name, settings_from(saved["track"]),
@@ -104,7 +141,7 @@ class TrackModule : public AgentModule {
         {"files.status", &TrackModule::on_status},     {"files.writers", &TrackModule::on_writers},
         {"files.close", &TrackModule::on_close},       {"files.open", &TrackModule::on_open},
         {"files.compare", &TrackModule::on_compare},   {"files.manifest", &TrackModule::on_manifest},
-        {"files.accounts", &TrackModule::on_accounts}, {"files.apply", &TrackModule::on_apply},
+        {"files.apply", &TrackModule::on_apply},
         {"files.sync", &TrackModule::on_sync},         {"files.rsync", &TrackModule::on_rsync},
         {"files.rsync_server", &TrackModule::on_rsync_server}, {"files.forget", &TrackModule::on_forget},
         {"files.probe", &TrackModule::on_probe}};
@@ -150,8 +187,9 @@ class TrackModule : public AgentModule {
       throw Error(Code::denied, "store " + store + " is not to be written on the " + host_.side(), "send files.receive first");
     return it->second.receiving;
   }
-  void set_receiving(const std::string& store, StoreSettings settings) {
+  void set_receiving(const std::string& store, StoreSettings settings, bool active) {
     auto r = std::make_shared<Receiving>(std::move(settings), private_place(store));
+    r->revoked = !active;
     std::lock_guard lock(mutex_);
     stores_[store].receiving = std::move(r);
   }
@@ -195,15 +233,20 @@ class TrackModule : public AgentModule {
   Json on_receive(const Json& request, AgentConnection&) {
     std::string store = get_string(request, "store");
     StoreSettings settings = settings_from(request);
-    bool made = !exists(settings.path);
+    bool active = get_bool(request, "active", false), made = !exists(settings.path);
     if (made) make_directories(settings.path, 0755);
     {
       std::lock_guard lock(mutex_);
-      auto& r = stores_[store].receiving;
-      if (r && to_json(r->settings) == to_json(settings) && !made) return {{"made", false}};
+      auto& kept = stores_[store];
+      // Asked again: what is active or not stays so, and is changed by close and open only.
+      if (kept.receiving && to_json(kept.receiving->settings) == to_json(settings) && !made) return {{"made", false}};
+      if (get_bool(kept.saved, "closed", false))
+        throw Error(Code::state, "store " + store + " is closed on the " + host_.side(), "send files.open first");
+      kept.receiving.reset();
     }
-    set_receiving(store, settings);
+    set_receiving(store, settings, active);
     remember(store, "receive", to_json(settings));
+    remember(store, "active", active);
     return {{"made", made}};
   }
 
@@ -242,7 +285,7 @@ class TrackModule : public AgentModule {
     bool final = get_bool(request, "final", false);
     Flushed r = f->flush(final, Deadline::in(Millis(get_int(request, "timeout_ms", 30'000))));
     return {{"files", r.sent.files}, {"bytes", r.sent.bytes}, {"ms", r.ms}, {"passes", r.passes}, {"rescanned", r.rescanned},
-            {"scan_ms", r.scan_ms}, {"paths", hex(r.sent.paths)}};
+            {"scan_ms", r.scan_ms}, {"paths", hex(r.sent.paths)}, {"writers", writers_json(r.writers)}};
   }
 
   Json on_arm(const Json& request, AgentConnection&) {
@@ -267,7 +310,10 @@ class TrackModule : public AgentModule {
       auto it = stores_.find(store);
       if (it != stores_.end()) {
         f = it->second.follower;
-        if (it->second.receiving) out["receiving"] = it->second.receiving->settings.path;
+        if (it->second.receiving) {
+          out["receives"] = it->second.receiving->settings.path;
+          out["receiving"] = !it->second.receiving->revoked;
+        }
         out["closed"] = get_bool(it->second.saved, "closed", false);
       }
       for (const auto& [what, why] : troubles_)
@@ -287,10 +333,14 @@ class TrackModule : public AgentModule {
       for (const auto& p : request["pids"]) q.except.insert(p.get<pid_t>());
     if (request.contains("cgroups"))
       for (const auto& g : request["cgroups"]) q.except_cgroups.push_back(g.get<std::string>());
+    return {{"writers", writers_json(find_writers(f->tree(), q))}};
+  }
+  static Json writers_json(const std::vector<Writer>& writers) {
     Json list = Json::array();
-    for (const auto& w : find_writers(f->tree(), q))
-      list.push_back({{"pid", w.pid}, {"program", w.program}, {"cgroup", w.cgroup}, {"path", shown(w.path)}, {"mapped", w.mapped}});
-    return {{"writers", list}};
+    for (const auto& w : writers)
+      list.push_back({{"pid", w.pid}, {"program", w.program}, {"cgroup", w.cgroup}, {"path", shown(w.path)}, {"mapped", w.mapped},
+                      {"frozen", w.frozen}});
+    return list;
   }
 
   // Changes nothing: what check asks of each side.
@@ -388,48 +438,44 @@ class TrackModule : public AgentModule {
 
   Json on_close(const Json& request, AgentConnection&) {
     auto r = receiving(request);
+    std::string store = get_string(request, "store");
+    Json answer{{"closed", true}};
     // Written down first: a crash in between leaves a tree that is closed at the next start, not one that nobody opens.
-    remember(get_string(request, "store"), "closed", true);
+    remember(store, "closed", true);
     try {
       close_tree(r->settings.path);
     } catch (const Error& e) {
-      remember(get_string(request, "store"), "closed", Json());
+      remember(store, "closed", Json());
       if (e.code != Code::denied || !get_bool(request, "best_effort", false)) throw;
-      return {{"closed", false}, {"reason", e.message}};
+      answer = {{"closed", false}, {"reason", e.message}};
     }
-    return {{"closed", true}};
+    remember(store, "active", true);
+    r->revoked = false;
+    return answer;
   }
 
   Json on_open(const Json& request, AgentConnection&) {
     std::string store = get_string(request, "store"), path;
+    std::shared_ptr<Receiving> r;
     {
       std::lock_guard lock(mutex_);
       auto it = stores_.find(store);
-      if (it == stores_.end() || !it->second.saved.contains("receive")) return {{"open", true}};
-      if (!get_bool(it->second.saved, "closed", false)) return {{"open", true}};
-      path = get_string(it->second.saved["receive"], "path");
+      if (it == stores_.end()) return {{"open", true}};
+      r = it->second.receiving;
+      if (it->second.saved.contains("receive")) path = get_string(it->second.saved["receive"], "path");
     }
-    open_tree(path);
+    // From here the application owns the tree: a peer that still follows, or reads everything again after a restart,
+    // would overwrite what it writes. Durable, and every stream ended, before the first write is let in.
+    remember(store, "active", Json());
+    if (r) r->revoke();
+    if (!path.empty()) open_tree(path);
     remember(store, "closed", Json());
     return {{"open", true}};
   }
 
-  // Which of these account names are here: {"users": {name: id}, "groups": {…}}.
-  Json on_accounts(const Json& request, AgentConnection&) {
-    accounts_.refresh();
-    Json out;
-    for (auto kind : {Accounts::Kind::user, Accounts::Kind::group}) {
-      const char* key = kind == Accounts::Kind::user ? "users" : "groups";
-      out[key] = Json::object();
-      if (!request.contains(key)) continue;
-      for (const auto& n : request[key])
-        if (auto id = accounts_.id(kind, n.get<std::string>())) out[key][n.get<std::string>()] = *id;
-    }
-    return out;
-  }
-
   Json on_apply(const Json& request, AgentConnection& c) {
     auto r = receiving(request);
+    Stream stream(*r, c.fd.get(), get_string(request, "store"));
     send_all(c.fd, "{\"ok\":true}\n", Deadline::in(Millis(5000)));
     Channel channel(c.fd.get(), c.in.take_buffered());
     Receiver(*r->tree, r->filter, accounts_, {.owner_by_name = r->settings.owner_by_name}).serve(channel, host_.stopping());
@@ -482,6 +528,7 @@ class TrackModule : public AgentModule {
 
   Json on_rsync_server(const Json& request, AgentConnection& c) {
     auto r = receiving(request);
+    Stream stream(*r, c.fd.get(), get_string(request, "store"));
     Command command{.argv = check_server_argv(request.at("argv").get<std::vector<std::string>>()),
                     // The descriptor, not the path: the path may be closed by our own bind mount.
                     .directory = "/proc/self/fd/" + std::to_string(r->root.dir())};
@@ -495,6 +542,7 @@ class TrackModule : public AgentModule {
     if (!ahead.empty()) send_all(ours, ahead, Deadline::in(Millis(30'000)));
     relay(c.fd, ours, host_.stopping());
     ours.reset();
+    if (r->revoked) child.kill(SIGKILL);
     int status = 0;
     try {
       status = child.wait(Deadline::in(Millis(10'000)));

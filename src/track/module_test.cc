@@ -152,9 +152,14 @@ class Files : public ::testing::Test {
   Json settings(const std::string& path) {
     return {{"store", "files"}, {"path", path}, {"include", Json::array()}, {"exclude", Json::array()}};
   }
+  Json receive(const std::string& path) {
+    Json j = settings(path);
+    j["active"] = true;
+    return j;
+  }
   void begin() {
     source.call("files.track", settings(from));
-    target.call("files.receive", settings(to));
+    target.call("files.receive", receive(to));
     source.call("files.copy", {{"store", "files"}});
     wait([&] { return status()["copied"] == true; });
   }
@@ -201,7 +206,7 @@ TEST_F(Files, CopyFollowFlush) {
 TEST_F(Files, ChangesDuringTheCopyAreNotLost) {
   sh("mkdir d; for i in $(seq 2000); do echo $i > d/$i; done");
   source.call("files.track", settings(from));
-  target.call("files.receive", settings(to));
+  target.call("files.receive", receive(to));
   source.call("files.copy", {{"store", "files"}});
   for (int i = 0; i < 20; i++) sh("echo changed" + std::to_string(i) + " >> d/" + std::to_string(1 + i * 90) + "; mv d/" + std::to_string(2 + i * 90) + " d/m" + std::to_string(i));
   wait([&] { return status()["copied"] == true; });
@@ -333,7 +338,14 @@ TEST_F(Files, TheOtherWayRound) {
   Json f = target.call("files.flush", {{"store", "files"}, {"final", true}});
   EXPECT_EQ(f["rescanned"], false);
   EXPECT_EQ(differences(to, from), "");
+  // A side that is in use is not written from the other, whatever that one believes.
   source.call("files.open", {{"store", "files"}});
+  sh("echo mine > e/1");
+  EXPECT_EQ(run({.argv = {"bash", "-c", "echo theirs > e/1"}, .directory = to}).status, 0);
+  EXPECT_THROW(target.call("files.flush", {{"store", "files"}, {"final", true}}), Error);
+  target.call("files.rescan", {{"store", "files"}});
+  EXPECT_THROW(target.call("files.flush", {{"store", "files"}, {"final", true}}), Error);
+  EXPECT_EQ(read_file(from + "/e/1"), "mine\n");
 }
 
 TEST_F(Files, CompareFindsWhatDiffers) {

@@ -138,8 +138,17 @@ class Scan {
     found_.push_back({pid, {}, {}, std::move(relative), ino, mapped});
   }
 
+  // Version 2 alone, version 2 beside version 1, or version 1's freezer.
+  static bool is_frozen(const std::string& cgroup, bool version2) {
+    if (!version2) return slurp("/sys/fs/cgroup/freezer" + cgroup + "/freezer.state").starts_with("FROZEN");
+    for (const char* base : {"/sys/fs/cgroup", "/sys/fs/cgroup/unified"})
+      if (slurp(base + cgroup + "/cgroup.events").find("frozen 1") != std::string::npos) return true;
+    return false;
+  }
+
   void describe(const std::string& base, std::size_t from) {
     std::string program(trim(slurp(base + "/comm"))), cgroup;
+    bool frozen = false;
     for (const auto& line : split(slurp(base + "/cgroup"), '\n')) {
       // "0::/path" of version 2, or the named systemd hierarchy of version 1.
       auto colon = line.rfind(':');
@@ -147,6 +156,7 @@ class Scan {
       if (line.starts_with("0::") || line.find("name=systemd") != std::string::npos) cgroup = line.substr(colon + 1);
       if (!line.starts_with("0::") && line.find(":freezer:") == std::string::npos) continue;
       std::string here = line.substr(colon + 1);
+      frozen = frozen || is_frozen(here, line.starts_with("0::"));
       for (const auto& e : query_.except_cgroups)
         if (e != "/" && below(here, e)) {
           found_.resize(from);
@@ -156,6 +166,7 @@ class Scan {
     for (std::size_t i = from; i < found_.size(); i++) {
       found_[i].program = program;
       found_[i].cgroup = cgroup;
+      found_[i].frozen = frozen;
     }
     if (found_.size() > from && query_.except.contains(found_[from].pid)) found_.resize(from);
   }

@@ -17,6 +17,7 @@ struct Writer {
   std::string path;      // relative to the tree
   ino_t ino = 0;
   bool mapped = false;   // shared and writable: its writes raise no event
+  bool frozen = false;   // its cgroup is
 };
 
 struct WriterQuery {
