@@ -176,10 +176,7 @@ void Agent::forbid_services() {
 
 void Agent::allow_services() {
   const std::string path = options_.state + "/not-serving";
-  bool was = ::unlink(path.c_str()) == 0;
-  if (was) fsync_directory(options_.state);
-  // Also those that ended while they were frozen and could not be restarted.
-  freezer_.start_units();
+  if (::unlink(path.c_str()) == 0) fsync_directory(options_.state);
 }
 
 Json Agent::peer_hello() const {

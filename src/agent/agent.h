@@ -84,6 +84,8 @@ class Agent : public AgentHost, private AttemptHands, private AttemptPeer {
   void kill_frozen() override { freezer_.kill(); }
   void forbid_services() override;
   void allow_services() override;
+  // Also those that ended while they were frozen and could not be restarted.
+  void start_services() override { freezer_.start_units(); }
   // AttemptPeer
   AttemptPeer::State state(Deadline deadline) override;
   void ready(std::int64_t attempt, std::int64_t epoch, Deadline deadline) override;

@@ -456,8 +456,9 @@ PeerAnswer Attempt::open_stores(std::int64_t attempt, std::int64_t epoch) {
   }
   lock.unlock();
   try {
-    p_.hands.run_set(ActionSet::open, attempt, epoch);
+    // First: the set may start services.
     p_.hands.allow_services();
+    p_.hands.run_set(ActionSet::open, attempt, epoch);
   } catch (const Error& e) {
     lock.lock();
     failed(lock, "opening the stores", e);

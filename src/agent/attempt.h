@@ -41,7 +41,8 @@ class AttemptHands {
   virtual void thaw() = 0;
   virtual void kill_frozen() = 0;
   virtual void forbid_services() = 0;         // the start condition, durably
-  virtual void allow_services() = 0;          // lifts it, and starts what it made skip
+  virtual void allow_services() = 0;          // lifts it
+  virtual void start_services() = 0;          // those that it made skip, or that ended while frozen
   virtual void log(const std::string& line) = 0;
 };
 

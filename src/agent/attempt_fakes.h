@@ -80,6 +80,7 @@ class FakeSite : public AttemptHands, public AttemptGate, public AttemptPeer, pr
   void kill_frozen() override;
   void forbid_services() override { forbidden = true; }
   void allow_services() override { forbidden = false; }
+  void start_services() override {}
   void log(const std::string&) override {}
   void wish(GateWish wish, std::int64_t, Millis) override;
   void seal(std::int64_t, Deadline) override;

@@ -83,7 +83,11 @@ std::string install_boot(const Boot& b, std::string program) {
 
 void remove_boot(const Boot& b) {
   if (b.how == "systemd") {
-    // Not stopped: that would end the agent that is asked to do this.
+    // Stopped only where it waits for a supervisor that was started by hand: otherwise that would end the agent that is
+    // asked to do this.
+    Outcome main = run({.argv = {"systemctl", "show", "--property=MainPID", "--value", label(b) + ".service"}}, Deadline::in(Millis(10'000)));
+    if (std::string pid(trim(main.out)); main.ok() && pid != "0" && pid != std::to_string(::getppid()))
+      run({.argv = {"systemctl", "stop", label(b) + ".service"}}, Deadline::in(Millis(30'000)));
     run({.argv = {"systemctl", "disable", label(b) + ".service"}}, Deadline::in(Millis(30'000)));
     ::unlink(unit_path(b).c_str());
     systemctl({"daemon-reload"});

@@ -13,6 +13,7 @@
 #include "agent/agent.h"
 #include "agent/client.h"
 #include "agent/boot.h"
+#include "agent/client.h"
 #include "agent/supervisor.h"
 #include "sys/fs.h"
 #ifdef REHOME_WITH_TRACK
@@ -87,10 +88,20 @@ void install(const rehome::AgentOptions& options, rehome::Boot boot) {
   boot.name = options.name;
   boot.side = options.side;
   boot.state = options.state;
+  if (boot.how.empty()) boot.how = "none";
   make_directories(options.state);
   const std::string path = options.state + "/agent.json";
-  if (boot.how.empty()) boot.how = "none";
-  // A running agent owns the file; then only what brings it back may be new.
+  // A running agent owns its files, so it is asked; nothing but what brings it back can be new.
+  try {
+    AgentClient agent(options.state + "/run/agent.sock", Deadline::in(Millis(1000)));
+    Json hello = agent.call("hello", Json::object(), Deadline::in(Millis(5000)));
+    if (!hello.contains("record") && !exists(options.state + "/record"))
+      agent.call("record.init", {{"gen", hello["gen"]}, {"side", options.side}, {"name", options.name}}, Deadline::in(Millis(5000)));
+    agent.call("boot.install", {{"gen", hello["gen"]}, {"how", boot.how}, {"before", boot.before}}, Deadline::in(Millis(60'000)));
+    return;
+  } catch (const Error& e) {
+    if (e.code != Code::unreachable) throw;
+  }
   Json config = exists(path) ? parse_json(read_file(path), path) : Json::object();
   if (config.value("side", "") != options.side || config.value("name", "") != options.name || config.value("boot", "") != boot.how) {
     config["side"] = options.side;

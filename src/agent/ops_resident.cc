@@ -159,10 +159,11 @@ Json Agent::op_gate(const Json& request, AgentConnection&) {
   return answer;
 }
 
-Json Agent::op_boot_install(const Json& request, AgentConnection&) {
+Json Agent::op_boot_install(const Json& request, AgentConnection& c) {
   Boot boot{get_string(request, "how"), options_.name, side(), options_.state, {}};
   if (request.contains("before"))
     for (const auto& unit : request["before"]) boot.before.push_back(unit.get<std::string>());
+  if (Json old = config("boot"); old.is_string() && old != get_string(request, "how")) op_boot_remove(request, c);
   // Recorded before it is made, so that boot.remove finds whatever a crash leaves.
   set_config("boot", get_string(request, "how"));
   return {{"made", install_boot(boot, get_string(request, "program", ""))}};

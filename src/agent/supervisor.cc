@@ -79,7 +79,11 @@ class Supervisor {
     Ticks gate_looked = 0;
     while (!stop) {
       reap();
-      if (ended_) return end(true), remove_state(), kEndedByShutdown;
+      if (ended_) {
+        end(true);
+        // With the state its systemd unit has gone, and with it the rule that 100 is no failure.
+        return remove_state() ? 0 : kEndedByShutdown;
+      }
       Ticks now = system_clock().now();
       if (agent_ == 0 && now >= agent_next_) start_agent();
       if (!ready && settled_in(state_)) {
@@ -234,13 +238,14 @@ class Supervisor {
   }
 
   // What `shutdown` with remove asked for. The fence is the file that keeps this site's services from starting.
-  void remove_state() {
+  bool remove_state() {
     const std::string marker = state_ + "/run/remove";
-    if (!exists(marker)) return;
+    if (!exists(marker)) return false;
     bool keep = read_file(marker, 64) == "keep the fence" && exists(state_ + "/not-serving");
-    if (!keep) return remove_tree(state_);
     for (const auto& name : list_directory(state_))
-      if (name != "not-serving") remove_tree(state_ + "/" + name);
+      if (!keep || name != "not-serving") remove_tree(state_ + "/" + name);
+    if (!keep) remove_tree(state_);
+    return true;
   }
 
   void end(bool gate_too) {
