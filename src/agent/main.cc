@@ -74,7 +74,7 @@ int ask(const std::string& state) {
   while ((n = ::read(0, buf, sizeof buf)) > 0 || (n < 0 && errno == EINTR))
     if (n > 0) request.append(buf, static_cast<std::size_t>(n));
   rehome::AgentClient client(state + "/run/agent.sock");
-  rehome::Json answer = client.call(rehome::parse_json(request, "the request"), rehome::Deadline::in(rehome::Millis(60'000)));
+  rehome::Json answer = client.ask(rehome::parse_json(request, "the request"), rehome::Deadline::in(rehome::Millis(60'000)));
   rehome::write_all(1, rehome::dump_line(answer) + "\n", "standard output");
   return 0;
 }
