@@ -75,7 +75,7 @@ std::vector<std::string> PostgresStore::finish(StoreContext& c, Side serves) {
   for (Side side : {Side::source, Side::target}) {
     untune(c, side);
     c.at(side).call("child.drop", {{"name", "wal-limit-" + config_.name}});
-    c.at(side).exec_ok({.argv = {"rm", "-rf", "/tmp/.rehome-" + tag_ + "-" + std::string(side_name(side))}});
+    c.at(side).exec_ok({.argv = {"rm", "-rf", socket_directory(c, side)}});
   }
   return left;
 }
@@ -125,7 +125,7 @@ std::vector<std::string> PostgresStore::abandon(StoreContext& c) {
   for (Side side : {Side::source, Side::target}) {
     untune(c, side);
     c.at(side).call("child.drop", {{"name", "wal-limit-" + config_.name}});
-    c.at(side).exec_ok({.argv = {"rm", "-rf", "/tmp/.rehome-" + tag_ + "-" + std::string(side_name(side))}});
+    c.at(side).exec_ok({.argv = {"rm", "-rf", socket_directory(c, side)}});
   }
   return left;
 }
@@ -155,7 +155,7 @@ std::vector<std::string> PostgresStore::leftovers(StoreContext& c) {
       auto fence = s->number("SELECT count(DISTINCT tgrelid) FROM pg_trigger WHERE tgname IN ('rehome_fence', 'rehome_fence_t')");
       if (fence) all.push_back(where + ": " + database + ": refusing trigger on " + std::to_string(fence) + " tables (the fence)");
     }
-    if (c.at(side).exec({.argv = {"test", "-e", "/tmp/.rehome-" + tag_ + "-" + where}}).ok()) all.push_back(where + ": /tmp/.rehome-" + tag_ + "-" + where);
+    if (c.at(side).exec({.argv = {"test", "-e", socket_directory(c, side)}}).ok()) all.push_back(where + ": " + socket_directory(c, side));
   }
   return all;
 }

@@ -124,11 +124,21 @@ void PostgresStore::restore_section(StoreContext& c, const std::string& database
   write_durably(dir.path() + "/list", list);
   auto target = session(c, Side::target, database);
   if (section == "pre-data") {
-    // A resumed run may meet half a schema: it is ours, and without data.
-    for (auto& r : target->query("SELECT nspname FROM pg_namespace WHERE nspname NOT LIKE 'pg\\_%' AND nspname NOT IN ('information_schema', 'public')"))
-      if (!c.recall(key("predata_begun", database)).is_null()) target->exec("DROP SCHEMA " + pg_identifier(*r[0]) + " CASCADE");
-    if (!c.recall(key("predata_begun", database)).is_null())
-      target->exec("DROP SCHEMA IF EXISTS public CASCADE; CREATE SCHEMA public");
+    // A resumed or repeated run may meet a schema of ours. A database that this run made is made anew: dropping its
+    // schemas one by one would lose what template0 gave schema public (owner, rights, comment).
+    if (!c.recall(key("predata_begun", database)).is_null()) {
+      Json made = c.recall(key("made"));
+      if (made.is_array() && std::find(made.begin(), made.end(), Json(database)) != made.end()) {
+        target.reset();
+        session(c, Side::target, server(Side::target).admin_database)->exec("DROP DATABASE IF EXISTS " + pg_identifier(database) + " WITH (FORCE)");
+        create_database(c, database);
+      } else {
+        for (auto& r : target->query("SELECT nspname FROM pg_namespace WHERE nspname NOT LIKE 'pg\\_%' AND nspname NOT IN ('information_schema', 'public')"))
+          target->exec("DROP SCHEMA " + pg_identifier(*r[0]) + " CASCADE");
+        std::string owner = target->value("SELECT quote_ident(pg_get_userbyid(nspowner)) FROM pg_namespace WHERE nspname = 'public'");
+        target->exec("DROP SCHEMA public CASCADE; CREATE SCHEMA public AUTHORIZATION " + owner + "; GRANT USAGE ON SCHEMA public TO public; COMMENT ON SCHEMA public IS 'standard public schema'");
+      }
+    }
     c.remember(key("predata_begun", database), true);
   }
   std::vector<std::string> restore{"pg_restore", "--exit-on-error", "-L", dir.path() + "/list", "-d", database};

@@ -107,7 +107,9 @@ void PostgresStore::recopy(StoreContext& c) {
     if (s->number("SELECT count(*) FROM rehome.ddl_log WHERE n > " + std::to_string(seen.is_number() ? seen.get<std::int64_t>() : 0)) == 0) continue;
     c.log(config_.name + ": the schema of " + database + " changed; it is copied again");
     PgFlow f = flow(database, Side::source);
+    // The prepared way back too: its slot would keep the target's database from being made anew.
     remove_flow(c, database, f);
+    remove_flow(c, database, flow(database, Side::target));
     c.remember(key("copied", database), false);
     c.remember(key("snapshot", database), "lost");
     c.remember(key("ddl_seen", database), Json());

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdio>
+#include <cstdlib>
 
 #include "base/text.h"
 #include "stores/postgres/postgres.h"
@@ -21,7 +22,7 @@ std::string dump(const PgServer& server, const std::string& database, bool with_
   Outcome o = run_ok({.argv = {"pg_dump", "-N", "rehome", "--no-publications", "--no-subscriptions", "-d", server.conninfo(database)}}, Deadline::in(Millis(60000)), "pg_dump");
   std::vector<std::string> lines;
   for (auto& line : split(o.out, '\n')) {
-    if (line.starts_with("--") || line.starts_with("\\restrict") || line.starts_with("\\unrestrict") || line.find("rehome") != std::string::npos) continue;
+    if (trim(line).empty() || line.starts_with("--") || line.starts_with("\\restrict") || line.starts_with("\\unrestrict") || line.find("rehome") != std::string::npos) continue;
     if (!with_sequences && line.find("setval") != std::string::npos) continue;
     if (line.find("SET transaction_timeout") != std::string::npos) continue;
     lines.push_back(line);
@@ -242,6 +243,115 @@ TEST_P(PostgresLife, SwitchAndReverseUnderLoad) {
   store.unfence_source(w.context());
   EXPECT_EQ(store.leftovers(w.context()), std::vector<std::string>{});
   source.session("shop")->exec("INSERT INTO public.account VALUES (-1, 0)");
+}
+
+// A schema change while following: the switch is refused until the tables are copied again, and nothing is lost by that.
+TEST(PostgresChange, SchemaChangeMustBeCopiedAgain) {
+  PgServer source(15), target(15);
+  source.session("postgres")->exec("CREATE DATABASE shop");
+  source.session("shop")->exec("SET search_path = public; " + Load::schema(2));
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  Load load({&source, &target}, "shop", 2);
+  store.prepare(w.context());
+  store.copy(w.context());
+  store.follow(w.context());
+  wait_until_following(w, store);
+  source.session("shop")->exec("SET search_path = public; CREATE TABLE added(id int PRIMARY KEY); INSERT INTO added VALUES (1); ALTER TABLE churn ADD COLUMN extra int DEFAULT 7; "
+                               "CREATE TEMP TABLE t(id int); DROP TABLE t");
+  auto again = store.needs_recopy(w.context());
+  ASSERT_GE(again.size(), 2u) << join(again, "\n");
+  EXPECT_NE(join(again, "\n").find("public.added"), std::string::npos);
+  EXPECT_NE(join(again, "\n").find("public.churn"), std::string::npos);
+  store.recopy(w.context());
+  wait_until_following(w, store);
+  EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
+  source.session("shop")->exec("INSERT INTO public.added VALUES (2)");
+  switch_over(w, store, {Side::source}, [&] { load.route(1); });
+  system_clock().sleep(Millis(300));
+  load.stop();
+  quiesced_equal(w, store, source, target);
+  EXPECT_EQ(target.session("shop")->value("SELECT count(*) FROM public.added"), "2");
+  const char* fenced = "SELECT string_agg(tgrelid::regclass::text || ' ' || tgname || ' ' || tgenabled::text, ', ' ORDER BY tgrelid::regclass::text, tgname) FROM (SELECT * FROM pg_trigger WHERE NOT tgisinternal ORDER BY tgrelid::regclass::text, tgname) t";
+  EXPECT_EQ(source.session("shop")->value(fenced), target.session("shop")->value(fenced));
+  EXPECT_EQ(load.judge(target), std::vector<std::string>{});
+}
+
+// Whatever phase the controller dies in, before the commit: its sessions are cut, the agent's undo runs, the source serves,
+// and the follower still follows.
+TEST(PostgresCutTest, ControllerLostAtEachPhase) {
+  PgServer source(15), target(15);
+  source.session("postgres")->exec("CREATE DATABASE shop");
+  source.session("shop")->exec("SET search_path = public; " + Load::schema(5));
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  store.prepare(w.context());
+  store.copy(w.context());
+  store.follow(w.context());
+  wait_until_following(w, store);
+  Direction d{Side::source};
+  store.prepare_reverse(w.context(), d);
+  Load load({&source, &target}, "shop", 2);
+  using Phase = void (Cut::*)(Deadline);
+  const Phase phases[] = {&Cut::soft_fence, &Cut::marker, &Cut::catch_up, &Cut::compare, &Cut::arm_reverse, &Cut::hard_fence};
+  for (std::size_t last = 0; last < std::size(phases); last++) {
+    {
+      // A second controller's view of the same sites, so that only its sessions are cut.
+      testing::World other(w.deployment);
+      other.facts = w.facts;
+      std::erase_if(other.facts, [](const auto& f) { return f.first.find(".socket_directory.") != std::string::npos; });
+      auto cut = store.open_cut(other.context(), d);
+      for (std::size_t i = 0; i <= last; i++) ((*cut).*phases[i])(Deadline::in(Millis(10000)));
+      other.source.cut();
+      other.target.cut();
+      Ticks from = system_clock().now();
+      w.source.run_actions(store.actions(w.context(), d).undo);
+      std::int64_t before = load.acknowledged();
+      Deadline deadline = Deadline::in(Millis(5000));
+      while (load.acknowledged() < before + 20 && !deadline.passed()) system_clock().sleep(Millis(2));
+      EXPECT_GE(load.acknowledged(), before + 20) << "phase " << last;
+      std::printf("  lost after phase %zu: writers go on after %.0f ms\n", last, ms_between(from, system_clock().now()));
+    }
+    EXPECT_THROW(target.session("shop")->exec("INSERT INTO public.account VALUES (-1, 0)"), PgError);
+  }
+  switch_over(w, store, d, [&] { load.route(1); });
+  system_clock().sleep(Millis(200));
+  load.stop();
+  quiesced_equal(w, store, source, target);
+  EXPECT_EQ(load.judge(target), std::vector<std::string>{});
+  store.finish(w.context(), Side::target);
+}
+
+// What the cut costs as the number of tables grows; REHOME_TEST_TABLES=2000 asks for more than the 200 of every run.
+TEST(PostgresCutTest, TimingsGrowWithTables) {
+  const char* more = std::getenv("REHOME_TEST_TABLES");
+  for (int tables : {200, more ? std::atoi(more) : 0}) {
+    if (tables == 0) continue;
+    PgServer source(15, {"max_locks_per_transaction = 256"}), target(15, {"max_locks_per_transaction = 256"});
+    source.session("postgres")->exec("CREATE DATABASE shop");
+    source.session("shop")->exec("SET search_path = public; " + Load::schema(0));
+    for (int i = 0; i < tables; i++) {
+      static const std::string body = "(id bigserial PRIMARY KEY, a int, b text)";
+      source.session("shop")->exec("CREATE TABLE public.filler_" + std::to_string(i) + body);
+    }
+    World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+    PostgresStore store(w.deployment.stores[0], w.deployment);
+    Ticks from = system_clock().now();
+    store.prepare(w.context());
+    store.copy(w.context());
+    store.follow(w.context());
+    wait_until_following(w, store);
+    std::printf("%d tables: begun in %.1f s\n", tables, ms_between(from, system_clock().now()) / 1000);
+    Load load({&source, &target}, "shop", 2);
+    system_clock().sleep(Millis(200));
+    for (int i = 0; i < 2; i++) {
+      store.prepare_reverse(w.context(), {Side::source});
+      std::printf("  micro-fence %lld ms\n", static_cast<long long>(store.micro_fence(w.context(), {Side::source}, Deadline::in(Millis(20000))).count()));
+    }
+    switch_over(w, store, {Side::source}, [&] { load.route(1); });
+    load.stop();
+    EXPECT_EQ(load.judge(target), std::vector<std::string>{});
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Majors, PostgresLife, ::testing::Values(std::pair{15, 15}, std::pair{13, 15}, std::pair{15, 17}, std::pair{15, 18}),

@@ -79,6 +79,10 @@ class PostgresStore : public Store {
   void prepare_source(StoreContext&, const std::string& database);
   void install_fence(StoreContext&, PgSession&, Side, const std::vector<PgTable>&, bool refusing);
   void publish(StoreContext&, PgSession&, const PgFlow&, const std::vector<PgTable>&);
+  // Where that side's server finds the socket that leads to the other's, and the passfile for it: a directory of the agent's
+  // account that the server's account may enter (the agent's state is closed to it), kept over a reboot where it can be,
+  // since the listener comes back with the agent. Its name is told by the agent's state: two runs never share one.
+  std::string socket_directory(StoreContext&, Side);
   void open_path(StoreContext&, const std::string& database, const PgFlow&);
   void subscribe(StoreContext&, const std::string& database, const PgFlow&, bool enabled);
   std::string connection_string(StoreContext&, const std::string& database, const PgFlow&);

@@ -1,5 +1,8 @@
 // Phase prepare: what the source needs before a slot is made, the target's roles, databases and paths for replication.
+#include <xxhash.h>
+
 #include <algorithm>
+#include <cstdio>
 
 #include "base/text.h"
 #include "stores/postgres/postgres.h"
@@ -98,6 +101,19 @@ void PostgresStore::publish(StoreContext& c, PgSession& s, const PgFlow& flow, c
     bounded(s, "ALTER PUBLICATION " + pg_identifier(flow.publication) + " SET TABLE " + list);
 }
 
+std::string PostgresStore::socket_directory(StoreContext& c, Side side) {
+  std::string fact = key("socket_directory." + std::string(side_name(side)));
+  Json known = c.recall(fact);
+  if (known.is_string()) return known.get<std::string>();
+  std::string seed = c.at(side).state() + "\n" + tag_;
+  char hex[17];
+  std::snprintf(hex, sizeof hex, "%016llx", static_cast<unsigned long long>(XXH64(seed.data(), seed.size(), 2)));
+  Outcome o = c.at(side).exec_ok({.argv = {"sh", "-c", "if [ -w /var/lib ]; then echo /var/lib; else echo /tmp; fi"}});
+  std::string dir = std::string(trim(o.out)) + "/rehome-pg-" + hex;
+  c.remember(fact, dir);
+  return dir;
+}
+
 // The subscriber's server reaches the publisher's through both agents: a socket beside it, the link, a service over there.
 void PostgresStore::open_path(StoreContext& c, const std::string& database, const PgFlow& flow) {
   const PostgresServer& publisher = server(flow.publisher);
@@ -107,9 +123,9 @@ void PostgresStore::open_path(StoreContext& c, const std::string& database, cons
                                                    : publisher.host + ":" + std::to_string(publisher.port);
   there.call("service.set", {{"name", flow.service}, {"to", to}, {"as_user", publisher.os_user}});
   // The server's account must reach the socket, and the agent's state is closed to it.
-  std::string dir = "/tmp/.rehome-" + tag_ + "-" + std::string(side_name(flow.subscriber()));
+  std::string dir = socket_directory(c, flow.subscriber());
   c.note("socket directory " + dir, {{"where", here.label()}, {"undo", "removed"}});
-  here.exec_ok({.argv = {"sh", "-c", "mkdir -p \"$1\" && chmod 755 \"$1\"", "sh", dir}});
+  here.exec_ok({.argv = {"sh", "-c", "mkdir \"$1\" 2>/dev/null; [ -d \"$1\" ] && [ ! -L \"$1\" ] && [ -O \"$1\" ] && chmod 755 \"$1\"", "sh", dir}}, Deadline::in(Millis(10000)), ("making " + dir).c_str());
   here.call("listen.set", {{"name", flow.listener}, {"at", "unix:" + dir + "/.s.PGSQL.5432"}, {"mode", 0666}, {"service", flow.service}});
   std::string password = secret(flow.publisher, database);
   if (!password.empty()) {
@@ -126,7 +142,7 @@ void PostgresStore::open_path(StoreContext& c, const std::string& database, cons
   }
 }
 
-std::string PostgresStore::connection_string(StoreContext&, const std::string& database, const PgFlow& flow) {
+std::string PostgresStore::connection_string(StoreContext& c, const std::string& database, const PgFlow& flow) {
   const PostgresServer& publisher = server(flow.publisher);
   auto quoted = [](const std::string& v) {
     std::string out = "'";
@@ -136,7 +152,7 @@ std::string PostgresStore::connection_string(StoreContext&, const std::string& d
     }
     return out + "'";
   };
-  std::string dir = "/tmp/.rehome-" + tag_ + "-" + std::string(side_name(flow.subscriber()));
+  std::string dir = socket_directory(c, flow.subscriber());
   std::string text = "host=" + quoted(dir) + " port=5432 user=" + quoted(publisher.user) + " dbname=" + quoted(database) +
                      " keepalives=0 application_name=" + quoted(flow.subscription);
   if (publisher.password.from != SecretRef::From::none) text += " passfile=" + quoted(dir + "/pgpass");
@@ -146,8 +162,16 @@ std::string PostgresStore::connection_string(StoreContext&, const std::string& d
 void PostgresStore::subscribe(StoreContext& c, const std::string& database, const PgFlow& flow, bool enabled) {
   auto s = session(c, flow.subscriber(), database);
   std::string name = pg_identifier(flow.subscription);
-  if (s->number("SELECT count(*) FROM pg_subscription WHERE subname = " + pg_literal(flow.subscription) +
-                " AND subdbid = (SELECT oid FROM pg_database WHERE datname = current_database())") == 0) {
+  auto there = s->query("SELECT subenabled FROM pg_subscription WHERE subname = " + pg_literal(flow.subscription) +
+                        " AND subdbid = (SELECT oid FROM pg_database WHERE datname = current_database())");
+  if (!there.empty() && *there[0][0] != "t") {
+    // A disabled one cannot be refreshed, and one that was prepared before a switch that backed out may not know every
+    // table: made again. Its slot stays, and so does nothing of value: a disabled one has applied nothing since.
+    s->exec("ALTER SUBSCRIPTION " + name + " SET (slot_name = NONE)");
+    s->exec("DROP SUBSCRIPTION " + name);
+    there.clear();
+  }
+  if (there.empty()) {
     c.note("subscription " + flow.subscription, {{"where", s->address().label}, {"undo", "DROP SUBSCRIPTION"}});
     s->exec("CREATE SUBSCRIPTION " + name + " CONNECTION " + pg_literal(connection_string(c, database, flow)) + " PUBLICATION " +
             pg_identifier(flow.publication) + " WITH (copy_data = false, create_slot = false, enabled = false, slot_name = " +

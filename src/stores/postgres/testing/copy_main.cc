@@ -14,6 +14,7 @@ int main(int argc, char** argv) {
   }
   try {
     testing::World world(testing::deployment_between(argv[1], argv[2], {argv[3]}, std::atoi(argv[4])));
+    world.source.direct = world.target.direct = true;
     PostgresStore store(world.deployment.stores[0], world.deployment);
     Ticks from = system_clock().now();
     store.prepare(world.context());

@@ -41,6 +41,9 @@ Fd LocalSite::open_relay(const std::string& address, const std::string& as_user,
 }
 
 std::string LocalSite::local_socket_for(const std::string& address, const std::string& as_user, const std::string& keep) {
+  const std::string socket = "/.s.PGSQL.5432";
+  if (direct && keep.empty() && as_user.empty() && address.starts_with("unix:") && address.ends_with(socket))
+    return address.substr(5, address.size() - 5 - socket.size());
   std::lock_guard lock(mutex_);
   auto& door = doors_[address + "\n" + as_user + "\n" + keep];
   if (!door) {
@@ -210,6 +213,11 @@ World::World(Deployment d) : deployment(std::move(d)) {
             lines.push_back(line);
           },
       .cancelled = cancelled});
+}
+
+World::~World() {
+  for (const auto& [key, value] : facts)
+    if (key.find(".socket_directory.") != std::string::npos) remove_tree(value.get<std::string>());
 }
 
 Deployment deployment_between(const std::string& source_dir, const std::string& target_dir, std::vector<std::string> databases, int jobs) {

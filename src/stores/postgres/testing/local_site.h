@@ -32,6 +32,8 @@ class LocalSite : public Site {
   void run_actions(const std::vector<Action>& actions);
   // Ends every connection made through local_socket_for, as an agent does with a controller's sessions.
   void cut();
+  // Sessions to a socket directory go straight to it, without a relay in this process.
+  bool direct = false;
   // While true, listeners let nothing through: a link that is down.
   void link_down(bool down);
 
@@ -65,6 +67,7 @@ class LocalSite : public Site {
 // Two sites, a journal in memory, and the StoreContext that a driver gets.
 struct World {
   explicit World(Deployment d);
+  ~World();   // removes what a test that ends before finish() leaves outside the servers
   StoreContext& context() { return *context_; }
   Deployment deployment;
   LocalSite source{Side::source}, target{Side::target};
