@@ -56,10 +56,13 @@ class Reader {
     YamlMap m(y_, root, "the file");
     if (!m.valid()) return;
     set(d_.name, y_.name(m.need("name"), "name"));
+    std::size_t before = mistakes();
     for (Side s : kSides) site(m.need(std::string(side_name(s))), s);
-    one_machine_ = d_.site.source.local ? d_.site.target.local
+    // Two sites that are not understood are not said to be one place.
+    sites_clear_ = mistakes() == before;
+    one_machine_ = sites_clear_ && (d_.site.source.local ? d_.site.target.local
                                         : !d_.site.target.local && d_.site.source.ssh.host == d_.site.target.ssh.host &&
-                                              d_.site.source.ssh.port == d_.site.target.ssh.port;
+                                              d_.site.source.ssh.port == d_.site.target.ssh.port);
     link(m);
     list(m.need("stores"), "stores", [&](const YAML::Node& n) { store(n); });
     list(m.take("services"), "services", [&](const YAML::Node& n) { service(n); });
@@ -168,7 +171,7 @@ class Reader {
     l.ssh = site[other(l.initiator)].ssh;
     YAML::Node n = top.take("link");
     if (!n.IsDefined()) {
-      if (!site.source.local && !site.target.local && !one_machine_ && !site.source.ssh.host.empty() && !site.target.ssh.host.empty())
+      if (sites_clear_ && !site.source.local && !site.target.local && !one_machine_)
         y_.problem(top.node(), "both sites are remote, so 'link' must say which one reaches the other, and how",
                    "link: {from: target, to: " + site.source.ssh.host + ", key: /root/.ssh/id_ed25519}");
       return;
@@ -181,7 +184,7 @@ class Reader {
     if (auto host = ssh_host(to, "to")) {
       l.ssh = SshHost{};
       l.ssh.host = *host;
-    } else if (m.valid() && !to.IsDefined() && l.ssh.host.empty() && !one_machine_) {
+    } else if (m.valid() && !to.IsDefined() && sites_clear_ && l.ssh.host.empty() && !one_machine_) {
       y_.problem(n, "link needs 'to': the " + std::string(side_name(other(l.initiator))) +
                         " is local here, so how the other site reaches it is not known");
     }
@@ -586,7 +589,7 @@ class Reader {
 
   Deployment& d_;
   YamlText& y_;
-  bool one_machine_ = false;
+  bool one_machine_ = false, sites_clear_ = false;
   std::map<std::string, std::map<std::string, int>> names_;
   std::set<std::string> unclear_stores_;
 };

@@ -57,6 +57,26 @@ std::optional<std::size_t> not_text(std::string_view s) {
   return std::nullopt;
 }
 
+bool parses(const std::string& text) {
+  try {
+    YAML::LoadAll(text);
+    return true;
+  } catch (const YAML::Exception&) {
+    return false;
+  }
+}
+
+// Where a quote begins that the text does not close. yaml-cpp takes the end of the text behind a newline for the end of a
+// quoted scalar; behind the start of a comment it does not.
+std::optional<std::size_t> unclosed_quote(std::string_view text) {
+  std::string whole(text);
+  if (parses(whole + "\n#")) return std::nullopt;
+  char quote = parses(whole + "\"\n#") ? '"' : '\'';
+  std::size_t at = whole.rfind(quote);
+  while (quote == '"' && at != std::string::npos && at > 0 && whole[at - 1] == '\\') at = whole.rfind(quote, at - 1);
+  return at == std::string::npos ? whole.size() : at;
+}
+
 std::string in_words(const std::vector<std::string>& of) {
   std::string out;
   for (std::size_t i = 0; i < of.size(); i++) out += (i == 0 ? "" : i + 1 == of.size() ? " or " : ", ") + of[i];
@@ -117,6 +137,14 @@ YAML::Node YamlText::load() {
   if (!readable()) return none;
   try {
     auto documents = YAML::LoadAll(std::string(text_));
+    if (auto quote = unclosed_quote(text_)) {
+      YAML::Mark m;
+      std::string_view before = text_.substr(0, *quote);
+      m.line = static_cast<int>(std::count(before.begin(), before.end(), '\n'));
+      m.column = static_cast<int>(before.size() - (before.rfind('\n') == std::string_view::npos ? 0 : before.rfind('\n') + 1));
+      problem(m, "not YAML: this quote is never closed");
+      return none;
+    }
     if (documents.empty() || documents[0].IsNull()) {
       problem(YAML::Mark(), "the file is empty");
       return none;
