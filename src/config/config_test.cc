@@ -72,54 +72,7 @@ TEST(Config, TheHashIsSha256OfTheFile) {
 
 // Every member of Deployment, from a file.
 TEST(Config, EverythingCanBeSaid) {
-  Deployment d = good(R"(
-name: all
-source: {ssh: root@old, port: 2222, key: /k/id, options: [Compression=no], state: /var/s, boot: cron, psql: /opt/pg/bin/psql}
-target: {local: true, state: /var/t, boot: "directory:/etc/boot.d"}
-link: {from: source, to: admin@new, port: 2022, key: /k/link, options: [ServerAliveInterval=5]}
-stores:
-  - name: db
-    postgres:
-      databases: all
-      host: 10.0.0.1
-      port: 6000
-      user: u
-      admin_database: adm
-      password: {file: /etc/pw}
-      source: {password: {env: OLD}}
-      target: {host: /run/pg, port: 6001, os_user: pg, user: v, password: pgpass, admin_database: adm2}
-      ddl: block
-      large_objects: false
-      roles: false
-  - name: f
-    files: {source: /srv/a/, target: /srv//b, include: [x], exclude: [y, z], owner: number, merge: false}
-services:
-  - {name: w, systemd: w.service, target: {systemd: w2.service}, warm: false, start_timeout: 1min}
-  - name: c
-    command: {start: [/bin/s, -x], stop: [/bin/t], pid_file: /run/c.pid}
-    target: {command: {start: [/bin/s2], stop: [/bin/t2], pid_file: /run/c2.pid}}
-traffic:
-  - name: g
-    gate: {listen: "0.0.0.0:80", application: "unix:/run/app.sock", take: listen, front: "http://a/x?y", target: {application: "[::1]:90", front: "https://b:8/z"}}
-    proxy_protocol: true
-    max_waiting: 5
-    max_wait: 2s
-    longer_requests: cut
-  - name: r
-    gate: {listen: "0.0.0.0:81", application: "127.0.0.1:82", take: redirect}
-  - name: u
-    gate: {listen: "unix:/a", application: "unix:/b", take: unix_socket}
-  - name: n
-    nginx: {files: [/n/a, /n/b], application: "127.0.0.1:1", gate: "127.0.0.1:2", program: /opt/nginx, conf: /n/nginx.conf}
-checks:
-  - {name: h, http: "https://x/y", status: 204, body: ok, canary: [read, write], where: target, timeout: 1s}
-  - {name: p, http: /ping}
-  - {name: s, sql: select 1, store: db, database: d1, expect: 1, where: source}
-  - {name: c, command: [/bin/check, --deep], canary: write}
-max_pause: 250ms
-drain_deadline: 3s
-limits: {wal_kept: 1GiB, bandwidth: 1000000, jobs: 2}
-)");
+  Deployment d = good(read_file(REHOME_CONFIG_TESTDATA "/everything.yaml"));
   EXPECT_EQ(d.site.source.ssh.port, 2222);
   EXPECT_EQ(d.site.source.ssh.key, "/k/id");
   EXPECT_EQ(d.site.source.ssh.options, std::vector<std::string>{"Compression=no"});
