@@ -233,6 +233,8 @@ TEST(Agent, ResidentsComeBackWithTheAgent) {
     EXPECT_EQ(s["tail"][0], "line");
   }
   Running a(dir.path() + "/s");
+  Deadline deadline = Deadline::in(Millis(5000));
+  while (starts(a)["starts"] < 1 && !deadline.passed()) system_clock().sleep(Millis(10));
   EXPECT_GE(starts(a)["starts"], 1);
   Fd fd = connect_to({.path = dir.path() + "/s/run/l/x/.s"}, Deadline::in(Millis(2000)));
   Reader in(fd);

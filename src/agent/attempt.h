@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "agent/record.h"
+#include "agent/timed_mutex.h"
 #include "base/clock.h"
 #include "base/json.h"
 
@@ -173,8 +174,8 @@ class Attempt {
 
   Ports p_;
   mutable std::mutex mutex_;         // the fields below and every durable write
-  std::timed_mutex duty_;            // held while actions run; taken before mutex_
-  std::timed_mutex sending_;         // one commit message at a time; taken before mutex_
+  TimedMutex duty_;            // held while actions run; taken before mutex_
+  TimedMutex sending_;         // one commit message at a time; taken before mutex_
   std::condition_variable changed_;
   bool woken_ = false;
   std::string error_;                // of reading the record

@@ -11,6 +11,7 @@
 
 #include "agent/attempt.h"
 #include "agent/client.h"
+#include "agent/timed_mutex.h"
 
 namespace rehome {
 
@@ -41,7 +42,7 @@ class GateKeeper : public AttemptGate {
 
   std::string state_;
   std::function<void(const std::string&)> log_;
-  std::timed_mutex talking_;           // the connection
+  TimedMutex talking_;           // the connection
   std::unique_ptr<AgentClient> client_;
   bool fresh_ = true;                  // a gate that was connected to anew has not been told anything
   mutable std::mutex mutex_;

@@ -12,6 +12,7 @@
 #include <thread>
 
 #include "agent/client.h"
+#include "agent/timed_mutex.h"
 #include "base/json.h"
 #include "sys/process.h"
 
@@ -49,7 +50,7 @@ class Link {
 
  private:
   struct Channel {
-    std::timed_mutex mutex;
+    TimedMutex mutex;
     std::unique_ptr<AgentClient> client;
     std::string path;
   };
