@@ -100,7 +100,10 @@ load() {
 # Ends a background program of ours inside a host, politely, and waits for it.
 finish() {
   local pid=$1 p
-  for p in $(descendants "$pid"); do kill -TERM "$p" 2>/dev/null || true; done
+  # The program itself, not the shells around it: those would end first, and with them what it still prints.
+  for p in $(descendants "$pid"); do
+    case $(cat "/proc/$p/comm" 2>/dev/null) in rehome-*) kill -TERM "$p" 2>/dev/null || true ;; esac
+  done
   wait "$pid"
 }
 descendants() { local c; for c in $(pgrep -P "$1"); do descendants "$c"; done; echo "$1"; }
@@ -121,7 +124,9 @@ judge() {
     args+=(--history "$world/shared/$h.history")
   done
   [ "$host" = new ] || other=new
+  # Before begin and after cancel there is no second database to look for an order in.
+  if [ "$(sql $other postgres "SELECT count(*) FROM pg_database WHERE datname = 'shop'")" = 1 ]; then args+=(--other "$(site conninfo $other 5432)"); fi
   if [ -e "$world/shared/$name.probes" ]; then args+=(--probes "$world/shared/$name.probes" --yielding-side "$yielded"); fi
-  on "$host" "$bin/rehome-history-check" "${args[@]}" --files /srv/shop --serving "$(site conninfo "$host" 5432)" --other "$(site conninfo $other 5432)" \
+  on "$host" "$bin/rehome-history-check" "${args[@]}" --files /srv/shop --serving "$(site conninfo "$host" 5432)" \
     --json "$world/shared/$name.verdict"
 }

@@ -171,6 +171,13 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
   std::string snapshot = hold_snapshot(c, database, f);
   c.progress({.store = config_.name, .phase = "schema", .detail = database});
   restore_section(c, database, "pre-data", snapshot);
+  // From its first table on the target refuses its application, and everybody but the copy's own sessions, until the commit opens it.
+  const std::string elsewhere = "the source serves until the switch";
+  {
+    auto target = session(c, Side::target, database);
+    install_fence(c, *target, Side::target, tables(*target), true);
+    target->exec(pgsql::fence_function_while_copying(elsewhere));
+  }
 
   std::vector<PgTable> all;
   {
@@ -294,8 +301,7 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
   auto target = session(c, Side::target, database);
   c.progress({.store = config_.name, .phase = "analyze", .detail = database, .done = total, .total = total});
   target->exec("ANALYZE");
-  // From here the target refuses its application, until the commit opens it.
-  install_fence(c, *target, Side::target, tables(*target), true);
+  target->exec(pgsql::fence_function(true, elsewhere));
   // The snapshot has done its work; what holds it back would keep vacuum from the source's dead rows.
   c.source.call("keep.drop", {{"name", f.slot}});
   c.remember(key("copied", database), true);

@@ -126,15 +126,22 @@ const char* const kFenceApplication = "rehome fence";
 
 // Statement-level triggers do not fire for the rows that an apply worker writes, but TRUNCATE triggers do: an origin session
 // is what tells an apply worker apart. SECURITY DEFINER, since that function is not for everybody.
+static std::string refusing_body(const std::string& exception, const std::string& where) {
+  return "CREATE OR REPLACE FUNCTION rehome.fence() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog AS "
+         "$rehome$ BEGIN IF TG_OP = 'TRUNCATE' AND pg_replication_origin_session_is_setup() THEN RETURN NULL; END IF; " +
+         exception + "RAISE EXCEPTION USING ERRCODE = 'read_only_sql_transaction', MESSAGE = 'this database does not serve', HINT = " + pg_literal(where) +
+         "; END $rehome$";
+}
+
 std::string fence_function(bool refusing, const std::string& where) {
   if (!refusing)
     return "CREATE OR REPLACE FUNCTION rehome.fence() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog AS "
            "$rehome$ BEGIN RETURN NULL; END $rehome$";
-  return "CREATE OR REPLACE FUNCTION rehome.fence() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog AS "
-         "$rehome$ BEGIN IF TG_OP = 'TRUNCATE' AND pg_replication_origin_session_is_setup() THEN RETURN NULL; END IF; "
-         "RAISE EXCEPTION USING ERRCODE = 'read_only_sql_transaction', MESSAGE = 'this database does not serve', "
-         "HINT = " +
-         pg_literal(where) + "; END $rehome$";
+  return refusing_body("", where);
+}
+
+std::string fence_function_while_copying(const std::string& where) {
+  return refusing_body("IF current_setting('application_name') = 'rehome copy' AND (SELECT rolsuper FROM pg_roles WHERE rolname = session_user) THEN RETURN NULL; END IF; ", where);
 }
 
 // Recorded: what was changed, and by whom. Our own work and temporary objects are not the application's schema.

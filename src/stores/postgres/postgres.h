@@ -110,6 +110,8 @@ class PostgresStore : public Store {
 namespace pgsql {
 // The trigger functions' bodies. The open one lets everything through, the refusing one nothing but replication.
 std::string fence_function(bool refusing, const std::string& where);
+// The refusing body while the first copy runs: it lets through a superuser's session that calls itself "rehome copy", and nobody else.
+std::string fence_function_while_copying(const std::string& where);
 std::string ddl_function(bool refusing);
 // Terminates our earlier sessions that could still commit a fence, and waits until they are gone. A statement sent by a
 // dead agent's life may land late; docs/model has the run in which that loses a write.
