@@ -77,6 +77,7 @@ void Follower::start_copy(std::int64_t bandwidth) {
   std::lock_guard lock(mutex_);
   if (copied_ || copying_) return;
   want_copy_ = true;
+  copy_failures_ = 0;
   copy_bandwidth_ = bandwidth;
   trouble_.clear();
   wake_.notify_all();
@@ -137,6 +138,7 @@ void Follower::loop() {
       trouble_ = e.message + (e.hint.empty() ? "" : " (" + e.hint + ")");
       if (copy) {
         copying_ = false;
+        copy_failures_++;
         want_copy_ = !stop_;
       }
       wake_.wait_for(lock, retry, [&] { return stop_.load(); });
@@ -289,7 +291,7 @@ Json Follower::status() {
   Json j{{"state", !rescan.empty() ? "rescan" : "tracking"}, {"tracking", watch_.has_value()}, {"path", settings_.path},
          {"dirty", dirty_.size()}, {"following", interval_.count() > 0}, {"copied", copied_},
          {"copy", {{"running", copying_ || want_copy_}, {"bytes", progress_.bytes.load()}, {"percent", progress_.percent.load()}}},
-         {"sent_files", sent_files_}, {"sent_bytes", sent_bytes_}, {"passes", passes_}, {"rescans", rescans_},
+         {"sent_files", sent_files_}, {"sent_bytes", sent_bytes_}, {"passes", passes_}, {"rescans", rescans_}, {"copy_failures", copy_failures_},
          {"last_pass_ms", last_pass_ms_}, {"events", watch_ ? watch_->events() : 0}, {"links_indexed", index_ready_.load()},
          {"clean_ms_ago", clean_at_ ? static_cast<std::int64_t>(ms_between(clean_at_, system_clock().now())) : -1}};
   if (!rescan.empty()) j["reason"] = rescan;

@@ -89,7 +89,7 @@ class Follower {
   std::int64_t copy_bandwidth_ = 0;
   std::string trouble_;
   std::vector<std::pair<std::string, std::string>> failed_;
-  std::int64_t sent_files_ = 0, sent_bytes_ = 0, passes_ = 0, rescans_ = 0;
+  std::int64_t sent_files_ = 0, sent_bytes_ = 0, passes_ = 0, rescans_ = 0, copy_failures_ = 0;
   double last_pass_ms_ = 0;
   Ticks clean_at_ = 0;
   RsyncProgress progress_;

@@ -44,6 +44,8 @@ struct Receiving {
   std::atomic<bool> revoked{true};  // the peer may write only while this is false
   std::set<int> streams;
   std::condition_variable ended;
+  std::string rsync_failure;  // of the last rsync server here: its client may not hear of it
+  int rsyncs = 0;             // that run
   void revoke() {
     std::unique_lock lock(mutex);
     revoked = true;
@@ -327,13 +329,16 @@ class TrackModule : public AgentModule {
   }
 
   Json on_writers(const Json& request, AgentConnection&) {
-    auto f = follower(request);
-    WriterQuery q{.path = f->settings().path};
+    // With a path also before anything is tracked: check asks.
+    const std::string path = request.contains("path") ? settings_from(request).path : follower(request)->settings().path;
+    Tree tree(Fd(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)), path);
+    if (tree.root() < 0) throw errno_error(errno, "open directory", path);
+    WriterQuery q{.path = path};
     if (request.contains("pids"))
       for (const auto& p : request["pids"]) q.except.insert(p.get<pid_t>());
     if (request.contains("cgroups"))
       for (const auto& g : request["cgroups"]) q.except_cgroups.push_back(g.get<std::string>());
-    return {{"writers", writers_json(find_writers(f->tree(), q))}};
+    return {{"writers", writers_json(find_writers(tree, q))}};
   }
   static Json writers_json(const std::vector<Writer>& writers) {
     Json list = Json::array();
@@ -484,6 +489,13 @@ class TrackModule : public AgentModule {
 
   Json on_sync(const Json& request, AgentConnection&) {
     auto r = receiving(request);
+    {
+      std::unique_lock lock(r->mutex);
+      if (!r->ended.wait_for(lock, std::chrono::seconds(15), [&] { return r->rsyncs == 0; }))
+        throw Error(Code::timeout, "rsync has not ended on the " + host_.side(), "see its agent's log", true);
+      if (!r->rsync_failure.empty())
+        throw Error(Code::store, r->settings.path + ": " + r->rsync_failure, "mend that on the " + host_.side() + "; it is tried again", true);
+    }
     if (::syncfs(r->root.dir()) != 0) throw errno_error(errno, "sync the file system of", r->settings.path);
     return Json::object();
   }
@@ -529,6 +541,21 @@ class TrackModule : public AgentModule {
   Json on_rsync_server(const Json& request, AgentConnection& c) {
     auto r = receiving(request);
     Stream stream(*r, c.fd.get(), get_string(request, "store"));
+    // Told to files.sync, which the other side asks for before it counts the pass as done.
+    struct Running {
+      Receiving& r;
+      std::string failure = "rsync here could not be run to its end";
+      explicit Running(Receiving& receiving) : r(receiving) {
+        std::lock_guard lock(r.mutex);
+        r.rsyncs++;
+      }
+      ~Running() {
+        std::lock_guard lock(r.mutex);
+        r.rsyncs--;
+        r.rsync_failure = failure;
+        r.ended.notify_all();
+      }
+    } running(*r);
     Command command{.argv = check_server_argv(request.at("argv").get<std::vector<std::string>>()),
                     // The descriptor, not the path: the path may be closed by our own bind mount.
                     .directory = "/proc/self/fd/" + std::to_string(r->root.dir())};
@@ -544,6 +571,7 @@ class TrackModule : public AgentModule {
     ours.reset();
     if (r->revoked) child.kill(SIGKILL);
     int status = 0;
+    std::string said;
     try {
       status = child.wait(Deadline::in(Millis(10'000)));
     } catch (const Error&) {
@@ -552,11 +580,12 @@ class TrackModule : public AgentModule {
     }
     if (status != 0) {
       ::fcntl(child.err.get(), F_SETFL, O_NONBLOCK);
-      char buf[2000];
+      char buf[600];
       ssize_t n = ::read(child.err.get(), buf, sizeof buf);
-      host_.log("files " + get_string(request, "store") + ": rsync server ended with status " + std::to_string(status) + ": " +
-                std::string(buf, static_cast<std::size_t>(std::max<ssize_t>(0, n))));
+      said = "rsync here ended with status " + std::to_string(status) + ": " + std::string(buf, static_cast<std::size_t>(std::max<ssize_t>(0, n)));
+      host_.log("files " + get_string(request, "store") + ": " + said);
     }
+    running.failure = said;
     return Json();
   }
 

@@ -143,7 +143,9 @@ class Files : public ::testing::Test {
   ~Files() override {
     source.down();
     target.down();
-    ::umount2(to.c_str(), MNT_DETACH);
+    for (const auto& at : {from, to, source.state() + "/run/tree-files", target.state() + "/run/tree-files"})
+      while (::umount2(at.c_str(), MNT_DETACH) == 0) {
+      }
   }
   void sh(const std::string& script) {
     Outcome o = run({.argv = {"bash", "-c", "set -e; " + script}, .directory = from});
@@ -317,6 +319,30 @@ TEST_F(Files, AClosedTreeIsWrittenByUsOnly) {
   target.call("files.open", {{"store", "files"}});
   Fd fd(::open((to + "/mine").c_str(), O_WRONLY | O_CREAT, 0644));
   EXPECT_TRUE(fd);
+}
+
+TEST_F(Files, TheFirstCopyGoesIntoAClosedTree) {
+  sh("mkdir d; echo 1 > d/1; ln d/1 2");
+  source.call("files.track", settings(from));
+  target.call("files.receive", settings(to));
+  target.call("files.close", {{"store", "files"}});
+  source.call("files.copy", {{"store", "files"}});
+  wait([&] { return status()["copied"] == true; });
+  EXPECT_EQ(differences(), "");
+}
+
+// The status of the rsync that writes decides, not that of the one that sends.
+TEST_F(Files, ACopyThatTheOtherSideCouldNotWriteIsNotDone) {
+  sh("mkdir d; echo 1 > d/1");
+  make_directories(to);
+  ASSERT_EQ(::mount("tmpfs", to.c_str(), "tmpfs", 0, "size=64k"), 0);
+  sh("head -c 300000 /dev/urandom > big");
+  source.call("files.track", settings(from));
+  target.call("files.receive", receive(to));
+  source.call("files.copy", {{"store", "files"}});
+  wait([&] { return status().contains("trouble"); });
+  EXPECT_EQ(status()["copied"], false);
+  EXPECT_THROW(flush(), Error);
 }
 
 TEST_F(Files, TheOtherWayRound) {

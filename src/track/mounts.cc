@@ -113,25 +113,25 @@ WritableRoot::WritableRoot(const std::string& path, const std::string& private_p
   // A private mount that a killed agent left.
   for (int i = 0; i < 16 && exists(private_place) && is_mount_point(private_place); i++)
     if (::umount2(private_place.c_str(), MNT_DETACH) != 0) break;
-  dir_ = Fd(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-  if (!dir_) throw errno_error(errno, "open directory", path);
-  if (!read_only(dir_.get())) return;
-  Fd copy(::open_tree(AT_FDCWD, path.c_str(), OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC));
-  if (!copy) throw errno_error(errno, "copy the mount of", path, "run the agent as root");
-  mount_attr attributes{};
-  attributes.attr_clr = MOUNT_ATTR_RDONLY;
-  if (::mount_setattr(copy.get(), "", AT_EMPTY_PATH, &attributes, sizeof attributes) != 0)
-    throw errno_error(errno, "make a writable copy of the mount of", path,
-                      "Linux 5.12 is needed once the agent has restarted; open the tree by hand with umount " + path);
   make_directories(private_place);
-  if (::move_mount(copy.get(), "", AT_FDCWD, private_place.c_str(), MOVE_MOUNT_F_EMPTY_PATH) != 0)
+  std::string at = path;
+  if (::mount(path.c_str(), private_place.c_str(), nullptr, MS_BIND, nullptr) == 0) {
+    mounted_ = at = private_place;
+    // A closed tree's copy is closed too until it is told otherwise; the original stays as it is.
+    if (::mount(nullptr, at.c_str(), nullptr, MS_REMOUNT | MS_BIND | flags_of(path), nullptr) != 0) {
+      int err = errno;
+      ::umount2(mounted_.c_str(), MNT_DETACH);
+      throw errno_error(err, "make a writable mount of " + path + " at", at);
+    }
+  } else if (errno != EPERM && errno != EACCES) {
     throw errno_error(errno, "mount " + path + " at", private_place);
-  mounted_ = private_place;
-  dir_ = Fd(::open(private_place.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-  if (!dir_ || read_only(dir_.get())) {
-    ::umount2(mounted_.c_str(), MNT_DETACH);
-    throw Error(Code::io, path + " is on a file system that is mounted read-only", "mount it writable");
   }
+  dir_ = Fd(::open(at.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  int err = errno;
+  if (dir_ && !read_only(dir_.get())) return;
+  if (!mounted_.empty()) ::umount2(mounted_.c_str(), MNT_DETACH);
+  if (!dir_) throw errno_error(err, "open directory", at);
+  throw Error(Code::io, path + " is on a file system that is mounted read-only", "mount it writable");
 }
 
 WritableRoot::~WritableRoot() {

@@ -27,13 +27,13 @@ std::string place_in_file_system(const std::vector<Mount>& mounts, const std::st
 // Mount points below `path`, not `path` itself.
 std::vector<Mount> mounts_below(const std::string& path);
 
-// A directory that can be written through `dir` although its path may be closed by close_tree(). A tree that is closed
-// already (the agent was started again) is mounted once more, writable, at a private place, which is unmounted when this
-// is destroyed; what a killed agent left there is replaced. rsync needs a working directory that has a path: a mount in
-// no namespace would be simpler, and is not enough.
+// A directory that can be written through `dir` although its path may be closed by close_tree(): the tree is mounted once
+// more, writable, at a private place. A descriptor opened before the close would do for us, and not for rsync, which
+// asks for the path of its working directory and goes there by it. Unmounted when this is destroyed; what a killed agent left
+// there is replaced. Without the right to mount it is the directory itself, which then cannot be closed either.
 class WritableRoot {
  public:
-  // Throws Error(io) when it cannot be opened, or is read-only for us too (Linux before 5.12).
+  // Throws Error(io) when it cannot be opened, or its file system is read-only.
   WritableRoot(const std::string& path, const std::string& private_place);
   ~WritableRoot();
   WritableRoot(const WritableRoot&) = delete;
