@@ -4,11 +4,11 @@
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 same_schema() {
-  # The newest pg_dump of this machine reads both sides; sequences run ahead by their margin, and our own objects are not the shop's.
+  # Sorted, since rows come in the order in which they were written. The newest pg_dump of this machine reads both sides; sequences run ahead by their margin, and our own objects are not the shop's.
   local host
   for host in old new; do
     on $host runuser -u postgres -- pg_dump -h /run/postgresql -d shop "$@" --exclude-schema=rehome --no-publications --no-subscriptions |
-      grep -vE "^SELECT pg_catalog.setval|rehome_|^-- Dumped|^.(un)?restrict|REPLICA IDENTITY" | grep -v '^$' >"$world/shared/dump.$host"
+      grep -vE "^SELECT pg_catalog.setval|rehome_|^-- Dumped|^.(un)?restrict|REPLICA IDENTITY" | grep -v '^$' | LC_ALL=C sort >"$world/shared/dump.$host"
   done
   diff "$world/shared/dump.old" "$world/shared/dump.new" >"$world/shared/dump.diff" || { head -40 "$world/shared/dump.diff"; fail "pg_dump of both sides differs"; }
 }
