@@ -6,6 +6,7 @@
 
 #include "base/text.h"
 #include "cli/report.h"
+#include "cli/streams.h"
 #include "ops/ops.h"
 #include "ops/run.h"
 #include "ui/terminal.h"
@@ -54,6 +55,7 @@ std::string exit_statuses() {
 }  // namespace
 
 int main(int argc, char** argv) {
+  cli::ensure_standard_streams();
   std::signal(SIGPIPE, SIG_IGN);
   std::signal(SIGHUP, SIG_IGN);   // a closed terminal stops nothing that follows
   struct sigaction interrupt{};
@@ -182,8 +184,7 @@ int main(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
-    int status = app.exit(e);
-    return status == 0 ? 0 : error_info(Code::usage).exit_status;
+    return app.exit(e) == 0 ? 0 : error_info(Code::usage).exit_status;
   }
   terminal.emplace(print);
   try {
@@ -191,8 +192,7 @@ int main(int argc, char** argv) {
   } catch (const Error& e) {
     terminal->error(e);
     return error_info(e.code).exit_status;
-  } catch (const std::exception& e) {
-    // What no code of ours threw: a bug, and said as one.
+  } catch (const std::exception& e) {  // what no code of ours threw: a bug, and said as one
     terminal->error(Error(Code::internal, e.what(), "what was made durable stays; see rehome status"));
     return error_info(Code::internal).exit_status;
   }

@@ -1,5 +1,7 @@
 #include "ui/terminal.h"
 
+#include <fcntl.h>
+#include <poll.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
@@ -7,8 +9,10 @@
 #include <cerrno>
 #include <cmath>
 #include <cstdlib>
+#include <memory>
 
 #include "base/text.h"
+#include "sys/fd.h"
 #include "ui/look.h"
 #include "ui/text_view.h"
 
@@ -31,6 +35,56 @@ Terminal::Sink to_fd(int fd) {
     }
     return true;
   };
+}
+
+// A terminal that was stopped with Ctrl-S takes nothing, and what we do must go on, a pause above all: what it does not
+// take within 100 ms waits here until the next news. At the end it gets two seconds.
+class PatientTerminal {
+ public:
+  // Opened anew, since O_NONBLOCK on the descriptor that we were given would be the shell's too.
+  explicit PatientTerminal(int fd)
+      : own_(::open(("/proc/self/fd/" + std::to_string(fd)).c_str(), O_WRONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC)), fd_(own_ ? own_.get() : fd) {}
+  ~PatientTerminal() { take(2000); }
+  bool write(std::string_view text) {
+    bool stalled = !waiting_.empty();
+    waiting_ += text;
+    if (waiting_.size() > kMost) waiting_.erase(0, waiting_.size() - kMost);
+    return take(stalled ? 0 : 100);
+  }
+
+ private:
+  static constexpr std::size_t kMost = 1u << 20;
+  bool take(int patience_ms) {
+    Deadline deadline = Deadline::in(Millis(patience_ms));
+    while (!waiting_.empty()) {
+      pollfd p{fd_, POLLOUT, 0};
+      int ready = ::poll(&p, 1, static_cast<int>(deadline.left().count()));
+      if (ready < 0 && errno == EINTR) continue;
+      if (ready == 0) return true;
+      ssize_t n = ::write(fd_, waiting_.data(), waiting_.size());
+      if (n < 0 && (errno == EINTR || errno == EAGAIN)) {
+        if (deadline.passed()) return true;
+        continue;
+      }
+      if (n <= 0) {
+        waiting_.clear();
+        return false;
+      }
+      waiting_.erase(0, static_cast<std::size_t>(n));
+      // The rest waits for the next news, or a terminal that takes a little at a time would hold us up.
+      if (deadline.passed() && patience_ms > 0) return true;
+    }
+    return true;
+  }
+  Fd own_;
+  int fd_;
+  std::string waiting_;
+};
+
+Terminal::Sink to_terminal(int fd) {
+  if (!::isatty(fd)) return to_fd(fd);
+  auto patient = std::make_shared<PatientTerminal>(fd);
+  return [patient](std::string_view text) { return patient->write(text); };
 }
 
 std::size_t terminal_columns() {
@@ -60,7 +114,7 @@ std::string amount(std::int64_t n, const std::string& unit) {
 }  // namespace
 
 Terminal::Terminal(TerminalOptions options)
-    : Terminal(options, to_fd(STDOUT_FILENO), to_fd(STDERR_FILENO), terminal_columns(), system_clock()) {}
+    : Terminal(options, to_terminal(STDOUT_FILENO), to_terminal(STDERR_FILENO), terminal_columns(), system_clock()) {}
 
 Terminal::Terminal(TerminalOptions options, Sink out, Sink err, std::size_t columns, Clock& clock)
     : options_(options), out_(std::move(out)), err_(std::move(err)), columns_(columns), clock_(clock) {}

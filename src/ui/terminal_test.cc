@@ -1,6 +1,12 @@
 #include "ui/terminal.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <sstream>
 
 #include "ui/text_view.h"
 
@@ -175,6 +181,29 @@ TEST(Terminal, OddObjectsAreNoError) {
   Screen s;
   Terminal t({}, s.to_out(), s.to_err(), 80, s.clock);
   t(Json(3));
+}
+
+// A pseudo terminal that nobody reads is one that was stopped.
+TEST(Terminal, AStoppedTerminalStopsNothing) {
+  int master = ::posix_openpt(O_RDWR | O_NOCTTY);
+  ASSERT_GE(master, 0);
+  ASSERT_EQ(::grantpt(master), 0);
+  ASSERT_EQ(::unlockpt(master), 0);
+  int slave = ::open(::ptsname(master), O_RDWR | O_NOCTTY);
+  ASSERT_GE(slave, 0);
+  int kept = ::dup(STDOUT_FILENO);
+  ::dup2(slave, STDOUT_FILENO);
+  auto from = std::chrono::steady_clock::now();
+  {
+    Terminal t({});
+    for (int i = 0; i < 500; i++) t({{"kind", "serves"}, {"side", std::string(200, 'x') + std::to_string(i)}});
+  }
+  auto took = std::chrono::steady_clock::now() - from;
+  ::dup2(kept, STDOUT_FILENO);
+  ::close(kept);
+  ::close(slave);
+  ::close(master);
+  EXPECT_LT(took, std::chrono::seconds(6));
 }
 
 TEST(TextView, ConfigErrorsStartWithTheirPlaces) {
