@@ -190,7 +190,7 @@ class NginxTraffic : public Traffic {
 
   // Resets that this host has sent since it started; every program's.
   std::int64_t resets(Site& site) {
-    auto lines = split(get_text(site, "/proc/net/snmp"), '\n');
+    auto lines = split(site.exec({.argv = {"cat", "/proc/net/snmp"}}).out, '\n');
     for (std::size_t i = 1; i < lines.size(); i++) {
       if (!lines[i].starts_with("Tcp:") || !lines[i - 1].starts_with("Tcp:")) continue;
       auto names = split(lines[i - 1], ' '), values = split(lines[i], ' ');

@@ -1,10 +1,156 @@
-#include "base/error.h"
+// The gate's socket under the application's name: link(2) keeps the original beside it, rename(2) puts the gate's over
+// it, so that there is no moment without a socket that answers. Undone the same way.
+//
+// An application that starts again makes its socket anew, over the gate's: a kept program of the agent sees that within
+// a second, and takes the new socket like the first.
+#include "base/text.h"
+#include "sys/fs.h"
 #include "traffic/gates.h"
 
 namespace rehome {
+namespace {
 
-std::unique_ptr<Traffic> make_unix_socket(const Deployment&, const TrafficConfig& t) {
-  throw Error(Code::config, "traffic " + t.name + ": take: unix_socket is not there yet", "use take: listen, or traffic of kind nginx");
-}
+// $1 the application's socket, $2 where it is kept, $3 the gate's. -ef: both names are one file.
+constexpr char kTake[] = R"sh(set -e
+[ -S "$3" ] || { echo "$3 is not a socket: the gate does not listen" >&2; exit 3; }
+if [ "$1" -ef "$3" ]; then exit 0; fi
+[ -S "$1" ] || { echo "$1 is not a socket: the application does not listen" >&2; exit 4; }
+ln -f -T "$1" "$2.new"
+mv -f -T "$2.new" "$2"
+chown --reference="$1" "$3"
+chmod --reference="$1" "$3"
+ln -f -T "$3" "$1.rehome-new"
+mv -f -T "$1.rehome-new" "$1"
+)sh";
+
+constexpr char kKeep[] = R"sh(while true; do
+  if [ -S "$1" ] && [ -S "$3" ] && ! [ "$1" -ef "$3" ]; then sh -c "$4" sh "$1" "$2" "$3"; fi
+  sleep 1
+done
+)sh";
+
+constexpr char kGiveBack[] = R"sh(set -e
+[ "$1" -ef "$3" ] || exit 0
+if [ -S "$2" ]; then
+  ln -f -T "$2" "$1.rehome-new"
+  mv -f -T "$1.rehome-new" "$1"
+else
+  rm -f -- "$1"
+fi
+)sh";
+
+class UnixSocketTraffic : public Traffic {
+ public:
+  UnixSocketTraffic(const Deployment& d, const TrafficConfig& t) : deployment_(d), t_(t) {}
+  const std::string& name() const override { return t_.name; }
+
+  std::vector<Finding> preflight(TrafficContext& ctx) override {
+    std::vector<Finding> found;
+    for (Side s : {Side::source, Side::target}) {
+      Site& site = ctx.at(s);
+      std::string object = site.label() + ": traffic " + t_.name;
+      auto error = [&](const char* id, std::string message, std::string mend) {
+        found.push_back({Finding::Level::error, id, object, std::move(message), std::move(mend)});
+      };
+      try {
+        Paths p = paths(s);
+        Outcome o = site.exec({.argv = {"stat", "-c", "%d", "--", parent_path(p.application), parent_path(p.gate)}});
+        auto devices = split(trim(o.out), '\n');
+        if (!o.ok() || devices.size() != 2)
+          error("unix_socket.directory", "a directory is missing: " + std::string(trim(o.err)), "make it, or correct `application` and `listen`");
+        else if (devices[0] != devices[1])
+          error("unix_socket.file_system", p.gate + " and " + p.application + " are on two file systems, so one cannot take the other's name",
+                "put the gate's socket (`listen`) beside the application's");
+        // On the target it may come with the application's start, which the kept program sees.
+        if (s == Side::source && !site.exec({.argv = {"test", "-S", p.application}}).ok())
+          error("unix_socket.application", p.application + " is not a socket", "start the application, or correct `application`");
+      } catch (const Error& e) {
+        error("unix_socket", e.what(), e.hint);
+      }
+    }
+    return found;
+  }
+
+  std::vector<std::string> plan_notes() override {
+    auto notes = common_notes(deployment_, t_);
+    notes.push_back("the gate's socket takes the name " + Address::parse(t_.on.source.application).path +
+                    "; connections of before stay with the application, and are in nobody's count");
+    notes.push_back("an application that starts again makes its socket anew: for up to a second, its clients pass the gate by");
+    return notes;
+  }
+
+  void prepare(TrafficContext& ctx) override {
+    BySide<GateSide> sides;
+    for (Side s : {Side::source, Side::target}) {
+      Paths p = paths(s);
+      sides[s] = {"unix:" + p.gate, "unix:" + p.kept};
+    }
+    raise_gates(ctx, t_, sides);
+    for (Side s : {Side::target, Side::source}) {
+      stop_if_cancelled(ctx);
+      Site& site = ctx.at(s);
+      Paths p = paths(s);
+      ctx.note("the gate's socket takes the name " + p.application,
+               {{"where", site.label()}, {"undone_by", "renaming " + p.kept + " to " + p.application}});
+      Outcome o = site.exec({.argv = {"sh", "-c", kTake, "sh", p.application, p.kept, p.gate}}, Deadline::in(Millis(10000)));
+      bool absent = o.status == 4 && s == Side::target;
+      if (!o.ok() && !absent)
+        throw Error(Code::state, "the socket " + p.application + " cannot be taken: " + std::string(trim(o.err)), "correct `application` and `listen`").in(site.label());
+      site.call("child.set", {{"name", "take-" + t_.name}, {"argv", {"sh", "-c", kKeep, "sh", p.application, p.kept, p.gate, kTake}}, {"restart_ms", 1000}});
+    }
+  }
+
+  void withdraw(TrafficContext& ctx) override {
+    at_both(ctx, [&](Side s) {
+      Site& site = ctx.at(s);
+      Paths p = paths(s);
+      site.call("child.drop", {{"name", "take-" + t_.name}});
+      if (!ours(site, p)) return;
+      site.exec_ok({.argv = {"sh", "-c", kGiveBack, "sh", p.application, p.kept, p.gate}}, Deadline::in(Millis(10000)), ("giving " + p.application + " back").c_str());
+      // Who has come to the gate's socket still needs the kept name: until nobody waits there.
+      Deadline soon = Deadline::in(Millis(3000));
+      try {
+        do {
+          system_clock().sleep(Millis(100));
+        } while (get_int(gate_route(gate_status(site), t_.name, site), "waiting") > 0 && !soon.passed());
+      } catch (const Error& e) {
+        ctx.log(site.label() + ": " + e.what());
+      }
+      site.exec_ok({.argv = {"rm", "-f", "--", p.kept, p.kept + ".new", p.application + ".rehome-new"}}, Deadline::in(Millis(10000)), "removing the kept name");
+    });
+  }
+
+  std::int64_t from_old_address(TrafficContext& ctx, Side old_side) override { return clients_at(ctx.at(old_side), t_.name); }
+
+  std::vector<std::string> leftovers(TrafficContext& ctx) override {
+    std::vector<std::string> left;
+    for (Side s : {Side::source, Side::target}) {
+      Paths p = paths(s);
+      if (ours(ctx.at(s), p)) left.push_back(ctx.at(s).label() + ": the gate's socket has the name " + p.application + "; the application's is " + p.kept);
+    }
+    return left;
+  }
+
+ private:
+  struct Paths {
+    std::string application, kept, gate;
+  };
+  Paths paths(Side s) const {
+    std::string application = Address::parse(t_.on[s].application).path;
+    return {application, application + ".rehome", Address::parse(t_.on[s].listen).path};
+  }
+  bool ours(Site& site, const Paths& p) {
+    Outcome o = site.exec({.argv = {"sh", "-c", "[ -e \"$2\" ] || [ \"$1\" -ef \"$3\" ]", "sh", p.application, p.kept, p.gate}});
+    if (o.status > 1) throw Error(Code::unknown, "cannot look at " + p.application + ": " + o.err).in(site.label());
+    return o.ok();
+  }
+
+  const Deployment& deployment_;
+  TrafficConfig t_;
+};
+
+}  // namespace
+
+std::unique_ptr<Traffic> make_unix_socket(const Deployment& d, const TrafficConfig& t) { return std::make_unique<UnixSocketTraffic>(d, t); }
 
 }  // namespace rehome

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 
 #include "base/error.h"
 #include "base/text.h"
@@ -48,14 +49,30 @@ std::string read_chunks(Reader& in, Deadline deadline) {
 
 std::uint16_t free_port() { return local_port(listen_on(Address::parse("127.0.0.1:0"))); }
 
+Sessions::~Sessions() {
+  for (auto& s : sessions_) s.thread.join();
+}
+
+void Sessions::add(std::function<void()> work) {
+  std::erase_if(sessions_, [](Session& s) {
+    if (!s.done) return false;
+    s.thread.join();
+    return true;
+  });
+  Session& s = sessions_.emplace_back();
+  s.thread = std::thread([&s, work = std::move(work)] {
+    work();
+    s.done = true;
+  });
+}
+
 Application::Application(std::string name, const Address& at) : name_(std::move(name)), listener_(listen_on(at, 0666)) {
   thread_ = std::thread([this] {
     while (auto fd = accept_from(listener_, {}, &stop_)) {
       connections++;
-      std::lock_guard lock(mutex_);
-      sessions_.emplace_back([this, fd = std::move(*fd)] {
+      sessions_.add([this, fd = std::make_shared<Fd>(std::move(*fd))] {
         try {
-          serve(fd);
+          serve(*fd);
         } catch (const Error&) {
         }
       });
@@ -66,7 +83,6 @@ Application::Application(std::string name, const Address& at) : name_(std::move(
 Application::~Application() {
   stop_ = true;
   thread_.join();
-  for (auto& s : sessions_) s.join();
 }
 
 void Application::serve(const Fd& fd) {

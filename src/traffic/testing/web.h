@@ -19,6 +19,20 @@ namespace rehome::testing {
 
 std::uint16_t free_port();
 
+// Threads of which the finished ones are joined as others are added.
+class Sessions {
+ public:
+  ~Sessions();
+  void add(std::function<void()> work);
+
+ private:
+  struct Session {
+    std::atomic<bool> done{false};
+    std::thread thread;
+  };
+  std::list<Session> sessions_;
+};
+
 // Answers every request with "NAME METHOD TARGET host=HOST body=BYTES". Of /slow?MS it waits first, /events sends a line
 // each 20 ms for ever, an Upgrade becomes an echo.
 class Application {
@@ -32,8 +46,7 @@ class Application {
   std::string name_;
   Fd listener_;
   std::atomic<bool> stop_{false};
-  std::mutex mutex_;
-  std::list<std::thread> sessions_;
+  Sessions sessions_;
   std::thread thread_;
 };
 

@@ -9,8 +9,7 @@ LocalSite::~LocalSite() {
   gate_.reset();
   for (auto& [name, door] : listeners_) {
     door->stop = true;
-    if (door->thread.joinable()) door->thread.join();
-    for (auto& s : door->sessions) s.join();
+    door->thread.join();
   }
 }
 
@@ -69,8 +68,7 @@ Json LocalSite::call(const std::string& op, Json args, Deadline deadline) {
     Door* d = door.get();
     d->thread = std::thread([this, d, service] {
       while (auto client = accept_from(d->listener, {}, &d->stop)) {
-        std::lock_guard sessions(d->mutex);
-        d->sessions.emplace_back([this, d, service, client = std::move(*client)] {
+        d->sessions.add([this, d, service, client = std::make_shared<Fd>(std::move(*client))] {
           try {
             std::string to;
             {
@@ -78,7 +76,7 @@ Json LocalSite::call(const std::string& op, Json args, Deadline deadline) {
               to = peer_->services_.at(service);
             }
             Fd upstream = connect_to(Address::parse(to), Deadline::in(Millis(5000)));
-            relay(client, upstream, d->stop);
+            relay(*client, upstream, d->stop);
           } catch (const Error&) {
           }
         });

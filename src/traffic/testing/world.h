@@ -2,12 +2,12 @@
 #pragma once
 
 #include <atomic>
-#include <list>
 #include <map>
 #include <mutex>
 #include <thread>
 
 #include "sys/fs.h"
+#include "traffic/testing/web.h"
 #include "traffic/traffic.h"
 
 namespace rehome::testing {
@@ -39,9 +39,8 @@ class LocalSite : public Site {
   struct Door {
     Fd listener;
     std::atomic<bool> stop{false};
+    Sessions sessions;
     std::thread thread;
-    std::mutex mutex;
-    std::list<std::thread> sessions;
   };
   Side side_;
   LocalSite* peer_ = nullptr;
