@@ -260,7 +260,7 @@ void Switchover::freeze() {
 void Switchover::ask_canaries() {
   for (auto& canary : canaries_) {
     CheckResult r = canary->ask(pause_deadline_);
-    run_.journal().append("canary", {{"name", r.name}, {"ok", r.ok}, {"ms", r.ms}, {"said", r.said}, {"kind", "read"}});
+    run_.journal().append("canary", {{"name", r.name}, {"ok", r.ok}, {"ms", r.ms}, {"said", r.said}, {"when", "read"}});
     if (!r.ok) throw Error(Code::check_failed, "the read canary " + r.name + " failed on the side that takes over: " + r.said);
   }
 }
@@ -428,7 +428,7 @@ void Switchover::settle() {
   for (const auto& check : run_.deployment().checks) {
     if (!check.write_canary) continue;
     CheckResult r = run_check(run_, check, direction_.takes(), Deadline::in(check.timeout));
-    run_.journal().append("canary", {{"name", r.name}, {"ok", r.ok}, {"ms", r.ms}, {"said", r.said}, {"kind", "write"}});
+    run_.journal().append("canary", {{"name", r.name}, {"ok", r.ok}, {"ms", r.ms}, {"said", r.said}, {"when", "write"}});
     if (!r.ok) throw Error(Code::check_failed, "the write canary " + r.name + " failed after the commit: " + r.said);
   }
 }
