@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # Faults inside the pause, on real servers under load: whatever dies, nothing acknowledged is lost, never do both sides accept
-# writes, and one side serves again by itself. In ./check every fault meets one phase, drawn with a printed seed; with REHOME_ALL
-# every fault meets every phase.   SEED=n FAULTS="name ..." PHASES="name;..." choose.
+# writes, and one side serves again by itself. In ./check the first faults of the list meet one phase each, drawn with a printed seed;
+# with REHOME_ALL every fault meets every phase.   SEED=n FAULTS="name ..." PHASES="name;..." choose.
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 seed=${SEED:-$RANDOM}
 RANDOM=$seed
 say "seed $seed"
 
 IFS=';' read -r -a phases <<<"${PHASES:-hold;drain;soft fence;freeze;marker;catch up;compare;arm reverse;read canary;seal;hard fence;open}"
-read -r -a faults <<<"${FAULTS:-kill_controller stop_controller kill_agent_yields kill_agent_takes cut_link kill_pg_yields kill_pg_takes kill_gate power_yields power_takes}"
+everything="kill_controller kill_agent_yields kill_agent_takes cut_link stop_controller kill_pg_yields kill_pg_takes kill_gate power_yields power_takes"
+short=${everything%% stop_controller*}
+read -r -a faults <<<"${FAULTS:-$([ -n "${REHOME_ALL:-}" ] && echo "$everything" || echo "$short")}"
 
 agent_pid() { on "$1" sh -c 'for p in /proc/[0-9]*; do tr "\0" " " <$p/cmdline 2>/dev/null | grep -q "rehome-agent-[0-9a-f]* serve --state" && echo ${p#/proc/}; done' | head -1; }
 gate_pid() { on "$1" sh -c 'for p in /proc/[0-9]*; do tr "\0" " " <$p/cmdline 2>/dev/null | grep -q "rehome-gate-[0-9a-f]* --state" && echo ${p#/proc/}; done' | head -1; }
