@@ -4,7 +4,12 @@
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
+#include <signal.h>
 #include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/resource.h>
+#include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 
@@ -12,616 +17,513 @@
 #include <cerrno>
 #include <cstring>
 
+#include "base/error.h"
 #include "sys/fs.h"
 
 namespace rehome {
 namespace {
 
-constexpr std::size_t kBuffer = 64 * 1024;
-constexpr std::size_t kConnectingAtOnce = 64;   // a release must not fill the application's backlog
-constexpr char kRefusal[] = "HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nRetry-After: 1\r\nConnection: close\r\n\r\n";
+// Waiting connections are connected at this rate, and so many at a time, so that an application that has just been given
+// its clients is not run over by all that have gathered.
+constexpr double kStartsPerMs = 20;
+constexpr std::size_t kConnectingAtOnce = 128;
+constexpr Ticks kMs = 1'000'000;
+constexpr Ticks kLinger = 2000 * kMs;
+constexpr Ticks kSpent = 5000 * kMs;
 
-void make_nonblocking(const Fd& fd) { ::fcntl(fd.get(), F_SETFL, ::fcntl(fd.get(), F_GETFL) | O_NONBLOCK); }
+constexpr std::string_view kSorry =
+    "HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nRetry-After: 1\r\nConnection: close\r\n\r\n";
 
-// "PROXY TCP4 source destination sport dport\r\n", or UNKNOWN for what is not TCP.
+void set_nonblocking(int fd) { ::fcntl(fd, F_SETFL, ::fcntl(fd, F_GETFL) | O_NONBLOCK); }
+
+// The PROXY v1 line for a client: its own address and the one that it came to.
 std::string proxy_line(int fd) {
   sockaddr_storage from{}, to{};
-  socklen_t a = sizeof from, b = sizeof to;
-  if (::getpeername(fd, reinterpret_cast<sockaddr*>(&from), &a) != 0 || ::getsockname(fd, reinterpret_cast<sockaddr*>(&to), &b) != 0)
+  socklen_t from_size = sizeof from, to_size = sizeof to;
+  if (::getpeername(fd, reinterpret_cast<sockaddr*>(&from), &from_size) != 0 ||
+      ::getsockname(fd, reinterpret_cast<sockaddr*>(&to), &to_size) != 0 || from.ss_family != to.ss_family)
     return "PROXY UNKNOWN\r\n";
-  char f[INET6_ADDRSTRLEN], t[INET6_ADDRSTRLEN];
+  char a[INET6_ADDRSTRLEN], b[INET6_ADDRSTRLEN];
+  auto line = [&](const char* family, std::uint16_t ap, std::uint16_t bp) {
+    return std::string("PROXY ") + family + " " + a + " " + b + " " + std::to_string(ntohs(ap)) + " " +
+           std::to_string(ntohs(bp)) + "\r\n";
+  };
   if (from.ss_family == AF_INET) {
-    auto *x = reinterpret_cast<sockaddr_in*>(&from), *y = reinterpret_cast<sockaddr_in*>(&to);
-    ::inet_ntop(AF_INET, &x->sin_addr, f, sizeof f);
-    ::inet_ntop(AF_INET, &y->sin_addr, t, sizeof t);
-    return std::string("PROXY TCP4 ") + f + " " + t + " " + std::to_string(ntohs(x->sin_port)) + " " + std::to_string(ntohs(y->sin_port)) + "\r\n";
+    auto *f = reinterpret_cast<sockaddr_in*>(&from), *t = reinterpret_cast<sockaddr_in*>(&to);
+    ::inet_ntop(AF_INET, &f->sin_addr, a, sizeof a);
+    ::inet_ntop(AF_INET, &t->sin_addr, b, sizeof b);
+    return line("TCP4", f->sin_port, t->sin_port);
   }
   if (from.ss_family == AF_INET6) {
-    auto *x = reinterpret_cast<sockaddr_in6*>(&from), *y = reinterpret_cast<sockaddr_in6*>(&to);
-    ::inet_ntop(AF_INET6, &x->sin6_addr, f, sizeof f);
-    ::inet_ntop(AF_INET6, &y->sin6_addr, t, sizeof t);
-    return std::string("PROXY TCP6 ") + f + " " + t + " " + std::to_string(ntohs(x->sin6_port)) + " " + std::to_string(ntohs(y->sin6_port)) + "\r\n";
+    auto *f = reinterpret_cast<sockaddr_in6*>(&from), *t = reinterpret_cast<sockaddr_in6*>(&to);
+    ::inet_ntop(AF_INET6, &f->sin6_addr, a, sizeof a);
+    ::inet_ntop(AF_INET6, &t->sin6_addr, b, sizeof b);
+    return line("TCP6", f->sin6_port, t->sin6_port);
   }
   return "PROXY UNKNOWN\r\n";
 }
 
+void raise_file_limit() {
+  rlimit limit{};
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  limit.rlim_cur = limit.rlim_max;
+  ::setrlimit(RLIMIT_NOFILE, &limit);
+}
+
 }  // namespace
 
-const char* gate_state_name(GateState s) {
+std::string_view gate_state_name(GateState s) {
   switch (s) {
-    case GateState::OPEN_LOCAL: return "OPEN_LOCAL";
-    case GateState::OPEN_PEER: return "OPEN_PEER";
-    case GateState::HELD: return "HELD";
-    case GateState::SEALED: return "SEALED";
+    case GateState::open_local: return "OPEN_LOCAL";
+    case GateState::open_peer: return "OPEN_PEER";
+    case GateState::held: return "HELD";
+    case GateState::sealed: return "SEALED";
   }
   return "?";
 }
 
-std::vector<GateRoute> read_gate_routes(const Json& j) {
-  std::vector<GateRoute> routes;
-  for (const auto& r : j.at("routes")) {
-    GateRoute route;
-    route.name = get_string(r, "name");
-    route.listen = Address::parse(get_string(r, "listen"));
-    route.local = Address::parse(get_string(r, "local"));
-    route.peer = Address::parse(get_string(r, "peer"));
-    if (r.contains("marked")) route.marked = Address::parse(get_string(r, "marked"));
-    route.proxy_protocol = get_bool(r, "proxy_protocol", false);
-    route.max_waiting = static_cast<std::size_t>(get_int(r, "max_waiting", 10000));
-    route.max_wait_ms = get_int(r, "max_wait_ms", 30000);
-    routes.push_back(route);
-  }
-  return routes;
-}
-
-// What an epoll event points to.
-struct Gate::Watched {
-  enum class Kind { control_listener, listener, marked_listener, client, backend, control } kind;
-  Route* route = nullptr;
-  Connection* connection = nullptr;
-  Control* control = nullptr;
-  std::uint32_t events = 0;
-  bool added = false;
-};
-
-struct Gate::Route {
-  GateRoute config;
-  Fd listener, marked;
-  Watched listener_watch{.kind = Watched::Kind::listener}, marked_watch{.kind = Watched::Kind::marked_listener};
-  std::int64_t accepted = 0, from_peer = 0, to_peer = 0, refused = 0;
-  std::size_t waiting = 0;
-};
-
-struct Gate::Connection {
-  enum class Phase { waiting, connecting, open } phase = Phase::waiting;
-  std::uint64_t id = 0;
-  Route* route = nullptr;
-  Fd client, backend;
-  Watched client_watch{.kind = Watched::Kind::client}, backend_watch{.kind = Watched::Kind::backend};
-  bool from_peer = false, to_peer = false, counted_held = false, closing = false;
-  std::string up, down;              // towards the backend, towards the client
-  std::size_t up_at = 0, down_at = 0;
-  bool client_ended = false, backend_ended = false, up_shut = false, down_shut = false;
-  bool client_spoke = false, backend_spoke = false;
-  std::string kept;                  // what the client said before the peer's first answer: for another try elsewhere
-  bool kept_whole = true;
-  Ticks since = 0, opened = 0, retry_at = 0;
-};
-
-struct Gate::Control {
-  std::uint64_t id = 0;
-  Fd fd;
-  Watched watch{.kind = Watched::Kind::control};
-  std::string in, out;
-};
-
-Gate::Gate(std::string state_directory, std::map<std::string, Fd> inherited)
-    : state_directory_(std::move(state_directory)), inherited_(std::move(inherited)), epoll_(::epoll_create1(EPOLL_CLOEXEC)) {
-  if (!epoll_) throw errno_error(errno, "make", "an epoll");
-  make_directories(state_directory_ + "/run");
-  control_listener_ = listen_on({.path = state_directory_ + "/run/gate.sock"}, 0600);
-  make_nonblocking(control_listener_);
-  control_watch_ = std::make_unique<Watched>();
-  control_watch_->kind = Watched::Kind::control_listener;
-  watch(control_listener_.get(), control_watch_.get(), EPOLLIN);
-  alive_ = system_clock().now();
+Gate::Gate(std::string state, std::map<std::string, Fd> inherited, int signals)
+    : state_dir_(std::move(state)), inherited_(std::move(inherited)), signals_(signals) {
+  raise_file_limit();
+  epoll_ = Fd(::epoll_create1(EPOLL_CLOEXEC));
+  wake_ = Fd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+  if (!epoll_ || !wake_) throw errno_error(errno, "make", "an epoll instance");
+  watch(wake_.get(), &wake_slot_, false);
+  if (signals_ >= 0) watch(signals_, &signal_slot_, false);
+  make_directories(state_dir_ + "/run");
+  make_directories(state_dir_ + "/log");
+  open_control();
 }
 
 Gate::~Gate() = default;
 
-void Gate::watch(int fd, Watched* what, std::uint32_t events) {
-  if (what->added && what->events == events) return;
+void Gate::stop() {
+  std::uint64_t one = 1;
+  [[maybe_unused]] ssize_t n = ::write(wake_.get(), &one, sizeof one);
+}
+
+void Gate::watch(int fd, Slot* slot, bool edge) {
   epoll_event e{};
-  e.events = events;
-  e.data.ptr = what;
-  if (::epoll_ctl(epoll_.get(), what->added ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, fd, &e) != 0) throw errno_error(errno, "watch", "a socket");
-  what->added = true;
-  what->events = events;
+  e.events = edge ? EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET : EPOLLIN;
+  e.data.ptr = slot;
+  if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &e) != 0) throw errno_error(errno, "watch", "a socket");
 }
 
-void Gate::load() {
-  std::string path = state_directory_ + "/gate.json";
-  if (!exists(path)) return;
-  auto wanted = read_gate_routes(parse_json(read_file(path), path));
-  for (auto it = routes_.begin(); it != routes_.end();) {
-    bool keep = std::any_of(wanted.begin(), wanted.end(), [&](const GateRoute& r) { return r.name == it->first; });
-    if (!keep) {
-      // Its connections live on; nobody new comes.
-      for (auto& [id, c] : connections_)
-        if (c->route == it->second.get()) close_connection(*c);
-      it = routes_.erase(it);
+// ---- routes
+
+bool Gate::open_listeners(Route& route) {
+  auto open = [&](Fd& fd, const Address& at, const std::string& name, Slot* slot, unsigned mode) {
+    if (fd || !is_set(at)) return;
+    auto given = inherited_.find(name);
+    if (given != inherited_.end()) {
+      fd = std::move(given->second);
+      inherited_.erase(given);
     } else {
-      ++it;
+      if (at.is_unix()) make_directories(parent_path(at.path));
+      fd = listen_on(at, mode, 4096);
     }
-  }
-  for (const auto& r : wanted) {
-    auto& route = routes_[r.name];
-    if (route) {
-      route->config = r;
-      continue;
-    }
-    route = std::make_unique<Route>();
-    route->config = r;
-    auto open = [&](const std::string& name, const Address& at, unsigned mode) {
-      if (auto it = inherited_.find(name); it != inherited_.end()) {
-        Fd fd = std::move(it->second);
-        inherited_.erase(it);
-        return fd;
-      }
-      return listen_on(at, mode, 4096);
-    };
-    // The proxy in front runs as another account.
-    route->listener = open(r.name, r.listen, 0666);
-    make_nonblocking(route->listener);
-    route->listener_watch.route = route.get();
-    watch(route->listener.get(), &route->listener_watch, EPOLLIN);
-    if (r.marked) {
-      route->marked = open(r.name + ".marked", *r.marked, 0600);
-      make_nonblocking(route->marked);
-      route->marked_watch.route = route.get();
-      watch(route->marked.get(), &route->marked_watch, EPOLLIN);
-    }
+    set_nonblocking(fd.get());
+    watch(fd.get(), slot, false);
+  };
+  try {
+    open(route.listen, route.config.listen, route.config.name, &route.listen_slot, route.config.listen_mode);
+    open(route.marked, route.config.marked, route.config.name + ".marked", &route.marked_slot, 0600);
+    route.trouble.clear();
+    return true;
+  } catch (const Error& e) {
+    if (route.trouble != e.what()) log("route " + route.config.name + ": " + e.what());
+    route.trouble = e.what();
+    return false;
   }
 }
 
-bool Gate::in_flight(const Connection& c) const { return c.phase != Connection::Phase::waiting && !c.closing; }
-
-std::int64_t Gate::count_in_flight() const {
-  std::int64_t n = 0;
-  for (const auto& [id, c] : connections_) n += in_flight(*c);
-  return n;
+void Gate::reload() {
+  std::vector<RouteConfig> wanted = parse_routes(read_file(state_dir_ + "/gate.json"));
+  std::map<std::string, std::shared_ptr<Route>> next;
+  for (RouteConfig& c : wanted) {
+    auto old = routes_.find(c.name);
+    std::shared_ptr<Route> route = old != routes_.end() ? old->second : std::make_shared<Route>();
+    route->listen_slot = {Slot::Kind::listener, route.get()};
+    route->marked_slot = {Slot::Kind::marked_listener, route.get()};
+    if (route->config.listen.text() != c.listen.text()) route->listen.reset();
+    if (route->config.marked.text() != c.marked.text()) route->marked.reset();
+    route->config = std::move(c);
+    next[route->config.name] = std::move(route);
+  }
+  for (auto& [name, route] : routes_) {
+    if (next.contains(name)) continue;
+    // Its connections go on; only the listeners end.
+    route->removed = true;
+    route->listen.reset();
+    route->marked.reset();
+    route_graves_.push_back(route);
+  }
+  routes_ = std::move(next);
+  have_routes_ = true;
+  std::string troubles;
+  for (auto& [name, route] : routes_)
+    if (!open_listeners(*route)) troubles += (troubles.empty() ? "" : "; ") + route->trouble;
+  log("routes: " + std::to_string(routes_.size()));
+  if (!troubles.empty()) throw Error(Code::io, troubles, "free the address; the gate tries again every second", true);
 }
 
 void Gate::accept_all(Route& route, bool marked) {
-  for (int i = 0; i < 256; i++) {
-    Fd fd(::accept4((marked ? route.marked : route.listener).get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
-    if (!fd) return;   // nobody more, or out of descriptors: level-triggered, asked again
+  Fd& listener = marked ? route.marked : route.listen;
+  for (int i = 0; i < 256 && listener; i++) {
+    Fd fd(::accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+    if (!fd) {
+      if (errno == EINTR || errno == ECONNABORTED) continue;
+      if (errno != EAGAIN && now_ >= accept_again_) {
+        // Out of descriptors or memory. The backlog keeps them; a level-triggered listener would only spin.
+        log(std::string("cannot accept: ") + std::strerror(errno));
+        accept_again_ = now_ + 1000 * kMs;
+      }
+      if (errno != EAGAIN) ::poll(nullptr, 0, 5);
+      return;
+    }
     int one = 1;
-    ::setsockopt(fd.get(), IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);   // fails on unix sockets, which need none
-    auto c = std::make_unique<Connection>();
-    c->id = next_id_++;
-    c->route = &route;
-    c->client = std::move(fd);
-    c->from_peer = marked;
-    c->client_watch.connection = c->backend_watch.connection = c.get();
+    ::setsockopt(fd.get(), IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    ::setsockopt(fd.get(), SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
     route.accepted++;
     if (marked) route.from_peer++;
-    Connection& ref = *c;
-    connections_[ref.id] = std::move(c);
-    start_waiting(ref, system_clock().now());
-  }
-}
-
-void Gate::start_waiting(Connection& c, Ticks since) {
-  c.phase = Connection::Phase::waiting;
-  c.since = since;
-  c.counted_held = false;
-  c.route->waiting++;
-  if (c.route->waiting > c.route->config.max_waiting) {
-    refuse(c);
-    return;
-  }
-  waiting_.push_back(c.id);
-  interest(c);
-}
-
-void Gate::refuse(Connection& c) {
-  dropped_++;
-  c.route->refused++;
-  ::send(c.client.get(), kRefusal, sizeof kRefusal - 1, MSG_NOSIGNAL | MSG_DONTWAIT);
-  ::shutdown(c.client.get(), SHUT_WR);
-  close_connection(c);
-}
-
-void Gate::close_connection(Connection& c) {
-  if (c.closing) return;
-  c.closing = true;
-  if (c.phase == Connection::Phase::waiting) c.route->waiting--;
-  if (c.phase == Connection::Phase::connecting) connecting_--;
-  doomed_.push_back(c.id);   // events of this round may still point to it
-}
-
-void Gate::feed_waiting() {
-  Ticks now = system_clock().now();
-  std::size_t n = waiting_.size();
-  for (std::size_t i = 0; i < n; i++) {
-    std::uint64_t id = waiting_.front();
-    waiting_.pop_front();
-    auto it = connections_.find(id);
-    if (it == connections_.end() || it->second->closing || it->second->phase != Connection::Phase::waiting) continue;
-    Connection& c = *it->second;
-    if (gate_state_ == GateState::OPEN_PEER && c.from_peer) {
-      // Never back through the link: nothing of it was read, so its own gate can send it elsewhere.
-      close_connection(c);
-      continue;
+    std::string name = marked ? std::string() : proxy_line(fd.get());
+    auto owned = std::make_unique<Conn>(std::move(fd), routes_.at(route.config.name), marked, std::move(name), now_);
+    Conn& conn = *owned;
+    conns_[&conn] = std::move(owned);
+    watch(conn.client.get(), &conn.client_slot, true);
+    wait(conn, 0);
+    if (route.waiting > route.config.max_waiting) {
+      refuse(conn);
+    } else if (waiting_.size() == 1 && !marked) {
+      start(conn);  // nobody is in front of it
     }
-    if (ms_between(c.since, now) > static_cast<double>(c.route->config.max_wait_ms)) {
-      refuse(c);
-      continue;
-    }
-    bool open = gate_state_ == GateState::OPEN_LOCAL || gate_state_ == GateState::OPEN_PEER;
-    if (!open) {
-      if (!c.counted_held) held_++, c.counted_held = true;
-      waiting_.push_back(id);
-      continue;
-    }
-    if (connecting_ >= kConnectingAtOnce || now < c.retry_at) {
-      waiting_.push_back(id);
-      continue;
-    }
-    connect_backend(c);
   }
 }
 
-void Gate::connect_backend(Connection& c) {
-  c.to_peer = gate_state_ == GateState::OPEN_PEER;
-  const Address& to = c.to_peer ? c.route->config.peer : c.route->config.local;
-  sockaddr_storage storage{};
-  socklen_t size = 0;
-  if (to.is_unix()) {
-    auto* un = reinterpret_cast<sockaddr_un*>(&storage);
-    un->sun_family = AF_UNIX;
-    std::strncpy(un->sun_path, to.path.c_str(), sizeof un->sun_path - 1);
-    size = sizeof *un;
-  } else if (auto* v4 = reinterpret_cast<sockaddr_in*>(&storage); ::inet_pton(AF_INET, to.host == "localhost" ? "127.0.0.1" : to.host.c_str(), &v4->sin_addr) == 1) {
-    v4->sin_family = AF_INET;
-    v4->sin_port = htons(to.port);
-    size = sizeof *v4;
-  } else {
-    auto* v6 = reinterpret_cast<sockaddr_in6*>(&storage);
-    *v6 = {};
-    ::inet_pton(AF_INET6, to.host.c_str(), &v6->sin6_addr);
-    v6->sin6_family = AF_INET6;
-    v6->sin6_port = htons(to.port);
-    size = sizeof *v6;
+// ---- connections
+
+// Puts it into the queue, at the end, until it is attached.
+void Gate::wait(Conn& conn, Ticks retry_at) {
+  conn.phase = Conn::Phase::waiting;
+  conn.retry_at = retry_at;
+  if (conn.waiting_key) return;
+  conn.waiting_key = next_key_++;
+  // A connection that is tried over and over waits since the first time.
+  if (conn.tries <= 1) conn.wait_since = now_;
+  waiting_[conn.waiting_key] = &conn;
+  conn.route->waiting++;
+  if ((at_ == GateState::held || at_ == GateState::sealed) && !conn.counted_held) {
+    conn.counted_held = true;
+    ledger_.held++;
   }
-  c.backend = Fd(::socket(storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  c.backend_watch.added = false;
-  int rc = c.backend ? ::connect(c.backend.get(), reinterpret_cast<sockaddr*>(&storage), size) : -1;
-  if (rc != 0 && errno != EINPROGRESS) {
-    // The application is restarting, or its backlog is full: again in a moment, until the client's patience ends.
-    c.backend.reset();
-    c.retry_at = after(system_clock(), Millis(20));
-    waiting_.push_back(c.id);
-    return;
+}
+
+void Gate::unqueue(Conn& conn) {
+  if (!conn.waiting_key) return;
+  waiting_.erase(conn.waiting_key);
+  conn.waiting_key = 0;
+  conn.route->waiting--;
+}
+
+void Gate::serve_waiting() {
+  if (now_ > pace_at_) {
+    pace_ = std::min(4 * kStartsPerMs, pace_ + kStartsPerMs * static_cast<double>(now_ - pace_at_) / kMs);
+    pace_at_ = now_;
   }
-  c.route->waiting--;
-  c.phase = Connection::Phase::connecting;
+  if (at_ == GateState::held || at_ == GateState::sealed) return;
+  for (auto it = waiting_.begin(); it != waiting_.end() && pace_ >= 1 && connecting_ < kConnectingAtOnce;) {
+    Conn& conn = *it->second;
+    ++it;  // start() may take it out
+    if (conn.phase != Conn::Phase::waiting || conn.retry_at > now_ || !conn.prelude_done) continue;
+    pace_ -= 1;
+    start(conn);
+  }
+}
+
+void Gate::start(Conn& conn) {
+  if (at_ == GateState::held || at_ == GateState::sealed || !conn.prelude_done) return;
+  bool peer = at_ == GateState::open_peer;
+  if (peer && conn.marked) {
+    return end_gently(conn, "B");  // its own gate kept the client's bytes, and serves it
+  }
+  const Address& where = peer ? conn.route->config.peer : conn.route->config.local;
+  if (!is_set(where)) return try_later(conn);
+  int error = 0;
+  try {
+    conn.server = begin_connect(where, error, peer ? 0 : conn.route->config.mark);
+    if (error != 0 && error != EINPROGRESS) {
+      conn.server.reset();
+      return try_later(conn);
+    }
+    watch(conn.server.get(), &conn.server_slot, true);
+  } catch (const Error& e) {
+    if (now_ >= accept_again_) {
+      log(e.what());
+      accept_again_ = now_ + 1000 * kMs;
+    }
+    conn.server.reset();
+    return try_later(conn);
+  }
+  conn.to_peer = peer;
+  conn.phase = Conn::Phase::connecting;
   connecting_++;
-  if (rc == 0)
-    backend_ready(c);
-  else
-    interest(c);
+  if (error == 0) connected(conn);
 }
 
-void Gate::backend_ready(Connection& c) {
-  int err = 0;
-  socklen_t size = sizeof err;
-  ::getsockopt(c.backend.get(), SOL_SOCKET, SO_ERROR, &err, &size);
+// The connection behind it stands.
+void Gate::connected(Conn& conn) {
   connecting_--;
-  if (err) {
-    c.backend.reset();
-    c.backend_watch.added = false;
-    c.phase = Connection::Phase::waiting;
-    c.route->waiting++;
-    c.retry_at = after(system_clock(), Millis(20));
-    waiting_.push_back(c.id);
-    interest(c);
-    return;
-  }
+  conn.server_writable = true;
   int one = 1;
-  ::setsockopt(c.backend.get(), IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-  c.phase = Connection::Phase::open;
-  c.opened = system_clock().now();
-  if (c.counted_held) longest_wait_ms_ = std::max(longest_wait_ms_, ms_between(c.since, c.opened));
-  if (c.to_peer) c.route->to_peer++;
-  if (!c.to_peer && c.route->config.proxy_protocol && c.kept.empty()) c.up = proxy_line(c.client.get());
-  c.up += c.kept;
-  if (!c.to_peer) c.kept.clear();
-  pump(c);
-}
-
-// The backend is gone. A peer that closed before its first answer byte gave the connection back.
-void Gate::backend_lost(Connection& c) {
-  if (c.to_peer && !c.backend_spoke && c.kept_whole && !c.client_ended) {
-    c.backend.reset();
-    c.backend_watch.added = false;
-    c.backend_ended = c.up_shut = false;
-    c.up.clear();
-    c.up_at = 0;
-    c.down.clear();
-    c.down_at = 0;
-    c.retry_at = after(system_clock(), Millis(5));
-    start_waiting(c, c.since);
+  ::setsockopt(conn.server.get(), SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
+  if (conn.to_peer) {
+    const std::string& line = conn.client_name;
+    conn.phase = Conn::Phase::greeting;
+    if (::send(conn.server.get(), line.data(), line.size(), MSG_NOSIGNAL | MSG_DONTWAIT) !=
+        static_cast<ssize_t>(line.size()))
+      try_later(conn);
     return;
   }
-  close_connection(c);
+  if (conn.route->config.proxy_protocol) conn.up = conn.client_name;
+  conn.phase = Conn::Phase::attached;
+  work(conn);
 }
 
-void Gate::pump(Connection& c) {
-  if (c.phase != Connection::Phase::open || c.closing) return;
-  char chunk[kBuffer];
-  for (int round = 0; round < 8; round++) {
-    bool moved = false;
-    if (!c.client_ended && c.up_at == c.up.size()) {
-      ssize_t n = ::recv(c.client.get(), chunk, sizeof chunk, MSG_DONTWAIT);
-      if (n > 0) {
-        c.up.assign(chunk, static_cast<std::size_t>(n));
-        c.up_at = 0;
-        c.client_spoke = moved = true;
-        if (c.to_peer && !c.backend_spoke && c.kept_whole) {
-          c.kept.append(chunk, static_cast<std::size_t>(n));
-          if (c.kept.size() > kBuffer) c.kept_whole = false, c.kept.clear();
-        }
-      } else if (n == 0) {
-        c.client_ended = true;
-      } else if (errno != EAGAIN && errno != EINTR) {
-        close_connection(c);
-        return;
+void Gate::try_later(Conn& conn) {
+  if (conn.phase == Conn::Phase::connecting) connecting_--;
+  if (conn.phase == Conn::Phase::attached && now_ - conn.attached_at > 1000 * kMs) conn.tries = 0;
+  conn.detach();
+  conn.tries++;
+  wait(conn, now_ + std::min(200, 10 * conn.tries) * kMs);
+}
+
+void Gate::refuse(Conn& conn) {
+  if (conn.phase == Conn::Phase::connecting) connecting_--;
+  unqueue(conn);
+  conn.server.reset();
+  if (conn.marked) {
+    return end_gently(conn, "B");  // its own gate has its own limits
+  }
+  ledger_.dropped++;
+  conn.route->refused++;
+  end_gently(conn, kSorry);
+}
+
+// Says the last word and reads on until the client ends: closing with unread bytes would be a reset, which could overtake it.
+void Gate::end_gently(Conn& conn, std::string_view last) {
+  unqueue(conn);
+  ::send(conn.client.get(), last.data(), last.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
+  ::shutdown(conn.client.get(), SHUT_WR);
+  conn.phase = Conn::Phase::lingering;
+  conn.last_move = now_;
+  conn.client_readable = true;
+  lingering_.insert(&conn);
+  on_client(conn, 0);
+}
+
+void Gate::drop(Conn& conn) {
+  if (conn.phase == Conn::Phase::connecting) connecting_--;
+  unqueue(conn);
+  busy_.erase(&conn);
+  lingering_.erase(&conn);
+  spent_.erase(&conn);
+  conn.phase = Conn::Phase::dead;
+  conn.client.reset();
+  conn.server.reset();
+  auto it = conns_.find(&conn);
+  if (it == conns_.end()) return;
+  graves_.push_back(std::move(it->second));
+  conns_.erase(it);
+}
+
+// On hold: a connection of which neither side has seen a byte of the other goes back to the queue.
+void Gate::pull_back(Conn& conn) {
+  if (conn.phase == Conn::Phase::connecting) connecting_--;
+  busy_.erase(&conn);
+  conn.detach();
+  conn.tries = 0;
+  wait(conn, 0);
+}
+
+void Gate::on_client(Conn& conn, std::uint32_t events) {
+  if (events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) conn.client_readable = true;
+  if (events & (EPOLLOUT | EPOLLHUP | EPOLLERR)) conn.client_writable = true;
+  switch (conn.phase) {
+    case Conn::Phase::attached:
+      return work(conn);
+    case Conn::Phase::lingering: {
+      char buf[16384];
+      while (true) {
+        ssize_t n = ::recv(conn.client.get(), buf, sizeof buf, MSG_DONTWAIT);
+        if (n > 0 || (n < 0 && errno == EINTR)) continue;
+        if (n < 0 && errno == EAGAIN) return;
+        return drop(conn);
       }
     }
-    if (!c.backend_ended && c.down_at == c.down.size()) {
-      ssize_t n = ::recv(c.backend.get(), chunk, sizeof chunk, MSG_DONTWAIT);
-      if (n > 0) {
-        c.down.assign(chunk, static_cast<std::size_t>(n));
-        c.down_at = 0;
-        c.backend_spoke = moved = true;
-        c.kept.clear();
-      } else if (n == 0) {
-        c.backend_ended = true;
-        if (!c.backend_spoke) return backend_lost(c);
-      } else if (errno != EAGAIN && errno != EINTR) {
-        return backend_lost(c);
+    case Conn::Phase::waiting:
+    case Conn::Phase::connecting:
+    case Conn::Phase::greeting:
+      // The client gave up (both ways: a half-closed one still waits for its answer).
+      if (events & (EPOLLHUP | EPOLLERR)) return drop(conn);
+      if (!conn.prelude_done && conn.client_readable) {
+        bool ready = conn.read_prelude();
+        if (conn.phase == Conn::Phase::dead) return drop(conn);
+        if (ready && waiting_.size() == 1) start(conn);
       }
-    }
-    auto push = [&](const Fd& to, std::string& data, std::size_t& at) {
-      while (at < data.size()) {
-        ssize_t n = ::send(to.get(), data.data() + at, data.size() - at, MSG_NOSIGNAL | MSG_DONTWAIT);
-        if (n <= 0) return n < 0 && (errno == EAGAIN || errno == EINTR);
-        at += static_cast<std::size_t>(n);
-        moved = true;
-      }
-      data.clear();
-      at = 0;
-      return true;
-    };
-    if (!push(c.backend, c.up, c.up_at)) {
-      // A backend may answer and close before it has read all of an upload: its answer still counts.
-      if (!c.backend_spoke) return backend_lost(c);
-      c.up.clear();
-      c.up_at = 0;
-      c.client_ended = true;
-    }
-    if (!push(c.client, c.down, c.down_at)) {
-      close_connection(c);
       return;
-    }
-    if (!moved) break;
-  }
-  if (c.client_ended && c.up.empty() && !c.up_shut) {
-    c.up_shut = true;
-    ::shutdown(c.backend.get(), SHUT_WR);
-  }
-  if (c.backend_ended && c.down.empty() && !c.down_shut) {
-    c.down_shut = true;
-    ::shutdown(c.client.get(), SHUT_WR);
-  }
-  // The backend's end is the end: what the client still says has nobody to hear it.
-  if (c.backend_ended && c.down.empty()) {
-    close_connection(c);
-    return;
-  }
-  interest(c);
-}
-
-void Gate::interest(Connection& c) {
-  std::uint32_t client = 0, backend = 0;
-  if (c.phase == Connection::Phase::open) {
-    if (!c.client_ended && c.up_at == c.up.size()) client |= EPOLLIN;
-    if (c.down_at < c.down.size()) client |= EPOLLOUT;
-    if (!c.backend_ended && c.down_at == c.down.size()) backend |= EPOLLIN;
-    if (c.up_at < c.up.size()) backend |= EPOLLOUT;
-  } else if (c.phase == Connection::Phase::connecting) {
-    backend = EPOLLOUT;
-  }
-  watch(c.client.get(), &c.client_watch, client);
-  if (c.backend) watch(c.backend.get(), &c.backend_watch, backend);
-}
-
-void Gate::set_state(GateState state) {
-  gate_state_ = state;
-  if (state != GateState::HELD && state != GateState::SEALED) return;
-  // Connections on which nobody has said anything yet lose nothing by waiting for the other side.
-  Ticks now = system_clock().now();
-  for (auto& [id, c] : connections_) {
-    if (c->closing || c->client_spoke || c->backend_spoke || c->phase == Connection::Phase::waiting) continue;
-    if (c->phase == Connection::Phase::connecting) connecting_--;
-    c->backend.reset();
-    c->backend_watch.added = false;
-    c->up.clear();
-    c->up_at = 0;
-    start_waiting(*c, now);
-  }
-}
-
-Json Gate::status() {
-  Json routes = Json::array();
-  std::map<Route*, std::int64_t> flying;
-  Ticks oldest = 0, now = system_clock().now();
-  for (const auto& [id, c] : connections_)
-    if (in_flight(*c)) {
-      flying[c->route]++;
-      if (c->opened && (!oldest || c->opened < oldest)) oldest = c->opened;
-    }
-  std::int64_t waiting = 0;
-  for (const auto& [name, r] : routes_) {
-    waiting += static_cast<std::int64_t>(r->waiting);
-    routes.push_back({{"name", name}, {"accepted", r->accepted}, {"in_flight", flying[r.get()]}, {"waiting", r->waiting},
-                      {"from_peer", r->from_peer}, {"to_peer", r->to_peer}, {"refused", r->refused}});
-  }
-  return {{"state", gate_state_name(gate_state_)}, {"attempt", attempt_}, {"in_flight", count_in_flight()}, {"waiting", waiting},
-          {"oldest_ms", oldest ? static_cast<std::int64_t>(ms_between(oldest, now)) : 0}, {"routes", routes},
-          {"ledger", {{"held", held_}, {"longest_wait_ms", longest_wait_ms_}, {"dropped", dropped_}, {"cut", cut_}}}};
-}
-
-Json Gate::answer(const Json& request) {
-  std::string op = get_string(request, "op");
-  if (op == "alive") {
-    alive_ = system_clock().now();
-    return {{"state", gate_state_name(gate_state_)}};
-  }
-  if (op == "status" || op == "hello") return status();
-  if (op == "hold") {
-    std::int64_t attempt = get_int(request, "attempt");
-    if (gate_state_ == GateState::SEALED && before_hold_ != GateState::SEALED && attempt != attempt_)
-      throw Error(Code::state, "the gate is sealed for attempt " + std::to_string(attempt_), "only its agent unseals it");
-    if (gate_state_ != GateState::HELD && gate_state_ != GateState::SEALED) before_hold_ = gate_state_;
-    attempt_ = attempt;
-    timer_ms_ = get_int(request, "timer_ms");
-    alive_ = system_clock().now();
-    if (gate_state_ != GateState::SEALED) set_state(GateState::HELD);
-    return status();
-  }
-  if (op == "seal") {
-    std::int64_t attempt = get_int(request, "attempt");
-    if (gate_state_ == GateState::SEALED && attempt == attempt_) return status();
-    if (gate_state_ != GateState::HELD)
-      throw Error(Code::state, std::string("the gate is ") + gate_state_name(gate_state_) + ", not HELD: it cannot be sealed", "the attempt is over");
-    attempt_ = attempt;
-    set_state(GateState::SEALED);
-    return status();
-  }
-  if (op == "release") {
-    std::string to = get_string(request, "to");
-    if (to != "local" && to != "peer") throw Error(Code::usage, "release takes to: local or peer");
-    set_state(to == "local" ? GateState::OPEN_LOCAL : GateState::OPEN_PEER);
-    feed_waiting();
-    return {{"state", gate_state_name(gate_state_)}};
-  }
-  if (op == "cut") {
-    std::int64_t n = 0;
-    for (auto& [id, c] : connections_)
-      if (in_flight(*c)) close_connection(*c), n++;
-    cut_ += n;
-    return {{"cut", n}};
-  }
-  if (op == "ledger.reset") {
-    held_ = dropped_ = cut_ = 0;
-    longest_wait_ms_ = 0;
-    return Json::object();
-  }
-  if (op == "reload") {
-    load();
-    return status();
-  }
-  throw Error(Code::usage, "the gate has no op '" + op + "'");
-}
-
-void Gate::serve_control(Control& control) {
-  char chunk[4096];
-  ssize_t n = ::recv(control.fd.get(), chunk, sizeof chunk, MSG_DONTWAIT);
-  if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR)) {
-    controls_.erase(control.id);
-    return;
-  }
-  if (n > 0) control.in.append(chunk, static_cast<std::size_t>(n));
-  for (auto nl = control.in.find('\n'); nl != std::string::npos; nl = control.in.find('\n')) {
-    std::string line = control.in.substr(0, nl);
-    control.in.erase(0, nl + 1);
-    Json reply;
-    try {
-      reply = answer(parse_json(line, "a request to the gate"));
-      reply["ok"] = true;
-    } catch (const Error& e) {
-      reply = {{"error", error_to_json(e)}};
-    }
-    control.out += dump_line(reply) + "\n";
-  }
-  // Answers are small and the agent reads them: one that does not is let go.
-  if (!control.out.empty()) {
-    ssize_t sent = ::send(control.fd.get(), control.out.data(), control.out.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
-    if (sent != static_cast<ssize_t>(control.out.size())) {
-      controls_.erase(control.id);
+    case Conn::Phase::dead:
       return;
-    }
-    control.out.clear();
   }
 }
 
-void Gate::loop_once() {
-  epoll_event events[256];
-  bool pending = !waiting_.empty() && (gate_state_ == GateState::OPEN_LOCAL || gate_state_ == GateState::OPEN_PEER);
-  int n = ::epoll_wait(epoll_.get(), events, 256, pending ? 5 : 50);
-  if (n < 0 && errno != EINTR) throw errno_error(errno, "wait for", "events");
-  for (int i = 0; i < n; i++) {
-    auto* w = static_cast<Watched*>(events[i].data.ptr);
-    switch (w->kind) {
-      case Watched::Kind::control_listener: {
-        Fd fd(::accept4(control_listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
-        if (!fd) break;
-        auto control = std::make_unique<Control>();
-        control->id = next_id_++;
-        control->fd = std::move(fd);
-        control->watch.control = control.get();
-        watch(control->fd.get(), &control->watch, EPOLLIN);
-        controls_[control->id] = std::move(control);
-        break;
+void Gate::on_server(Conn& conn, std::uint32_t events) {
+  if (!conn.server) return;
+  if (conn.phase == Conn::Phase::connecting) {
+    // An event of an earlier connection may come here: only the socket itself tells.
+    pollfd p{conn.server.get(), POLLOUT, 0};
+    if (::poll(&p, 1, 0) <= 0) return;
+    int err = 0;
+    socklen_t size = sizeof err;
+    ::getsockopt(conn.server.get(), SOL_SOCKET, SO_ERROR, &err, &size);
+    if (err != 0) return try_later(conn);
+    if (events & EPOLLIN) conn.server_readable = true;
+    connected(conn);
+    if (conn.phase != Conn::Phase::greeting) return;
+  }
+  if (events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) conn.server_readable = true;
+  if (events & (EPOLLOUT | EPOLLHUP | EPOLLERR)) conn.server_writable = true;
+  if (conn.phase == Conn::Phase::greeting && conn.server_readable) {
+    if (conn.read_greeting() == Conn::After::reroute) return try_later(conn);
+    if (conn.phase == Conn::Phase::attached) work(conn);
+    return;
+  }
+  if (conn.phase == Conn::Phase::attached) work(conn);
+}
+
+void Gate::work(Conn& conn) {
+  if (conn.waiting_key) {
+    if (conn.counted_held)
+      ledger_.longest_wait_ms = std::max(ledger_.longest_wait_ms, ms_between(conn.wait_since, now_));
+    unqueue(conn);
+    conn.attached_at = now_;
+    if (conn.to_peer) {
+      conn.route->to_peer++;
+      std::int64_t second = now_ / (1000 * kMs);
+      Route::Second& cell = conn.route->to_peer_seconds[static_cast<std::size_t>(second % 60)];
+      if (cell.second != second) cell = {second, 0};
+      cell.count++;
+    }
+  }
+  bool more = false;
+  switch (conn.pump(now_, more)) {
+    case Conn::After::go_on:
+      if (more) busy_.insert(&conn);
+      else busy_.erase(&conn);
+      if (conn.spent()) spent_.insert(&conn);
+      return;
+    case Conn::After::reroute:
+      busy_.erase(&conn);
+      return try_later(conn);
+    case Conn::After::end:
+      return drop(conn);
+    case Conn::After::broken:
+      conn.reset_both();
+      return drop(conn);
+  }
+}
+
+bool Gate::in_flight(const Conn& conn) const {
+  if (conn.phase != Conn::Phase::attached) return false;
+  // Answered and ended by the application; the client's own end changes nothing any more.
+  return !(conn.spent() && now_ - conn.last_move >= 20 * kMs);
+}
+
+// ---- time
+
+void Gate::tick() {
+  if (at_ == GateState::held && now_ >= alive_until_)
+    enter(before_hold_, "the agent was not heard for " + std::to_string(timer_.count()) + " ms");
+  if (now_ < next_tick_) return;
+  next_tick_ = now_ + 20 * kMs;
+  std::vector<Conn*> over;
+  for (auto& [key, conn] : waiting_)
+    if (now_ - conn->wait_since >= conn->route->config.max_wait.count() * kMs) over.push_back(conn);
+  for (Conn* conn : over) refuse(*conn);
+  over.clear();
+  for (Conn* conn : lingering_)
+    if (now_ - conn->last_move >= kLinger) over.push_back(conn);
+  // A client that never closes what its application closed is not kept for ever.
+  for (Conn* conn : spent_)
+    if (now_ - conn->last_move >= kSpent) over.push_back(conn);
+  for (Conn* conn : over) drop(*conn);
+  if (now_ >= next_reload_) {
+    next_reload_ = now_ + (have_routes_ ? 1000 : 50) * kMs;
+    if (!have_routes_ && exists(state_dir_ + "/gate.json")) {
+      try {
+        reload();
+      } catch (const Error& e) {
+        log(e.what());
+        next_reload_ = now_ + 1000 * kMs;
       }
-      case Watched::Kind::listener: accept_all(*w->route, false); break;
-      case Watched::Kind::marked_listener: accept_all(*w->route, true); break;
-      case Watched::Kind::control: serve_control(*w->control); break;
-      case Watched::Kind::client:
-        if (w->connection->closing) break;
-        if (w->connection->phase == Connection::Phase::open) {
-          pump(*w->connection);
-        } else if (events[i].events & (EPOLLHUP | EPOLLERR)) {
-          close_connection(*w->connection);   // gave up waiting
-        }
-        break;
-      case Watched::Kind::backend:
-        if (w->connection->closing) break;
-        if (w->connection->phase == Connection::Phase::connecting)
-          backend_ready(*w->connection);
-        else
-          pump(*w->connection);
-        break;
     }
+    for (auto& [name, route] : routes_)
+      if (!route->trouble.empty()) open_listeners(*route);
   }
-  Ticks now = system_clock().now();
-  if (gate_state_ == GateState::HELD && ms_between(alive_, now) > static_cast<double>(timer_ms_)) set_state(before_hold_);
-  feed_waiting();
-  for (std::uint64_t id : doomed_) connections_.erase(id);
-  doomed_.clear();
 }
 
-void Gate::run(const std::atomic<bool>& stop, std::atomic<bool>& reload) {
-  load();
-  while (!stop) {
-    if (reload) {
-      reload = false;
-      load();
+// Milliseconds that epoll_wait may sleep.
+int Gate::patience() const {
+  if (!busy_.empty()) return 0;
+  bool open = at_ == GateState::open_local || at_ == GateState::open_peer;
+  if (open && !waiting_.empty()) return 1;
+  if (!have_routes_) return 50;
+  if (at_ == GateState::held || !waiting_.empty()) return 10;
+  if (!lingering_.empty() || !spent_.empty()) return 100;
+  return 1000;
+}
+
+void Gate::run() {
+  epoll_event events[512];
+  now_ = system_clock().now();
+  while (running_) {
+    tick();
+    serve_waiting();
+    graves_.clear();
+    asking_graves_.clear();
+    route_graves_.clear();
+    int n = ::epoll_wait(epoll_.get(), events, 512, patience());
+    if (n < 0 && errno != EINTR) throw errno_error(errno, "epoll_wait", "the gate");
+    now_ = system_clock().now();
+    for (int i = 0; i < n; i++) {
+      Slot* slot = static_cast<Slot*>(events[i].data.ptr);
+      std::uint32_t e = events[i].events;
+      switch (slot->kind) {
+        case Slot::Kind::listener: accept_all(*static_cast<Route*>(slot->owner), false); break;
+        case Slot::Kind::marked_listener: accept_all(*static_cast<Route*>(slot->owner), true); break;
+        case Slot::Kind::control: answer_all(); break;
+        case Slot::Kind::asking: on_asking(*static_cast<Asking*>(slot->owner)); break;
+        case Slot::Kind::client: on_client(*static_cast<Conn*>(slot->owner), e); break;
+        case Slot::Kind::server: on_server(*static_cast<Conn*>(slot->owner), e); break;
+        case Slot::Kind::wake: running_ = false; break;
+        case Slot::Kind::signals: {
+          signalfd_siginfo info{};
+          if (::read(signals_, &info, sizeof info) != sizeof info) break;
+          if (info.ssi_signo != SIGHUP) {
+            running_ = false;
+            break;
+          }
+          try {
+            reload();
+          } catch (const Error& err) {
+            log(err.what());
+          }
+          break;
+        }
+      }
     }
-    loop_once();
+    std::vector<Conn*> again(busy_.begin(), busy_.end());
+    for (Conn* conn : again)
+      if (conn->phase == Conn::Phase::attached) work(*conn);
   }
 }
 

@@ -208,6 +208,26 @@ Fd connect_to(const Address& where, Deadline deadline, const std::string& as_use
   return fd;
 }
 
+Address resolved(const Address& where) {
+  Address a = where;
+  if (!a.is_unix()) a.host = resolve(a.host);
+  return a;
+}
+
+Fd begin_connect(const Address& where, int& error, std::uint32_t mark) {
+  RawAddress r = raw(where);
+  Fd fd(::socket(r.get()->sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  if (!fd) throw errno_error(errno, "make a socket for", where.text());
+  if (!where.is_unix()) {
+    int one = 1;
+    ::setsockopt(fd.get(), IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    if (mark && ::setsockopt(fd.get(), SOL_SOCKET, SO_MARK, &mark, sizeof mark) != 0)
+      throw errno_error(errno, "mark a connection to", where.text(), "run the gate as root");
+  }
+  error = ::connect(fd.get(), r.get(), r.size) == 0 ? 0 : errno;
+  return fd;
+}
+
 std::optional<Fd> accept_from(const Fd& listener, Deadline deadline, const std::atomic<bool>* stop) {
   while (true) {
     if (stop && *stop) return std::nullopt;

@@ -32,6 +32,13 @@ std::uint16_t local_port(const Fd& listener);
 // authentication sees (SO_PEERCRED takes the credentials at connect); needs root. Throws Error(unreachable).
 Fd connect_to(const Address& where, Deadline deadline, const std::string& as_user = {});
 
+// The same address with a numeric host; a name is looked up (see Address), which may take seconds.
+Address resolved(const Address& where);
+// Starts to connect without ever blocking, to a resolved() address. `error` is 0 when connected, EINPROGRESS when a
+// writable socket will tell (SO_ERROR), otherwise what connect(2) said: EAGAIN is a unix socket with a full backlog. `mark`
+// (0: none) is set on the socket for the packet filter; it needs CAP_NET_ADMIN. Throws Error(io) without a socket to use.
+Fd begin_connect(const Address& where, int& error, std::uint32_t mark = 0);
+
 // Waits for a connection; nullopt at the deadline or when `stop` becomes true (looked at every 100 ms).
 std::optional<Fd> accept_from(const Fd& listener, Deadline deadline, const std::atomic<bool>* stop = nullptr);
 
