@@ -170,6 +170,11 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
   PgFlow f = flow(database, Side::source);
   std::string snapshot = hold_snapshot(c, database, f);
   c.progress({.store = config_.name, .phase = "schema", .detail = database});
+  // Until the triggers are there nobody but superusers may connect: an application that is pointed at the new server too early must
+  // not write between its tables' making and their closing.
+  auto admin = session(c, Side::target, server(Side::target).admin_database);
+  auto limit = session(c, Side::source, database)->value("SELECT datconnlimit FROM pg_database WHERE datname = current_database()");
+  admin->exec("ALTER DATABASE " + pg_identifier(database) + " CONNECTION LIMIT 0");
   restore_section(c, database, "pre-data", snapshot);
   // From its first table on the target refuses its application, and everybody but the copy's own sessions, until the commit opens it.
   const std::string elsewhere = "the source serves until the switch";
@@ -178,6 +183,7 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
     install_fence(c, *target, Side::target, tables(*target), true);
     target->exec(pgsql::fence_function_while_copying(elsewhere));
   }
+  admin->exec("ALTER DATABASE " + pg_identifier(database) + " CONNECTION LIMIT " + limit);
 
   std::vector<PgTable> all;
   {

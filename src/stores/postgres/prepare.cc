@@ -236,7 +236,7 @@ void PostgresStore::create_database(StoreContext& c, const std::string& database
     made.push_back(database);
     c.remember(key("made"), made);
     to->exec("CREATE DATABASE " + pg_identifier(database) + " TEMPLATE template0 ENCODING " + pg_literal(*r[0]) + " LC_COLLATE " + pg_literal(*r[1]) +
-             " LC_CTYPE " + pg_literal(*r[2]) + " OWNER " + pg_identifier(*r[3]) + " CONNECTION LIMIT " + *r[4]);
+             " LC_CTYPE " + pg_literal(*r[2]) + " OWNER " + pg_identifier(*r[3]) + " CONNECTION LIMIT 0");
   }
   for (auto& s : from->query("SELECT coalesce(r.rolname, ''), unnest(s.setconfig) FROM pg_db_role_setting s LEFT JOIN pg_roles r ON r.oid = s.setrole "
                              "WHERE s.setdatabase = " + *r[5])) {
