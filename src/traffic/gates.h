@@ -43,7 +43,6 @@ std::vector<std::string> common_notes(const Deployment&, const TrafficConfig&);
 
 // The drivers.
 std::unique_ptr<Traffic> make_listen(const Deployment&, const TrafficConfig&);
-std::unique_ptr<Traffic> make_redirect(const Deployment&, const TrafficConfig&);
 std::unique_ptr<Traffic> make_unix_socket(const Deployment&, const TrafficConfig&);
 std::unique_ptr<Traffic> make_nginx(const Deployment&, const TrafficConfig&);
 

@@ -15,7 +15,7 @@ class ListenTraffic : public Traffic {
       if (t_.on[s].listen == t_.on[s].application)
         found.push_back({Finding::Level::error, "traffic.same_address", ctx.at(s).label() + ": traffic " + t_.name,
                          "the gate and the application cannot both listen at " + t_.on[s].listen,
-                         "give the application another address, or use take: redirect"});
+                         "give the application another address"});
     return found;
   }
 
