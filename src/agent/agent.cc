@@ -64,7 +64,6 @@ Agent::Agent(AgentOptions options)
       record_file_(std::make_unique<LazyRecordFile>(options_.state + "/record")),
       record_(*record_file_),
       actions_(options_.state + "/actions.json", [this](const std::string& l) { log(l); }),
-      children_([this](const std::string& l) { log(l); }),
       freezer_(tag_of(options_.state), [this](const std::string& l) { log(l); }),
       gate_(options_.state, [this](const std::string& l) { log(l); }),
       link_({options_.state, [this] { return peer_hello(); },
@@ -78,6 +77,8 @@ Agent::Agent(AgentOptions options)
              [this] { attempt_.wake(); }, [this](const std::string& l) { log(l); }}),
       listeners_(link_, [this](const std::string& l) { log(l); }),
       journal_(options_.state + "/journal.jsonl"),
+      lag_(options_.state + "/lag.jsonl"),
+      children_([this](const std::string& l) { log(l); }, [this](const std::string& s, std::int64_t b, std::int64_t ms) { sample_lag(s, b, ms); }),
       attempt_({AgentSide::source, system_clock(), record_, *this, gate_, *this}) {
   for (const char* dir : {"", "/run", "/run/l", "/log", "/credentials", "/bin"}) make_directories(options_.state + dir);
   lock_ = Fd(::open((options_.state + "/run/agent.lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
@@ -122,6 +123,12 @@ void Agent::log(const std::string& line) {
 }
 
 Fd Agent::open_peer(const Json& request, Deadline deadline) { return link_.open(request, deadline); }
+
+// The side that does not serve may hold a follower prepared for the way back, which stands still on purpose.
+void Agent::sample_lag(const std::string& store, std::int64_t bytes, std::int64_t ms) {
+  auto r = attempt_.record();
+  if (r && name_of(r->serves) == side()) lag_.add(store, bytes, ms);
+}
 
 Json Agent::config(const char* key) const {
   std::lock_guard lock(config_mutex_);

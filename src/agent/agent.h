@@ -19,6 +19,7 @@
 #include "agent/freezer.h"
 #include "agent/gate_keeper.h"
 #include "agent/journal_file.h"
+#include "agent/lag.h"
 #include "agent/link.h"
 #include "agent/listeners.h"
 #include "agent/module.h"
@@ -50,6 +51,7 @@ class Agent : public AgentHost, private AttemptHands, private AttemptPeer {
   std::string side() const override;
   void log(const std::string& line) override;
   Fd open_peer(const Json& request, Deadline deadline) override;
+  void sample_lag(const std::string& store, std::int64_t bytes, std::int64_t ms) override;
   const std::atomic<bool>& stopping() const override { return stopping_; }
 
  private:
@@ -106,6 +108,7 @@ class Agent : public AgentHost, private AttemptHands, private AttemptPeer {
   Json op_keep_drop(const Json&, AgentConnection&);
   Json op_journal_append(const Json&, AgentConnection&);
   Json op_journal_read(const Json&, AgentConnection&);
+  Json op_lag_read(const Json&, AgentConnection&);
   Json op_shutdown(const Json&, AgentConnection&);
   // ops_resident.cc
   Json op_link_set(const Json&, AgentConnection&);
@@ -162,12 +165,13 @@ class Agent : public AgentHost, private AttemptHands, private AttemptPeer {
   RecordStore record_;
   Relays relays_;
   Actions actions_;
-  Children children_;
   Freezer freezer_;
   GateKeeper gate_;
   Link link_;
   Listeners listeners_;
   JournalFile journal_;
+  LagSeries lag_;
+  Children children_;                // its programs report to lag_
   Attempt attempt_;
   std::vector<std::unique_ptr<AgentModule>> modules_;
 

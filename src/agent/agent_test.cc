@@ -55,6 +55,38 @@ Code code_of(const std::function<void()>& f) {
   return Code::internal;
 }
 
+TEST(LagSeries, ThinsAndOutlivesAnAgent) {
+  TempDir dir;
+  std::string path = dir.path() + "/lag.jsonl";
+  {
+    LagSeries series(path, 100, 0);
+    for (int i = 0; i < 150; i++) series.add("db", i, 0);
+  }
+  LagSeries again(path, 100, 0);
+  Json all = again.read(0, 1000);
+  EXPECT_LE(all.size(), 100u);
+  EXPECT_GE(all.size(), 50u);
+  EXPECT_EQ(get_int(all.back(), "bytes"), 149);
+  EXPECT_LE(again.read(0, 10).size(), 11u);
+  EXPECT_EQ(get_int(again.read(0, 10).back(), "bytes"), 149);
+  EXPECT_TRUE(again.read(get_int(all.back(), "at"), 10).empty());
+}
+
+TEST(Agent, AChildsLagIsASampleAndNoOutput) {
+  TempDir dir;
+  Running a(dir.path());
+  a.call("record.init", {{"side", "source"}, {"name", "x"}, {"serves", "source"}});
+  a.call("child.set", {{"name", "w"}, {"argv", {"sh", "-c", "echo lag db 4711 12; echo lag of another kind; sleep 60"}}, {"restart_ms", 60000}});
+  Json samples;
+  for (int i = 0; i < 200 && samples.empty(); i++) {
+    samples = a.call("lag.read").at("samples");
+    system_clock().sleep(Millis(20));
+  }
+  ASSERT_EQ(samples.size(), 1u);
+  EXPECT_EQ(get_int(samples[0], "bytes"), 4711);
+  EXPECT_EQ(a.call("child.status", {{"name", "w"}}).at("tail"), Json({"lag of another kind"}));
+}
+
 TEST(Agent, ProgramsAndFiles) {
   TempDir dir;
   Running a(dir.path());

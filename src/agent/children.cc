@@ -4,6 +4,9 @@
 #include <signal.h>
 
 #include <cerrno>
+#include <charconv>
+
+#include "base/text.h"
 
 namespace rehome {
 namespace {
@@ -29,6 +32,7 @@ void Children::loop(One& one) {
   while (!one.stop) {
     std::string partial;
     auto say = [&](std::string line) {
+      if (is_sample(line)) return;
       std::lock_guard lock(one.mutex);
       if (line.size() > 1000) line.resize(1000);
       one.tail.push_back(std::move(line));
@@ -98,6 +102,19 @@ void Children::loop(One& one) {
     }
     for (Deadline d = Deadline::in(one.restart); !one.stop && !d.passed();) system_clock().sleep(d.left(Millis(50)));
   }
+}
+
+bool Children::is_sample(const std::string& line) const {
+  if (!line.starts_with("lag ")) return false;
+  auto words = split(line, ' ');
+  std::int64_t bytes = 0, ms = 0;
+  auto number = [](const std::string& w, std::int64_t& n) {
+    auto [end, error] = std::from_chars(w.data(), w.data() + w.size(), n);
+    return error == std::errc() && end == w.data() + w.size();
+  };
+  if (words.size() != 4 || !number(words[2], bytes) || !number(words[3], ms)) return false;
+  sample_(words[1], bytes, ms);
+  return true;
 }
 
 bool Children::drop(const std::string& name) {

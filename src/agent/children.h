@@ -17,7 +17,9 @@ namespace rehome {
 
 class Children {
  public:
-  explicit Children(std::function<void(const std::string&)> log) : log_(std::move(log)) {}
+  using Sample = std::function<void(const std::string& store, std::int64_t bytes, std::int64_t ms)>;
+  // A line of output "lag STORE BYTES MS" goes to `sample`, every other one to the tail that status shows.
+  Children(std::function<void(const std::string&)> log, Sample sample) : log_(std::move(log)), sample_(std::move(sample)) {}
   ~Children() { stop(); }
   // Replaces the child of that name; it is started at once and again `restart` after each end.
   void set(const std::string& name, const Command& command, Millis restart);
@@ -40,8 +42,10 @@ class Children {
   };
   void loop(One& one);
   static Json describe(const One& one);
+  bool is_sample(const std::string& line) const;
 
   std::function<void(const std::string&)> log_;
+  Sample sample_;
   mutable std::mutex mutex_;
   std::map<std::string, std::unique_ptr<One>> all_;
 };

@@ -22,6 +22,8 @@ class AgentHost {
   // A connection to the other agent on which `request` was answered {"ok": true}: a raw stream from there, or more
   // request lines. Throws Error(unreachable) while the link is down.
   virtual Fd open_peer(const Json& request, Deadline deadline) = 0;
+  // How far behind a store is, for the report; see agent/lag.h.
+  virtual void sample_lag(const std::string& store, std::int64_t bytes, std::int64_t ms) = 0;
   virtual const std::atomic<bool>& stopping() const = 0;
 };
 

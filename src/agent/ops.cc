@@ -17,6 +17,7 @@ const std::map<std::string, Agent::Op>& Agent::ops() {
       {"keep.drop", {&Agent::op_keep_drop, true}},
       {"journal.append", {&Agent::op_journal_append, true}},
       {"journal.read", {&Agent::op_journal_read, false}},
+      {"lag.read", {&Agent::op_lag_read, false}},
       {"shutdown", {&Agent::op_shutdown, true}},
       {"link.set", {&Agent::op_link_set, true}},
       {"service.set", {&Agent::op_service_set, true}},

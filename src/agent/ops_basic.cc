@@ -186,6 +186,10 @@ Json Agent::op_journal_read(const Json& request, AgentConnection&) {
   return {{"lines", lines}, {"next", next}};
 }
 
+Json Agent::op_lag_read(const Json& request, AgentConnection&) {
+  return {{"samples", lag_.read(get_int(request, "from_us", 0), static_cast<std::size_t>(std::max<std::int64_t>(1, get_int(request, "limit", 500))))}};
+}
+
 Json Agent::op_shutdown(const Json& request, AgentConnection& c) {
   log("shutdown is asked for");
   if (get_bool(request, "remove", false)) {

@@ -117,6 +117,7 @@ int begin(const BeginOptions& o) {
 
 int verify(const VerifyOptions& o) {
   Run run(load_deployment(o.file), Run::Mode::control);
+  run.collect_lag();
   listen(run, o.emit);
   require_phase(run, {"following", "switched"}, "verify");
   bool equal = true;
@@ -134,6 +135,7 @@ int verify(const VerifyOptions& o) {
 
 int switch_over(const SwitchOptions& o) {
   Run run(load_deployment(o.file), Run::Mode::control);
+  run.collect_lag();
   listen(run, o.emit);
   require_phase(run, {"following"}, "switch");
   if (o.recopy)
@@ -174,6 +176,7 @@ int reverse(const ReverseOptions& o) {
     return 0;
   }
   Run run(load_deployment(o.file), Run::Mode::control);
+  run.collect_lag();
   listen(run, o.emit);
   require_phase(run, {"switched", "following"}, "reverse");
   Side serving = run.serves();
@@ -202,6 +205,7 @@ int complete(const CompleteOptions& o) {
     }
   }
   Run run(load_deployment(o.file), Run::Mode::control);
+  run.collect_lag();
   listen(run, o.emit);
   require_phase(run, {"switched", "completing"}, "complete");
   Side serving = run.serves();
@@ -234,6 +238,7 @@ int complete(const CompleteOptions& o) {
 
 int cancel(const CancelOptions& o) {
   Run run(load_deployment(o.file), Run::Mode::control);
+  run.collect_lag();
   listen(run, o.emit);
   if (run.phase() == "switched") throw Error(Code::state, "the target serves: cancel would lose its writes", "rehome reverse first");
   run.site(Side::source).call("attempt.cancel", Json::object(), Deadline::in(Millis(60000)));
@@ -278,6 +283,7 @@ int resume(const ResumeOptions& o) {
     return 0;
   }
   Run run(load_deployment(o.file), Run::Mode::control);
+  run.collect_lag();
   listen(run, o.emit);
   std::string phase = run.phase();
   if (phase == "none" || phase == "begun") {
@@ -366,7 +372,13 @@ std::vector<Json> report_entries(const ReportOptions& o) {
   Deployment deployment = load_deployment(o.file);
   try {
     Run run(deployment, Run::Mode::observe, true);
-    return run.journal().entries();
+    std::vector<Json> entries = run.journal().entries();
+    for (Json& s : run.lag_samples()) {
+      s["kind"] = "lag";
+      s["at"] = s["at_us"];
+      entries.push_back(std::move(s));
+    }
+    return entries;
   } catch (const Error& e) {
     if (e.code != Code::state) throw;
   }

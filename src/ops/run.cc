@@ -179,6 +179,26 @@ Side Run::serves() {
   return best->serves == "target" ? Side::target : Side::source;
 }
 
+std::vector<Json> Run::lag_samples() {
+  std::vector<Json> all;
+  for (Side side : {Side::source, Side::target}) {
+    if (!sites_[side]) continue;
+    std::int64_t seen = 0;
+    for (const auto& e : journal_->of_kind("lag"))
+      if (get_string(e, "side", "") == side_name(side)) seen = std::max(seen, get_int(e, "at_us", 0));
+    Json answer = sites_[side]->call("lag.read", {{"from_us", seen}, {"limit", 400}});
+    for (const auto& s : answer.at("samples"))
+      all.push_back({{"side", side_name(side)}, {"store", s.at("store")}, {"bytes", s.at("bytes")}, {"ms", s.at("ms")}, {"at_us", s.at("at")}});
+  }
+  return all;
+}
+
+void Run::collect_lag() {
+  journal_->hold_back();
+  for (const auto& s : lag_samples()) journal_->append("lag", s);
+  journal_->flush();
+}
+
 std::string Run::archive() {
   std::string directory = archive_directory();
   make_directories(directory);

@@ -52,6 +52,11 @@ class Run {
   void set_phase(const std::string& phase) { journal_->set_fact("phase", phase); }
   bool allow_restart = false;
 
+  // What the agents have sampled of the stores' lag since the journal's last entry of it; entries without n.
+  std::vector<Json> lag_samples();
+  // Writes them into the journal.
+  void collect_lag();
+
   // Moves the journal to the controller's archive, so that report works after complete and cancel; the path.
   std::string archive();
 

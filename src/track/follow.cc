@@ -130,12 +130,18 @@ void Follower::loop() {
         pass(false, Deadline::in(std::chrono::minutes(30)), bandwidth);
       }
       retry = Millis(200);
-      std::lock_guard lock(mutex_);
-      trouble_.clear();
+      {
+        std::lock_guard lock(mutex_);
+        trouble_.clear();
+      }
+      sample_lag();
     } catch (const Error& e) {
       std::unique_lock lock(mutex_);
       if (trouble_ != e.message) host_.log("files " + store_ + ": " + e.message);
       trouble_ = e.message + (e.hint.empty() ? "" : " (" + e.hint + ")");
+      lock.unlock();
+      sample_lag();
+      lock.lock();
       if (copy) {
         copying_ = false;
         copy_failures_++;
@@ -145,6 +151,17 @@ void Follower::loop() {
       retry = std::min(retry * 2, Millis(5000));
     }
   }
+}
+
+// Bytes are not known before they are sent: how long ago both sides were equal is.
+void Follower::sample_lag() {
+  std::int64_t ms;
+  {
+    std::lock_guard lock(mutex_);
+    if (!copied_ || interval_.count() == 0) return;
+    ms = clean_at_ ? static_cast<std::int64_t>(ms_between(clean_at_, system_clock().now())) : 0;
+  }
+  host_.sample_lag(store_, 0, ms);
 }
 
 Channel& Follower::channel(Deadline deadline) {

@@ -58,6 +58,7 @@ class Follower {
 
  private:
   void loop();
+  void sample_lag();
   Flushed pass(bool final, Deadline deadline, std::int64_t bandwidth);
   void whole_tree(Dirty dirty, std::int64_t bandwidth, bool copy);
   std::vector<Writer> add_mapped(bool final);

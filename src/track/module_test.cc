@@ -88,6 +88,7 @@ class FakeAgent : public AgentHost {
     if (answer.contains("error")) throw error_from_json(answer["error"]);
     return fd;
   }
+  void sample_lag(const std::string&, std::int64_t, std::int64_t) override {}
   const std::atomic<bool>& stopping() const override { return stopping_; }
   std::string log_text() {
     std::lock_guard lock(mutex_);

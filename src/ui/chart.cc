@@ -52,6 +52,13 @@ std::string lag_chart(const Story& story) {
   for (const auto& [name, lag] : story.lag) {
     if (lag.empty()) continue;
     auto worst = std::max_element(lag.begin(), lag.end(), [](const StoryLag& a, const StoryLag& b) { return a.bytes < b.bytes; });
+    if (worst->bytes == 0) {
+      // A store that does not know bytes before it sends them says for how long it was behind.
+      double ms = 0;
+      for (const auto& p : lag) ms = std::max(ms, p.ms);
+      out += "<span>" + esc(name) + ": at most " + human_duration(Millis(std::llround(ms))) + "</span>";
+      continue;
+    }
     std::string c = std::to_string(i++ % 4);
     out += "<span><span class=\"sw b" + c + "\"></span>" + esc(name) + ": at most " + human_bytes(worst->bytes) + ", at the end " + human_bytes(lag.back().bytes) + "</span>";
     svg += "<polyline class=\"line l" + c + "\" points=\"";

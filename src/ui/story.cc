@@ -29,7 +29,7 @@ class Teller {
     else if (kind == "step") step(e);
     else if (kind == "change") story.changes.push_back({at_, str(e, "what"), where(e), str(e, "undo", str(e, "undone_by"))});
     else if (kind == "fact") fact(e);
-    else if (kind == "lag") story.lag[str(e, "store")].push_back({at_, whole(e, "bytes"), num(e, "ms")});
+    else if (kind == "lag") story.lag[str(e, "store")].push_back({whole(e, "at_us", at_), whole(e, "bytes"), num(e, "ms")});
     else if (kind == "phase") attempt(e).phases.push_back({str(e, "name"), said(at(e, "error")), num(e, "ms")});
     else if (kind == "ledger") ledger_ = e;
     else if (kind == "pause") pause(e);

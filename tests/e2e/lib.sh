@@ -115,13 +115,13 @@ probe() { # NAME: probe writers on both sides, from admin
   background+=($!)
 }
 
-# judge NAME HOST YIELDED [history names...]: the verdict on what the clients were told, when HOST serves
+# judge NAME HOST YIELDED [history names... [-- names of histories of before]]: the verdict on what the clients were told, when HOST serves
 judge() {
   local name=$1 host=$2 yielded=$3
   shift 3
-  local args=() h other=old
+  local args=() h other=old which=--history
   for h in "$@"; do
-    args+=(--history "$world/shared/$h.history")
+    if [ "$h" = -- ]; then which=--earlier; else args+=($which "$world/shared/$h.history"); fi
   done
   [ "$host" = new ] || other=new
   # Before begin and after cancel there is no second database to look for an order in.

@@ -83,14 +83,17 @@ void settle_probes(std::vector<ProbeSeen>& probes, const std::string& side, Sess
 
 int run_check(int argc, char** argv) {
   Options o(argc, argv,
-            {"history", "probes", "serving", "files", "yielding-side", "other", "other-files", "json", "findings"}, {});
+            {"history", "earlier", "probes", "serving", "files", "yielding-side", "other", "other-files", "json", "findings"}, {});
   const std::string yielding = o.get("yielding-side", "");
   if (!yielding.empty() && yielding != "source" && yielding != "target")
     throw Error(Code::usage, "--yielding-side is source or target");
   if (o.has("probes") && yielding.empty())
     throw Error(Code::usage, "--probes needs --yielding-side, or they cannot be judged");
   o.need("history");
-  const auto orders = read_lines(o.all("history"), parse_order);
+  // Orders of before must be there as well; how long they waited is another switch's matter.
+  const auto later = read_lines(o.all("history"), parse_order);
+  auto orders = read_lines(o.all("earlier"), parse_order);
+  orders.insert(orders.end(), later.begin(), later.end());
   auto probes = read_lines(o.all("probes"), parse_probe);
   Session serving(o.need("serving"));
   const Stored held = read_side(serving, o.need("files"), orders);
@@ -100,17 +103,22 @@ int run_check(int argc, char** argv) {
     other_held = read_side(other, o.get("other-files", ""), orders);
     if (!yielding.empty()) settle_probes(probes, yielding, other);
   }
-  const Verdict v = judge(orders, probes, held, yielding, other_held);
+  Verdict v = judge(orders, probes, held, yielding, other_held);
+  const Verdict waits = judge(later, {}, held, "", std::nullopt);
+  v.longest_wait_ms = waits.longest_wait_ms;
+  v.longest_wait_at_us = waits.longest_wait_at_us;
+  std::int64_t first_us = later.empty() ? 0 : later.front().start_us;
+  for (const auto& order : later) first_us = std::min(first_us, order.start_us);
 
   const auto most = static_cast<std::size_t>(o.number("findings", 20));
   for (std::size_t i = 0; i < v.findings.size() && i < most; ++i) std::printf("%s\n", v.findings[i].c_str());
   if (v.findings.size() > most) std::printf("... and %zu more\n", v.findings.size() - most);
   std::printf("acknowledged    %lld\nlost            %lld\ndoubled         %lld\nfailed          %lld\n"
-              "longest wait    %s, from %lld us\nboth accepting  %lld\nresets          %lld\n",
+              "longest wait    %s, %.1f s after the first order\nboth accepting  %lld\nresets          %lld\n",
               static_cast<long long>(v.acknowledged), static_cast<long long>(v.lost),
               static_cast<long long>(v.doubled), static_cast<long long>(v.failed),
               human_duration(Millis(static_cast<std::int64_t>(v.longest_wait_ms))).c_str(),
-              static_cast<long long>(v.longest_wait_at_us), static_cast<long long>(v.both_accepting),
+              static_cast<double>(v.longest_wait_at_us - first_us) / 1e6, static_cast<long long>(v.both_accepting),
               static_cast<long long>(v.resets));
   if (o.has("json"))
     write_durably(o.need("json"),

@@ -20,28 +20,36 @@ void PostgresStore::follow(StoreContext& c) {
     if (c.recall(key("ddl_seen", database)).is_null())
       c.remember(key("ddl_seen", database), s->number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log"));
   }
-  // The agent's own watcher: it needs no controller, and drops our slots, never the source's disk.
-  const PostgresServer& pg = server(Side::source);
-  std::string limit = std::to_string(c.deployment.limits.wal_kept);
-  std::string script = "\\set QUIET on\n\\pset tuples_only on\nSELECT format('slot %s dropped: it kept %s bytes', slot_name, "
-                       "pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)), pg_terminate_backend(active_pid), pg_sleep(0.2), "
-                       "pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name LIKE 'rehome\\_" + tag_ +
-                       "\\_%' AND pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) > " + limit + " \\watch 5\n";
-  std::vector<std::pair<std::string, std::string>> credentials;
+  for (Side side : {Side::source, Side::target}) watch_wal(c, side);
+}
+
+// The agent's own watcher at a server that may publish: it needs no controller. It drops our slots, never that server's disk, and
+// tells the agent how far behind the other side is ("lag STORE BYTES MS", see agent/children.h).
+void PostgresStore::watch_wal(StoreContext& c, Side side) {
+  const PostgresServer& pg = server(side);
+  const std::string ours = "slot_name LIKE 'rehome\\_" + tag_ + "\\_%'";
+  std::string script = "\\set QUIET on\n\\pset tuples_only on\n\\pset format unaligned\n"
+                       "SELECT format('slot %s dropped: it kept %s bytes', slot_name, pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)) || "
+                       "left(concat(pg_terminate_backend(active_pid), pg_sleep(0.2), pg_drop_replication_slot(slot_name)), 0) "
+                       "FROM pg_replication_slots WHERE " + ours + " AND pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) > " + std::to_string(c.deployment.limits.wal_kept) +
+                       " UNION ALL SELECT format('lag " + config_.name + " %s %s', sum(pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn))::bigint, "
+                       "coalesce(max(extract(epoch FROM r.replay_lag) * 1000), 0)::bigint) FROM pg_replication_slots s LEFT JOIN pg_stat_replication r ON r.pid = s.active_pid WHERE s." + ours +
+                       " HAVING count(*) > 0 \\watch 5\n";
   std::string info = "host=" + pg.host + " port=" + std::to_string(pg.port) + " user=" + pg.user + " dbname=" + pg.admin_database + " application_name=rehome_watch";
-  std::string password = secret(Side::source, pg.admin_database);
+  std::string password = secret(side, pg.admin_database);
+  Site& site = c.at(side);
   if (!password.empty()) {
-    std::string file = c.source.state() + "/credentials/" + config_.name + ".source.pgpass";
+    std::string file = site.state() + "/credentials/" + config_.name + "." + std::string(side_name(side)) + ".pgpass";
     std::string escaped;
     for (char ch : password) {
       if (ch == ':' || ch == '\\') escaped += '\\';
       escaped += ch;
     }
-    c.source.call("put", {{"path", file}, {"content", "*:*:*:*:" + escaped + "\n"}, {"mode", 0600}});
+    site.call("put", {{"path", file}, {"content", "*:*:*:*:" + escaped + "\n"}, {"mode", 0600}});
     info += " passfile=" + file;
   }
-  std::string psql = c.deployment.site.source.psql.empty() ? "psql" : c.deployment.site.source.psql;
-  c.source.call("child.set", {{"name", "wal-limit-" + config_.name}, {"argv", {psql, "-X", "-q", "-d", info}}, {"input", script}, {"user", pg.os_user}, {"restart_ms", 5000}});
+  const std::string& psql = c.deployment.site[side].psql;
+  site.call("child.set", {{"name", "wal-limit-" + config_.name}, {"argv", {psql.empty() ? "psql" : psql, "-X", "-q", "-d", info}}, {"input", script}, {"user", pg.os_user}, {"restart_ms", 5000}});
 }
 
 FollowStatus PostgresStore::follow_status(StoreContext& c) {

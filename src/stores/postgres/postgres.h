@@ -90,6 +90,7 @@ class PostgresStore : public Store {
   void create_database(StoreContext&, const std::string& database);
   void restore_section(StoreContext&, const std::string& database, const std::string& section, const std::string& snapshot);
   void copy_database(StoreContext&, const std::string& database);
+  void watch_wal(StoreContext&, Side);
   std::string hold_snapshot(StoreContext&, const std::string& database, const PgFlow&);
   void tune(StoreContext&, Side);
   void untune(StoreContext&, Side);
