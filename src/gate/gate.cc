@@ -36,6 +36,21 @@ constexpr std::string_view kSorry =
 
 void set_nonblocking(int fd) { ::fcntl(fd, F_SETFL, ::fcntl(fd, F_GETFL) | O_NONBLOCK); }
 
+// Lets the packet filter lead connections to other ports here, or not any more. An inherited socket may have been made
+// for another configuration.
+void set_transparent(int fd, const RouteConfig& config) {
+  if (config.listen.is_unix()) return;
+  sockaddr_storage at{};
+  socklen_t size = sizeof at;
+  int on = config.transparent;
+  ::getsockname(fd, reinterpret_cast<sockaddr*>(&at), &size);
+  int rc = at.ss_family == AF_INET6 ? ::setsockopt(fd, IPPROTO_IPV6, IPV6_TRANSPARENT, &on, sizeof on)
+                                    : ::setsockopt(fd, IPPROTO_IP, IP_TRANSPARENT, &on, sizeof on);
+  // Taking it away needs no right on most kernels; where it does, it was never there.
+  if (rc != 0 && config.transparent)
+    throw errno_error(errno, "take connections of other ports at", config.listen.text(), "run the gate as root");
+}
+
 // The PROXY v1 line for a client: its own address and the one that it came to.
 std::string proxy_line(int fd) {
   sockaddr_storage from{}, to{};
@@ -127,6 +142,7 @@ bool Gate::open_listeners(Route& route) {
   };
   try {
     open(route.listen, route.config.listen, route.config.name, &route.listen_slot, route.config.listen_mode);
+    set_transparent(route.listen.get(), route.config);
     open(route.marked, route.config.marked, route.config.name + ".marked", &route.marked_slot, 0600);
     route.trouble.clear();
     return true;

@@ -32,6 +32,7 @@ RouteConfig parse_route(const Json& j) {
   r.peer = address(j, "peer", false);
   if (is_set(r.peer)) r.peer = resolved(r.peer);
   r.proxy_protocol = get_bool(j, "proxy_protocol", false);
+  r.transparent = get_bool(j, "transparent", false);
   std::int64_t waiting = get_int(j, "max_waiting", 10000), wait = get_int(j, "max_wait_ms", 30000);
   std::int64_t mark = get_int(j, "mark", 0), mode = get_int(j, "mode", 0666);
   if (waiting < 0 || wait < 0 || mark < 0 || mark > 0xffffffffLL || mode < 0 || mode > 0777)

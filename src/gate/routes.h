@@ -21,6 +21,7 @@ struct RouteConfig {
   bool proxy_protocol = false;  // tell the local application the client's address by a PROXY v1 line
   std::size_t max_waiting = 10000;
   Millis max_wait{30000};
+  bool transparent = false;     // IP_TRANSPARENT on `listen`: a packet filter's TPROXY leads connections to other ports here
   std::uint32_t mark = 0;     // SO_MARK of connections to `local`: how a packet filter tells them from clients'
   unsigned listen_mode = 0666;  // of a unix `listen`; its directory says who may come near
 };

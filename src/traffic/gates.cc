@@ -16,7 +16,9 @@ void set_route(Site& site, const TrafficConfig& t, const GateSide& side) {
              {"peer", peer_address(site, t.name)},
              {"proxy_protocol", t.proxy_protocol},
              {"max_waiting", t.max_waiting},
-             {"max_wait_ms", t.max_wait.count()}};
+             {"max_wait_ms", t.max_wait.count()},
+             {"mark", side.mark},
+             {"transparent", side.transparent}};
   Json routes = Json::array();
   if (std::string path = site.state() + "/gate.json"; there(site, path)) {
     Json now = parse_json(get_text(site, path), path);
@@ -85,6 +87,25 @@ std::int64_t clients_at(Site& site, const std::string& name) {
   return std::max<std::int64_t>(0, get_int(now, "accepted") - get_int(before, "accepted") - marked) + get_int(now, "in_flight");
 }
 
+void let_finish(TrafficContext& ctx, const TrafficConfig& traffic, Side side) {
+  Site& site = ctx.at(side);
+  Deadline deadline = Deadline::in(ctx.deployment.drain_deadline);
+  try {
+    // Twice nobody: one may be in the listener's queue, between the kernel and the gate.
+    for (int quiet = 0; quiet < 2; system_clock().sleep(Millis(20))) {
+      Json route = gate_route(gate_status(site), traffic.name, site);
+      std::int64_t left = get_int(route, "in_flight") + get_int(route, "waiting");
+      quiet = left == 0 ? quiet + 1 : 0;
+      if (left == 0 || !deadline.passed()) continue;
+      ctx.log(site.label() + ": " + std::to_string(left) + " connections through the gate for " + traffic.name + " did not end in " +
+              human_duration(ctx.deployment.drain_deadline) + "; they are cut when the gate ends");
+      return;
+    }
+  } catch (const Error& e) {
+    ctx.log(site.label() + ": " + e.what());
+  }
+}
+
 bool there(Site& site, const std::string& path) {
   return !get_bool(site.call("get", {{"path", path}}), "missing", false);
 }
@@ -137,9 +158,7 @@ std::vector<std::unique_ptr<Traffic>> make_traffic(const Deployment& deployment)
     if (t.kind == TrafficConfig::Kind::nginx)
       all.push_back(make_nginx(deployment, t));
     else if (t.take == TrafficConfig::Take::redirect)
-      // Taking a port back by iptables still loses a connection now and then under load (entries of the connection tracker that
-      // outlive a cycle): not offered before it loses none.
-      throw Error(Code::config, "traffic " + t.name + ": take: redirect is not offered yet", "use nginx, take: unix_socket, or take: listen");
+      all.push_back(make_redirect(deployment, t));
     else if (t.take == TrafficConfig::Take::unix_socket)
       all.push_back(make_unix_socket(deployment, t));
     else

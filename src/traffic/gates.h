@@ -11,6 +11,8 @@ namespace rehome {
 struct GateSide {
   std::string listen;  // where clients, or their proxy, arrive
   std::string local;   // where the gate finds the application
+  std::uint32_t mark = 0;    // SO_MARK of the gate's connections to it
+  bool transparent = false;  // `listen` takes connections that were made to other ports
 };
 
 // Makes both gates and the way between them: each gate's route `traffic.name`, and a service and a listener of the
@@ -25,6 +27,10 @@ Json gate_route(const Json& status, const std::string& name, const Site&);
 
 // Clients that use this side's gate although the other serves: those of the last minute and those still connected.
 std::int64_t clients_at(Site&, const std::string& route);
+
+// After nobody new comes: waits until nobody is served through this side's gate any more, or is about to be, at most
+// drain_deadline. Who is left then is logged, and is cut when the gate ends; so is a gate that does not answer.
+void let_finish(TrafficContext&, const TrafficConfig& traffic, Side);
 
 // Text of a file at a site. Throws Error(io) when it is missing or is not UTF-8.
 std::string get_text(Site&, const std::string& path);
@@ -43,6 +49,7 @@ std::vector<std::string> common_notes(const Deployment&, const TrafficConfig&);
 
 // The drivers.
 std::unique_ptr<Traffic> make_listen(const Deployment&, const TrafficConfig&);
+std::unique_ptr<Traffic> make_redirect(const Deployment&, const TrafficConfig&);
 std::unique_ptr<Traffic> make_unix_socket(const Deployment&, const TrafficConfig&);
 std::unique_ptr<Traffic> make_nginx(const Deployment&, const TrafficConfig&);
 

@@ -4,6 +4,8 @@
 #include <sched.h>
 #include <sys/stat.h>
 
+#include <algorithm>
+
 #include "base/error.h"
 #include "traffic/testing/web.h"
 #include "traffic/testing/world.h"
@@ -134,6 +136,207 @@ TEST(UnixSocketTraffic, PreflightSeesAMissingSocketAndAnotherFileSystem) {
   std::string ids;
   for (const auto& f : make_traffic(world.deployment).at(0)->preflight(world.context())) ids += f.id + " ";
   EXPECT_EQ(ids, "unix_socket.file_system unix_socket.application unix_socket.directory ");
+}
+
+// Runs `inside` in a network namespace of its own, and gives it the id of a second one that reaches it: clients from
+// outside are in 10.77.9.2, the server is 10.77.9.1.
+using Outside = std::function<void(const std::function<void()>&)>;
+class Namespaces {
+ public:
+  void run(const std::function<void(const Outside& outside)>& inside) {
+    std::thread([&] {
+      ASSERT_EQ(::unshare(CLONE_NEWNET), 0) << "needs root";
+      run_ok({.argv = {"ip", "link", "set", "lo", "up"}});
+      std::atomic<pid_t> other{0};
+      std::mutex mutex;
+      std::function<void()> work;
+      std::atomic<bool> busy{false}, stop{false};
+      std::thread outside([&] {
+        REHOME_CHECK(::unshare(CLONE_NEWNET) == 0);
+        other = ::gettid();
+        while (!stop) {
+          if (busy) {
+            work();
+            busy = false;
+          }
+          system_clock().sleep(Millis(1));
+        }
+      });
+      while (!other) system_clock().sleep(Millis(1));
+      auto in_outside = [&](const std::function<void()>& f) {
+        work = f;
+        busy = true;
+        while (busy) system_clock().sleep(Millis(1));
+      };
+      run_ok({.argv = {"ip", "link", "add", "in0", "type", "veth", "peer", "name", "out0"}});
+      run_ok({.argv = {"ip", "link", "set", "out0", "netns", std::to_string(other)}});
+      run_ok({.argv = {"sh", "-c", "ip addr add 10.77.9.1/24 dev in0 && ip link set in0 up"}});
+      in_outside([] { run_ok({.argv = {"sh", "-c", "ip addr add 10.77.9.2/24 dev out0 && ip link set out0 up && ip link set lo up"}}); });
+      inside(in_outside);
+      stop = true;
+      outside.join();
+    }).join();
+  }
+};
+
+// This host's rules: of both sites, which are one host here.
+std::string rules() {
+  return run_ok({.argv = {"sh", "-c", "for i in iptables ip6tables; do $i -t mangle -S PREROUTING; done | grep -v -- '^-P' || [ $? = 1 ]"}}).out;
+}
+std::size_t count_rules() {
+  std::string all = rules();
+  return static_cast<std::size_t>(std::count(all.begin(), all.end(), '\n'));
+}
+// All are used again within seconds, with the rule and without it, also while the last connection is in TIME_WAIT.
+void few_ports() { run_ok({.argv = {"sh", "-c", "echo 40000 43999 >/proc/sys/net/ipv4/ip_local_port_range; echo 1 >/proc/sys/net/ipv4/tcp_tw_reuse"}}); }
+
+struct Redirected {
+  BySide<std::string> at{"0.0.0.0:8000", "0.0.0.0:8100"}, listen{"127.0.0.1:8001", "127.0.0.1:8101"};
+  Application source{"source", Address::parse(at.source)}, target{"target", Address::parse(at.target)};
+  World world{between(TrafficConfig::Take::redirect, listen, at)};
+  std::unique_ptr<Traffic> traffic = std::move(make_traffic(world.deployment).at(0));
+  Address from_outside = Address::parse("10.77.9.1:8000"), here = Address::parse("127.0.0.1:8000");
+  std::int64_t accepted() { return get_int(world.source.gate({{"op", "status"}}).at("routes")[0], "accepted"); }
+};
+
+TEST(RedirectTraffic, TakesThePortAndGivesItBackUnderLoad) {
+  Namespaces().run([](const Outside& outside) {
+    Redirected r;
+    for (const auto& f : r.traffic->preflight(r.world.context())) ADD_FAILURE() << f.object << ": " << f.message;
+    std::unique_ptr<Load> far;
+    std::unique_ptr<Browser> old;
+    outside([&] {
+      far = std::make_unique<Load>(r.from_outside, 3, false);
+      old = std::make_unique<Browser>(r.from_outside);
+      EXPECT_EQ(old->ask("/").status, 200);
+    });
+    Load near(r.here, 3, false);
+    system_clock().sleep(Millis(100));
+    r.traffic->prepare(r.world.context());
+    r.traffic->prepare(r.world.context());
+    EXPECT_EQ(count_rules(), 2u) << rules();
+    EXPECT_FALSE(r.traffic->leftovers(r.world.context()).empty());
+    // A connection of before goes on, and with the application.
+    EXPECT_EQ(old->ask("/").body.substr(0, 6), "source");
+    EXPECT_TRUE(old->connected());
+    // Nobody passes the gate by: while it holds, the application hears nothing new.
+    r.world.hold();
+    drain(r.world.source);
+    std::int64_t before = r.source.requests;
+    system_clock().sleep(Millis(200));
+    EXPECT_EQ(r.source.requests, before);
+    r.world.release(Side::source);
+    hold_switch_and_return(r.world, r.target);
+    system_clock().sleep(Millis(100));
+    r.traffic->withdraw(r.world.context());
+    EXPECT_TRUE(r.traffic->leftovers(r.world.context()).empty());
+    system_clock().sleep(Millis(50));
+    std::int64_t through_gate = r.accepted();
+    r.traffic->withdraw(r.world.context());
+    system_clock().sleep(Millis(100));
+    EXPECT_EQ(r.accepted(), through_gate);
+    EXPECT_EQ(old->ask("/").status, 200);
+    EXPECT_TRUE(old->connected());
+    nothing_failed(near);
+    nothing_failed(*far);
+  });
+}
+
+// Begin and complete, again and again: every kind of connection that is older than a rule, and the same addresses and ports
+// used again within seconds.
+TEST(RedirectTraffic, ComingAndGoingLosesNoConnection) {
+  Namespaces().run([](const Outside& outside) {
+    few_ports();
+    Redirected r;
+    r.world.deployment.drain_deadline = Millis(200);
+    std::unique_ptr<Load> far, far_kept;
+    outside([&] {
+      few_ports();
+      far = std::make_unique<Load>(r.from_outside, 4, false);
+      far_kept = std::make_unique<Load>(r.from_outside, 2, true);
+    });
+    Load near(r.here, 4, false), near_kept(r.here, 2, true);
+    for (int cycle = 0; cycle < 8; cycle++) {
+      r.traffic->prepare(r.world.context());
+      Load kept_through_gate(r.here, 2, true);
+      std::int64_t before = r.accepted();
+      system_clock().sleep(Millis(150));
+      EXPECT_GT(r.accepted(), before + 10);
+      r.traffic->withdraw(r.world.context());
+      // Who came through the gate stays with it, though the rule is gone.
+      system_clock().sleep(Millis(100));
+      nothing_failed(kept_through_gate);
+      system_clock().sleep(Millis(50));
+    }
+    for (Load* l : {&near, &near_kept, far.get(), far_kept.get()}) nothing_failed(*l);
+    EXPECT_GT(near.good + far->good, 2000);
+  });
+}
+
+TEST(RedirectTraffic, CancelAfterHalfABeginLeavesNothing) {
+  Namespaces().run([](const Outside&) {
+    Redirected r;
+    // The source's packet filter fails after the target's rule is in.
+    r.world.source.failing = "sh";
+    EXPECT_THROW(r.traffic->prepare(r.world.context()), Error);
+    r.world.source.failing.clear();
+    EXPECT_EQ(count_rules(), 1u) << rules();
+    EXPECT_EQ(ask_once(r.here).body.substr(0, 6), "source");
+    r.traffic->withdraw(r.world.context());
+    EXPECT_TRUE(r.traffic->leftovers(r.world.context()).empty());
+    EXPECT_EQ(rules(), "");
+  });
+}
+
+TEST(RedirectTraffic, ARuleThatARebootTookAwayComesBack) {
+  Namespaces().run([](const Outside&) {
+    Redirected r;
+    r.traffic->prepare(r.world.context());
+    run_ok({.argv = {"iptables", "-t", "mangle", "-F"}});
+    Deadline deadline = Deadline::in(Millis(8000));
+    while (count_rules() < 2 && !deadline.passed()) system_clock().sleep(Millis(50));
+    std::int64_t before = r.accepted();
+    EXPECT_EQ(ask_once(r.here).status, 200);
+    EXPECT_EQ(r.accepted(), before + 1);
+    r.traffic->withdraw(r.world.context());
+    // And not after it was taken out on purpose.
+    system_clock().sleep(Millis(2500));
+    EXPECT_TRUE(r.traffic->leftovers(r.world.context()).empty());
+  });
+}
+
+TEST(RedirectTraffic, BothProtocolsGoThroughAGateThatListensToBoth) {
+  Namespaces().run([](const Outside&) {
+    BySide<std::string> at{"[::]:8000", "127.0.0.1:8100"}, listen{"[::]:8001", "127.0.0.1:8101"};
+    Application source("source", Address::parse(at.source)), target("target", Address::parse(at.target));
+    World world(between(TrafficConfig::Take::redirect, listen, at));
+    auto traffic = std::move(make_traffic(world.deployment).at(0));
+    for (const auto& f : traffic->preflight(world.context())) ADD_FAILURE() << f.object << ": " << f.message;
+    traffic->prepare(world.context());
+    EXPECT_EQ(count_rules(), 3u) << rules();
+    for (const char* to : {"127.0.0.1:8000", "[::1]:8000"}) EXPECT_EQ(ask_once(Address::parse(to)).body.substr(0, 6), "source") << to;
+    EXPECT_EQ(get_int(world.source.gate({{"op", "status"}}).at("routes")[0], "accepted"), 2);
+    traffic->withdraw(world.context());
+    EXPECT_TRUE(traffic->leftovers(world.context()).empty());
+    for (const char* to : {"127.0.0.1:8000", "[::1]:8000"}) EXPECT_EQ(ask_once(Address::parse(to)).status, 200) << to;
+  });
+}
+
+TEST(RedirectTraffic, PreflightSeesWhatWouldPassTheGateBy) {
+  Namespaces().run([](const Outside&) {
+    BySide<std::string> at{"0.0.0.0:8000", "127.0.0.1:8100"}, listen{"127.0.0.1:8001", "127.0.0.1:8101"};
+    Fd v6 = listen_on(Address::parse("[::]:8000"));
+    run_ok({.argv = {"iptables", "-t", "nat", "-A", "PREROUTING", "-p", "tcp", "--dport", "8100", "-j", "DNAT", "--to-destination", "172.17.0.2:80"}});
+    World world(between(TrafficConfig::Take::redirect, listen, at));
+    auto preflight = [&] {
+      std::string ids;
+      for (const auto& f : make_traffic(world.deployment).at(0)->preflight(world.context())) ids += f.id + " ";
+      return ids;
+    };
+    EXPECT_EQ(preflight(), "redirect.ipv6 redirect.dnat ");
+    world.source.failing = "unshare";
+    EXPECT_EQ(preflight(), "redirect.ipv6 redirect.iptables redirect.dnat ");
+  });
 }
 
 }  // namespace
