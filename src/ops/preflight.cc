@@ -1,8 +1,8 @@
-#include <map>
-#include <set>
+#include <optional>
 
 #include "base/text.h"
 #include "ops/life.h"
+#include "site/sockets.h"
 
 namespace rehome::ops {
 namespace {
@@ -54,6 +54,31 @@ void check_run_there(Run& run, Side side, std::vector<Finding>& found) {
   }
 }
 
+// The gate's own address must be free on both hosts, now and not when the first client is sent to it.
+void check_ports(Run& run, Side side, std::vector<Finding>& found) {
+  std::optional<std::vector<TcpSocket>> all;
+  for (const auto& t : run.deployment().traffic) {
+    if (t.kind != TrafficConfig::Kind::nginx && t.take != TrafficConfig::Take::listen) continue;
+    Address listen = Address::parse(t.on[side].listen);
+    if (listen.is_unix()) continue;
+    if (!all) all = tcp_sockets(run.site(side));
+    std::vector<TcpSocket> there;
+    for (const auto& s : *all)
+      if (same_listener(s, listen.host, listen.port)) there.push_back(s);
+    name_owners(run.site(side), there);
+    const std::string& given = run.deployment().site[side].state;
+    std::string ours = given.empty() ? "/rehome/" + run.deployment().name + "/" + std::string(side_name(side)) : given;
+    for (const auto& s : there) {
+      // The sockets of a gate belong to its supervisor, so that they outlive it.
+      if (s.program.starts_with("rehome-") && s.arguments.find(ours) != std::string::npos) continue;
+      found.push_back({Finding::Level::error, "traffic.port_in_use", std::string(side_name(side)) + ": traffic " + t.name,
+                       "the gate shall listen at " + listen.text() + ", and " + s.owner() + " does",
+                       "stop that process, or give the gate another port"});
+      break;
+    }
+  }
+}
+
 }  // namespace
 
 std::vector<Finding> preflight(Run& run) {
@@ -70,6 +95,7 @@ std::vector<Finding> preflight(Run& run) {
     std::string object(side_name(side));
     guarded("supervisor", object, [&] { check_supervisor(run, side, found); });
     guarded("site", object, [&] { check_run_there(run, side, found); });
+    guarded("traffic", object, [&] { check_ports(run, side, found); });
     for (auto& service : run.services())
       guarded("service", object + ": service " + service->config().name, [&] { add(found, service->preflight(run.stores_context(), side)); });
   }

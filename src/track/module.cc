@@ -379,7 +379,7 @@ class TrackModule : public AgentModule {
       each_name(fd.get(), "", [&](std::string_view, ino_t, unsigned char) { return empty = false; });
       out["empty"] = empty;
     }
-    if (get_bool(request, "count", false)) count_tree(path, request, out);
+    if (get_bool(request, "count", false) && out["directory"].get<bool>()) count_tree(path, request, out);
     if (get_bool(request, "attributes", false)) try_attributes(at, out);
     return out;
   }

@@ -3,6 +3,7 @@
 #include <set>
 
 #include "base/text.h"
+#include "stores/postgres/clients.h"
 #include "stores/postgres/postgres.h"
 
 namespace rehome {
@@ -188,6 +189,7 @@ std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
     if (available_bytes < bytes + bytes / 2)
       f.error("space", "target", human_bytes(available_bytes) + " are free in " + data + ", and " + human_bytes(bytes) + " of tables and their indexes are to come", "make room, or move the data directory");
   }
+  for (auto& finding : clients_of_source(c, config_.name, server(Side::source))) f.all.push_back(std::move(finding));
   return f.all;
 }
 
