@@ -50,6 +50,18 @@ void emit_checks(Run& run, Side side) {
   if (!failed.empty()) throw Error(Code::check_failed, "checks failed:" + failed, "mend the service there, then repeat the command");
 }
 
+// Work of one controller. When a second one takes the run over, the first sees its connections cut: it says why.
+template <class Work>
+auto controlled(Run& run, Work work) -> decltype(work()) {
+  try {
+    return work();
+  } catch (const Error& e) {
+    if (e.code == Code::conflict || e.code == Code::backed_out || !run.superseded()) throw;
+    throw Error(Code::conflict, "another controller took over this run meanwhile (here it ended with: " + std::string(e.what()) + ")",
+                "one at a time: rehome status shows what the other one did");
+  }
+}
+
 void begin_run(Run& run, const std::string& command) {
   if (run.phase() == "none" || run.phase() == "cancelled") {
     Json hello_s = run.site(Side::source).call("hello"), hello_t = run.site(Side::target).call("hello");
@@ -59,19 +71,23 @@ void begin_run(Run& run, const std::string& command) {
                                  {"agents", {{"source", hello_s.value("version", "")}, {"target", hello_t.value("version", "")}}}});
     run.set_phase("begun");
   }
-  require_clean(preflight(run));
-  run_steps(begin_steps(run), run.journal(), cancel_flag());
+  controlled(run, [&] {
+    require_clean(preflight(run));
+    run_steps(begin_steps(run), run.journal(), cancel_flag());
+  });
 }
 
 CutResult switch_run(Run& run, Direction direction, bool when_ready, Millis patience) {
-  // Checked now and not in the pause: a target that cannot serve must not be found out there.
-  Switchover switchover(run, direction);
-  switchover.prepare();
-  emit_checks(run, direction.takes());
-  wait_until_ready(run, switchover, patience, when_ready);
-  CutResult result = switchover.cut();
-  switchover.settle();
-  return result;
+  return controlled(run, [&] {
+    // Checked now and not in the pause: a target that cannot serve must not be found out there.
+    Switchover switchover(run, direction);
+    switchover.prepare();
+    emit_checks(run, direction.takes());
+    wait_until_ready(run, switchover, patience, when_ready);
+    CutResult result = switchover.cut();
+    switchover.settle();
+    return result;
+  });
 }
 
 void emit_result(const Emit& emit, const std::string& what, const CutResult& r) {
@@ -84,7 +100,7 @@ int check(const CheckOptions& o) {
   Run run(load_deployment(o.file), Run::Mode::look);
   auto findings = preflight(run);
   emit_findings(o.emit, findings);
-  require_clean(findings);
+  require_clean(findings, true);
   return 0;
 }
 
@@ -104,7 +120,7 @@ int begin(const BeginOptions& o) {
       throw Error(Code::conflict, "a run of '" + deployment.name + "' is there already", "rehome resume continues it, rehome cancel takes it back, rehome status shows it");
     auto findings = preflight(look);
     emit_findings(o.emit, findings);
-    require_clean(findings);
+    require_clean(findings, true);
     if (!o.plan.empty()) refuse_stale_plan(look, o.plan);
   }
   Run run(deployment, Run::Mode::begin);
@@ -123,7 +139,7 @@ int verify(const VerifyOptions& o) {
   bool equal = true;
   for (auto& store : run.stores()) {
     if (!o.store.empty() && store->name() != o.store) continue;
-    Verdict v = store->verify(run.stores_context());
+    Verdict v = controlled(run, [&] { return store->verify(run.stores_context()); });
     Json differences = Json::array();
     for (const auto& d : v.differences) differences.push_back({{"object", d.object}, {"what", d.what}});
     run.journal().append("verify", {{"store", store->name()}, {"equal", v.equal}, {"compared", v.compared}, {"differences", differences}, {"more", v.more}, {"detail", v.detail}});

@@ -10,8 +10,8 @@ namespace rehome::ops {
 
 // Every finding of the sites, stores, services, traffic and checks; changes nothing.
 std::vector<Finding> preflight(Run& run);
-// Throws Error(preflight) that lists the errors among them.
-void require_clean(const std::vector<Finding>& findings);
+// Throws Error(preflight) when there are errors among them, and lists these unless they were shown already.
+void require_clean(const std::vector<Finding>& findings, bool shown = false);
 
 // begin: link, guards, stores prepared, copied and following, traffic through the gates, services warm.
 std::vector<Step> begin_steps(Run& run);

@@ -106,7 +106,7 @@ std::vector<Finding> preflight(Run& run) {
   return found;
 }
 
-void require_clean(const std::vector<Finding>& findings) {
+void require_clean(const std::vector<Finding>& findings, bool shown) {
   std::string text;
   int errors = 0;
   for (const auto& f : findings) {
@@ -115,7 +115,7 @@ void require_clean(const std::vector<Finding>& findings) {
     text += "\n  " + f.object + ": " + f.message + (f.mend.empty() ? "" : "\n      " + f.mend);
   }
   if (errors)
-    throw Error(Code::preflight, std::to_string(errors) + (errors == 1 ? " finding" : " findings") + " would break the migration:" + text,
+    throw Error(Code::preflight, std::to_string(errors) + (errors == 1 ? " finding" : " findings") + " would break the migration" + (shown ? "" : ":" + text),
                 "mend them and run rehome check again");
 }
 

@@ -199,6 +199,18 @@ void Run::collect_lag() {
   journal_->flush();
 }
 
+bool Run::superseded() {
+  for (Side side : {Side::source, Side::target}) {
+    if (!sites_[side]) continue;
+    try {
+      if (get_int(sites_[side]->call("hello"), "gen") > sites_[side]->generation()) return true;
+    } catch (const Error&) {
+      // Its agent is away: the other one may know.
+    }
+  }
+  return false;
+}
+
 std::string Run::archive() {
   std::string directory = archive_directory();
   make_directories(directory);

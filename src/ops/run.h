@@ -50,6 +50,8 @@ class Run {
   // Who serves, from the agents' records; throws Error(unknown) when they do not say the same and no attempt explains it.
   Side serves();
   void set_phase(const std::string& phase) { journal_->set_fact("phase", phase); }
+  // A later controller has taken the run over; false where no agent answers.
+  bool superseded();
   bool allow_restart = false;
 
   // What the agents have sampled of the stores' lag since the journal's last entry of it; entries without n.

@@ -167,7 +167,7 @@ on old sh -c 'umount /etc/passwd; rm -rf /var/lib/plain /run/passwd
   for p in /proc/[0-9]*; do tr "\0" " " <$p/cmdline 2>/dev/null | grep -q "^python3 -m http.server" && kill ${p#/proc/}; done; true'
 
 say "secrets: a begin with passwords, while both servers log every statement"
-secret=zq7XsecretK4w
+secret=s$(head -c 9 /dev/urandom | od -An -tx1 | tr -d ' \n')
 for h in old new; do
   sql $h postgres "CREATE ROLE mover SUPERUSER LOGIN PASSWORD '$secret'" >/dev/null
   sql $h postgres "ALTER SYSTEM SET log_statement = 'all'" >/dev/null

@@ -29,12 +29,16 @@ std::string PostgresStore::secret(Side side, const std::string& database) {
   return cached;
 }
 
+std::string PostgresStore::server_address(Side side) const {
+  const PostgresServer& s = config_.postgres.server[side];
+  if (s.host.starts_with('/')) return "unix:" + s.host + "/.s.PGSQL." + std::to_string(s.port);
+  return (s.host.find(':') == std::string::npos ? s.host : "[" + s.host + "]") + ":" + std::to_string(s.port);
+}
+
 PgAddress PostgresStore::address(StoreContext& c, Side side, const std::string& database, const std::string& keep) {
   const PostgresServer& s = server(side);
-  std::string at = s.host.starts_with('/') ? "unix:" + s.host + "/.s.PGSQL." + std::to_string(s.port)
-                                           : (s.host.find(':') == std::string::npos ? s.host : "[" + s.host + "]") + ":" + std::to_string(s.port);
   return {.label = std::string(side_name(side)) + ": database " + database,
-          .host = c.at(side).local_socket_for(at, s.os_user, keep),
+          .host = c.at(side).local_socket_for(server_address(side), s.os_user, keep),
           .port = 5432,
           .user = s.user,
           .password = secret(side, database),
@@ -42,7 +46,19 @@ PgAddress PostgresStore::address(StoreContext& c, Side side, const std::string& 
 }
 
 std::unique_ptr<PgSession> PostgresStore::session(StoreContext& c, Side side, const std::string& database, const std::string& application) {
-  return std::make_unique<PgSession>(address(c, side, database), application);
+  PgAddress to = address(c, side, database);
+  try {
+    return std::make_unique<PgSession>(to, application);
+  } catch (const Error& e) {
+    if (e.code != Code::unreachable) throw;
+    // libpq only saw its connection closed; why, the agent at that end knows.
+    try {
+      c.at(side).open_relay(server_address(side), server(side).os_user);
+    } catch (const Error& why) {
+      throw Error(why.code, to.label + ": cannot connect as " + to.user + ": " + why.message, why.code == Code::unreachable ? e.hint : why.hint, why.retryable);
+    }
+    throw;
+  }
 }
 
 std::vector<std::string> PostgresStore::databases(StoreContext& c) {

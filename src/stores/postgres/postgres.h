@@ -61,6 +61,7 @@ class PostgresStore : public Store {
   std::string ask(StoreContext&, Side, const std::string& database, const std::string& query) override;
 
   // For the phases and the Cut.
+  std::string server_address(Side side) const;   // as seen from its site, for a relay
   PgAddress address(StoreContext&, Side, const std::string& database, const std::string& keep = {});
   std::unique_ptr<PgSession> session(StoreContext&, Side, const std::string& database, const std::string& application = "rehome");
   std::vector<std::string> databases(StoreContext&);

@@ -100,6 +100,41 @@ void check_database(PgSession& s, const std::vector<PgTable>& tables, Findings& 
   if (!foreign_tables.empty()) f.note("foreign_tables", where, "foreign tables keep pointing where they point: " + names(foreign_tables));
 }
 
+// What words are compared by must be at the target before its database is made. Its own library is asked: a name that it does
+// not know fails CREATE DATABASE and CREATE COLLATION.
+void check_locales(StoreContext& c, PgSession& s, PgSession& target, const std::string& database, Findings& f) {
+  auto simple = [](const std::string& v) {
+    std::string out;
+    for (char ch : v)
+      if (ch != '-') out += static_cast<char>(std::tolower(static_cast<unsigned char>(ch)));
+    return out;
+  };
+  std::set<std::string> known{"c", "posix", "c.utf8", "ucs_basic", ""};
+  for (const auto& l : split(c.target.exec({.argv = {"sh", "-c", "locale -a 2>/dev/null"}}).out, '\n')) known.insert(simple(l));
+  const std::string mend = "generate it on the target (locale-gen), then restart its PostgreSQL";
+  auto row = s.query("SELECT datcollate, datctype FROM pg_database WHERE datname = current_database()")[0];
+  for (const auto& locale : {*row[0], *row[1] == *row[0] ? std::string() : *row[1]})
+    if (!known.contains(simple(locale))) f.error("collation", "target", "locale " + locale + " of database " + database + " is not installed there", mend);
+  // Made by a person: the dump makes them again, from the locale.
+  for (auto& r : s.query("SELECT quote_ident(n.nspname) || '.' || quote_ident(collname), collcollate FROM pg_collation k JOIN pg_namespace n ON n.oid = k.collnamespace "
+                         "WHERE n.nspname NOT IN ('pg_catalog', 'information_schema') AND k.collprovider = 'c'"))
+    if (!known.contains(simple(r[1].value_or("")))) f.error("collation", "target", "locale " + r[1].value_or("") + " of collation " + *r[0] + " in database " + database + " is not installed there", mend);
+  // Made by initdb from what the host had then: the dump only names them.
+  std::set<std::string> there;
+  for (auto& r : target.query("SELECT collname FROM pg_collation WHERE collnamespace = 'pg_catalog'::regnamespace")) there.insert(*r[0]);
+  for (auto& r : s.query("SELECT DISTINCT k.collname FROM pg_attribute a JOIN pg_collation k ON k.oid = a.attcollation JOIN pg_class t ON t.oid = a.attrelid "
+                         "WHERE k.collnamespace = 'pg_catalog'::regnamespace AND t.relnamespace NOT IN ('pg_catalog'::regnamespace, 'information_schema'::regnamespace) AND a.attnum > 0"))
+    if (!there.contains(*r[0]))
+      f.error("collation", "target", "collation " + *r[0] + ", which columns of database " + database + " use, is not known there",
+              "install the locale or an ICU build on the target, then SELECT pg_import_system_collations('pg_catalog') in the database");
+  if (s.major() >= 15) {
+    std::string provider = s.value("SELECT datlocprovider FROM pg_database WHERE datname = current_database()");
+    if ((provider == "i" && target.major() < 15) || (provider == "b" && target.major() < 17))
+      f.error("locale_provider", "target", "database " + database + " uses a locale provider that PostgreSQL " + std::to_string(target.major()) + " does not have for a database",
+              "take a target of PostgreSQL " + std::string(provider == "i" ? "15" : "17") + " or later");
+  }
+}
+
 }  // namespace
 
 std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
@@ -159,25 +194,19 @@ std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
     for (const auto& t : all) bytes += t.bytes;
     for (auto& r : s->query("SELECT extname FROM pg_extension"))
       if (!available.contains(*r[0])) f.error("extension", "target", "extension " + *r[0] + " of database " + database + " is not installed there", "install its package on the target");
-    std::string collate = s->value("SELECT datcollate FROM pg_database WHERE datname = current_database()");
-    // Asked of the target's own library: a name that it does not know fails CREATE DATABASE.
-    if (collate != "C" && collate != "POSIX" && collate != "C.UTF-8") {
-      Outcome locales = c.target.exec({.argv = {"sh", "-c", "locale -a 2>/dev/null"}});
-      auto simple = [](std::string v) {
-        std::string out;
-        for (char ch : v)
-          if (ch != '-') out += static_cast<char>(std::tolower(ch));
-        return out;
-      };
-      bool found = false;
-      for (const auto& l : split(locales.out, '\n')) found = found || simple(l) == simple(collate);
-      if (!found) f.error("collation", "target", "locale " + collate + " of database " + database + " is not installed there", "generate it on the target (locale-gen), then restart its PostgreSQL");
-    }
+    check_locales(c, *s, *admin.target, database, f);
     if (there.contains(database) && c.recall(key("databases")).is_null()) {
       auto t = session(c, Side::target, database);
       auto full = t->query("SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind IN ('r', 'p', 'v', 'm', 'S') AND n.nspname NOT IN "
                            "('pg_catalog', 'information_schema') AND n.nspname NOT LIKE 'pg\\_toast%' LIMIT 20");
       if (!full.empty()) f.error("not_empty", "target: database " + database, "it is not empty: " + names(full), "drop or rename it, or correct the target");
+      const char* settings = "SELECT pg_encoding_to_char(encoding) || ' ' || datcollate || ' ' || datctype FROM pg_database WHERE datname = current_database()";
+      std::string here = t->value(settings), wanted = s->value(settings);
+      if (here.substr(0, here.find(' ')) != wanted.substr(0, wanted.find(' ')))
+        f.error("encoding", "target: database " + database, "it is there already, with " + here + ", and the source's has " + wanted, "drop it: rehome makes it as the source's is");
+      else if (here != wanted)
+        f.warn("locale", "target: database " + database, "it is there already, with " + here + ", and the source's has " + wanted + ": its order of words differs",
+               "drop it: rehome makes it as the source's is");
       if (t->number("SELECT count(*) FROM pg_extension WHERE extname = 'pg_cron'")) f.warn("pg_cron", "target", "pg_cron runs there too", "disable its jobs on the target until the switch");
     }
   }

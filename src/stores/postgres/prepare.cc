@@ -24,6 +24,19 @@ void bounded(PgSession& s, const std::string& sql) {
   });
 }
 
+// ICU's and the built-in locales, with which a database sorts otherwise than by its LC_COLLATE (15 and later).
+std::string locale_provider(PgSession& from, PgSession& to, const std::string& database) {
+  if (from.major() < 15) return {};
+  std::string of = from.major() >= 17 ? "datlocale" : "daticulocale";
+  std::string rules = from.major() >= 16 ? "daticurules" : "NULL";
+  auto row = from.query("SELECT datlocprovider, " + of + ", " + rules + " FROM pg_database WHERE datname = " + pg_literal(database)).at(0);
+  if (*row[0] == "i" && to.major() >= 15)
+    return " LOCALE_PROVIDER icu ICU_LOCALE " + pg_literal(row[1].value_or("")) + (row[2] && to.major() >= 16 ? " ICU_RULES " + pg_literal(*row[2]) : "");
+  if (*row[0] == "b" && to.major() >= 17) return " LOCALE_PROVIDER builtin BUILTIN_LOCALE " + pg_literal(row[1].value_or(""));
+  // Where the target's template0 has a provider of its own, the source's must be said.
+  return to.major() >= 15 ? " LOCALE_PROVIDER libc" : "";
+}
+
 }  // namespace
 
 void PostgresStore::tune(StoreContext& c, Side side) {
@@ -236,7 +249,7 @@ void PostgresStore::create_database(StoreContext& c, const std::string& database
     made.push_back(database);
     c.remember(key("made"), made);
     to->exec("CREATE DATABASE " + pg_identifier(database) + " TEMPLATE template0 ENCODING " + pg_literal(*r[0]) + " LC_COLLATE " + pg_literal(*r[1]) +
-             " LC_CTYPE " + pg_literal(*r[2]) + " OWNER " + pg_identifier(*r[3]) + " CONNECTION LIMIT 0");
+             " LC_CTYPE " + pg_literal(*r[2]) + locale_provider(*from, *to, database) + " OWNER " + pg_identifier(*r[3]) + " CONNECTION LIMIT 0");
   }
   for (auto& s : from->query("SELECT coalesce(r.rolname, ''), unnest(s.setconfig) FROM pg_db_role_setting s LEFT JOIN pg_roles r ON r.oid = s.setrole "
                              "WHERE s.setdatabase = " + *r[5])) {

@@ -1,0 +1,195 @@
+#!/usr/bin/env bash
+# What `rehome check` finds, each provoked on real servers: every finding has its id, names its object, and says how to mend it.
+# Check changes nothing, whatever it finds, and a setting that needs a restart of a server least of all.
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+make_world
+
+# A locale, an account and units that only one host has.
+on old bash -c 'set -e
+  mkdir /var/lib/locale; cp -a /usr/lib/locale/. /var/lib/locale/; cp -a /usr/lib/locale/C.utf8 /var/lib/locale/xx_XX.utf8
+  mount --bind /var/lib/locale /usr/lib/locale
+  cp /etc/passwd /run/passwd; echo "plain:x:4242:4242::/var/lib/plain:/bin/bash" >>/run/passwd; mount --bind /run/passwd /etc/passwd
+  mkdir -p /var/lib/plain/.ssh; cp /root/.ssh/authorized_keys /var/lib/plain/.ssh/; chown -R 4242:4242 /var/lib/plain; chmod 700 /var/lib/plain/.ssh'
+on new bash -c 'set -e
+  mkdir -p /var/lib/units; mount --bind /var/lib/units /etc/systemd/system
+  printf "[Service]\nEnvironmentFile=/var/lib/worker.env\nExecStart=/bin/true\n" >/etc/systemd/system/worker.service
+  printf "# old in a comment\nDATABASE_URL=postgresql://app:app-secret@10.77.0.1:5432/bad\n" >/var/lib/worker.env
+  printf "[Service]\nExecStart=/bin/true --mode older --at bold.example\n" >/etc/systemd/system/other.service
+  mkdir -p /var/lib/postgresql; mount -t tmpfs -o size=110m,mode=755 tmpfs /var/lib/postgresql; chown postgres /var/lib/postgresql
+  mkdir -p /srv/small; mount -t tmpfs -o size=4m,nr_inodes=5 tmpfs /srv/small
+  mount --bind /dev/null /usr/bin/rsync'
+
+pg init old 15 5432 max_prepared_transactions=4 max_connections=20 max_locks_per_transaction=10 &
+servers=$!
+pg init new 15 5432 wal_level=replica max_replication_slots=1 max_wal_senders=0 max_logical_replication_workers=0 max_worker_processes=0
+wait $servers
+
+sql old postgres "CREATE DATABASE bad TEMPLATE template0 LC_COLLATE 'xx_XX.UTF-8' LC_CTYPE 'C.UTF-8'" >/dev/null
+for n in $(seq 130); do echo "CREATE TABLE t$n(id int PRIMARY KEY);"; done | pg psql old 5432 -q -d bad -f - >/dev/null
+sql old bad "
+  CREATE TABLE keyless(a int);
+  CREATE TABLE keyless_json(a json);
+  CREATE UNLOGGED TABLE sessions(id int PRIMARY KEY);
+  CREATE TABLE big(id int PRIMARY KEY, t text);
+  INSERT INTO big SELECT g, repeat('x', 100) FROM generate_series(1, 450000) g;
+  CREATE COLLATION german (provider = libc, locale = 'xx_XX.UTF-8');
+  CREATE TABLE words(id int PRIMARY KEY, w text COLLATE german);
+  CREATE FOREIGN DATA WRAPPER nothing;
+  CREATE SERVER elsewhere FOREIGN DATA WRAPPER nothing;
+  CREATE FOREIGN TABLE far(a int) SERVER elsewhere;
+  SELECT lo_create(4711);
+  INSERT INTO pg_extension(oid, extname, extowner, extnamespace, extrelocatable, extversion) VALUES
+    (900001, 'pg_cron', 10, 'public'::regnamespace, false, '1.6'), (900002, 'nosuch', 10, 'public'::regnamespace, false, '1.0');
+  CREATE ROLE weak LOGIN PASSWORD 'weak'" >/dev/null
+sql old bad "SELECT pg_create_logical_replication_slot('others', 'pgoutput')" >/dev/null
+sql old bad "CREATE SUBSCRIPTION inbound CONNECTION 'host=127.0.0.1 port=1 dbname=none' PUBLICATION none WITH (connect = false)" >/dev/null 2>&1
+sql old bad "ALTER SUBSCRIPTION inbound ENABLE" >/dev/null
+pg psql old 5432 -q -d bad -c "BEGIN; INSERT INTO t1 VALUES (1); PREPARE TRANSACTION 'left over'" >/dev/null
+sql new postgres "CREATE ROLE weak LOGIN PASSWORD 'weak'" >/dev/null
+sql new postgres "CREATE DATABASE bad TEMPLATE template0 ENCODING 'LATIN1' LOCALE 'C'" >/dev/null
+sql new bad "CREATE TABLE mine(a int);
+  INSERT INTO pg_extension(oid, extname, extowner, extnamespace, extrelocatable, extversion) VALUES (900001, 'pg_cron', 10, 'public'::regnamespace, false, '1.6')" >/dev/null
+
+on old bash -c 'set -e
+  mkdir -p /srv/data/inner /srv/data/many
+  mount -t tmpfs tmpfs /srv/data/inner
+  for i in 1 2 3 4 5 6 7 8 9; do echo $i >/srv/data/many/$i; done
+  truncate -s 100M /srv/data/large
+  chown plain /srv/data/many/1
+  python3 -c "import os; os.setxattr(\"/srv/data/many/2\", \"user.color\", b\"red\")"'
+# Somebody at the target works with the source's database.
+on new env PGPASSWORD=weak setsid psql -h 10.77.0.1 -U weak -d bad -c "SELECT pg_sleep(120)" >/dev/null 2>&1 &
+background+=($!)
+on new setsid python3 -m http.server --bind 127.0.0.1 8100 --directory /srv/small >/dev/null 2>&1 &
+background+=($!)
+
+before() { for h in old new; do sql $h postgres "SELECT name, setting FROM pg_settings WHERE source <> 'default' ORDER BY 1; SELECT slot_name FROM pg_replication_slots; SELECT datname FROM pg_database; SELECT pubname FROM pg_publication; SELECT evtname FROM pg_event_trigger"; on $h cat /var/lib/postgresql/15/main/postgresql.auto.conf; done; }
+before >"$world/shared/before"
+
+# found FILE NAME... with lines "id<TAB>object<TAB>mend" on standard input: each is among the findings, and those with an error or
+# warning all have a mend.
+found() {
+  cat >"$world/shared/expected"
+  python3 - "$1" "$world/shared/expected" <<'P'
+import json, re, sys
+findings = [e for e in map(json.loads, open(sys.argv[1])) if e.get("kind") == "finding"]
+bad = [f"no mend: {f}" for f in findings if f["level"] != "note" and not f["mend"]]
+bad += [f"a secret: {f}" for f in findings if "app-secret" in json.dumps(f)]
+n = 0
+for line in open(sys.argv[2]):
+    level, id, where, mend = line.rstrip("\n").split("\t")
+    n += 1
+    if not any(f["id"] == id and f["level"] == level and re.search(where, f["object"] + ": " + f["message"]) and re.search(mend, f["mend"]) for f in findings):
+        bad.append(f"not found: {level} {id} {where} / {mend}; of that id there are {[f for f in findings if f['id'] == id]}")
+if bad:
+    print("\n".join(bad)); sys.exit(1)
+print(f"ok  {n} findings of {len(findings)}")
+P
+}
+checked() { # STATUS: check --json, its exit status
+  local status=0
+  rehome --json check >"$world/shared/findings" 2>"$world/shared/findings.err" || status=$?
+  [ $status = "$1" ] || { cat "$world/shared/findings" "$world/shared/findings.err"; fail "check ended with $status instead of $1"; }
+}
+
+yaml=$world/shared/rehome.yaml
+cat >"$yaml" <<'E'
+name: bad
+source: {ssh: root@old, boot: none}
+target: {local: true, boot: none, psql: /usr/bin/no-psql}
+link: {from: target, to: root@old}
+stores:
+  - name: db
+    postgres: {databases: [bad], host: /run/postgresql, os_user: postgres}
+  - name: files
+    files: {path: /srv/data, target: /srv/small}
+services:
+  - name: app
+    command: {start: [/bin/true], stop: [/bin/true], pid_file: /run/app.pid}
+traffic:
+  - name: web
+    gate: {listen: "127.0.0.1:8100", application: "127.0.0.1:8000"}
+E
+checked 4
+T=$'\t'
+found "$world/shared/findings" <<E
+error${T}postgres.wal_level${T}target.*replica${T}wal_level = logical, then restart
+error${T}postgres.max_replication_slots${T}target.*is 1${T}ALTER SYSTEM SET max_replication_slots
+error${T}postgres.max_wal_senders${T}target.*is 0${T}ALTER SYSTEM SET max_wal_senders
+error${T}postgres.max_logical_replication_workers${T}target${T}ALTER SYSTEM SET max_logical
+error${T}postgres.max_worker_processes${T}target${T}ALTER SYSTEM SET max_worker
+error${T}postgres.max_locks_per_transaction${T}source: database bad${T}max_locks_per_transaction = [0-9]+, then restart
+error${T}postgres.prepared${T}source.*left over${T}ROLLBACK PREPARED
+note${T}postgres.keyless${T}database bad.*tables without a primary key${T}
+error${T}postgres.identity_full${T}database bad.*keyless_json.*json${T}primary key
+warning${T}postgres.unlogged${T}database bad.*1 unlogged${T}logged
+warning${T}postgres.large_objects${T}database bad.*1 large object${T}plan
+warning${T}postgres.foreign_slots${T}database bad.*others${T}target
+error${T}postgres.subscriptions${T}database bad.*inbound${T}DISABLE
+warning${T}postgres.pg_cron${T}source: database bad.*pg_cron${T}disable
+warning${T}postgres.pg_cron${T}target.*pg_cron${T}disable
+note${T}postgres.foreign_tables${T}database bad.*far${T}
+error${T}postgres.extension${T}target.*nosuch${T}install
+error${T}postgres.collation${T}target.*locale xx_XX.UTF-8 of database bad${T}locale-gen
+error${T}postgres.collation${T}target.*collation .*german${T}locale-gen
+error${T}postgres.not_empty${T}target: database bad.*mine${T}drop or rename
+error${T}postgres.encoding${T}target: database bad.*LATIN1.*UTF8${T}drop it
+error${T}postgres.space${T}target.*/var/lib/postgresql${T}make room
+error${T}postgres.psql${T}target.*psql${T}postgresql-client
+warning${T}postgres.client_on_target${T}target.*psql \(process [0-9]+${T}point it
+warning${T}postgres.unit_on_target${T}unit worker.service.*/var/lib/worker.env.*10.77.0.1${T}target's own server
+error${T}files.space${T}target: /srv/small${T}room
+error${T}files.inodes${T}target: /srv/small${T}inodes
+error${T}files.xattrs${T}target: /srv/small${T}user_xattr
+error${T}files.mount${T}source: /srv/data.*/srv/data/inner${T}exclude
+warning${T}files.owners${T}target.*plain${T}useradd
+error${T}files.rsync${T}target${T}install
+error${T}agent.supervisor${T}source${T}boot: to cron
+error${T}agent.supervisor${T}target${T}directory:
+error${T}traffic.port_in_use${T}target: traffic web.*127.0.0.1:8100.*python3${T}another port
+E
+grep -q other.service "$world/shared/findings" && fail "a unit that only has a similar word was named"
+
+# An account and a role without rights. The locales and the port that were wrong stay wrong: only what is new is looked for.
+cat >"$yaml" <<'E'
+name: bad
+source: {ssh: plain@old, boot: cron}
+target: {local: true, boot: "directory:/var/lib/boot.d"}
+link: {from: target, to: plain@old}
+stores:
+  - name: db
+    postgres: {databases: [bad], host: 127.0.0.1, user: weak, password: {env: WEAK}}
+  - name: files
+    files: {path: /srv/data, target: /srv/small, exclude: [/inner/]}
+E
+WEAK=weak checked 4
+found "$world/shared/findings" <<E
+error${T}postgres.superuser${T}source.*weak is not a superuser${T}SUPERUSER
+error${T}postgres.superuser${T}target.*weak is not a superuser${T}SUPERUSER
+warning${T}files.root${T}source.*not root${T}root, or sudo
+warning${T}files.watch${T}source.*cannot be followed${T}root
+E
+before | diff "$world/shared/before" - || fail "check changed something"
+
+# A source newer than pg_dump and than the target. Its server first needs the room of the other.
+pg stop old 15 5432
+pg init old 17 5433
+sql17() { pg psql old 5433 -qAt -v ON_ERROR_STOP=1 "$@"; }
+sql17 -c "CREATE DATABASE newer" >/dev/null
+cat >"$yaml" <<'E'
+name: newer
+source: {ssh: root@old, boot: "directory:/var/lib/boot.d"}
+target: {local: true, boot: "directory:/var/lib/boot.d"}
+link: {from: target, to: root@old}
+stores:
+  - name: db
+    postgres: {databases: [newer], host: /run/postgresql, os_user: postgres, source: {port: 5433}}
+E
+checked 4
+found "$world/shared/findings" <<E
+error${T}postgres.pg_dump${T}15.*17${T}postgresql-client-17
+error${T}postgres.pg_restore${T}15.*17${T}postgresql-client-17
+warning${T}postgres.downgrade${T}target.*15.*17${T}newer
+E
+say "every finding was seen"
