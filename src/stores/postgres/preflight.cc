@@ -146,7 +146,9 @@ std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
     } catch (const Error& e) {
       f.all.push_back({Finding::Level::error, "postgres.connect", config_.name + ": " + std::string(side_name(side)), e.message, e.hint});
     }
-    Outcome psql = c.at(side).exec({.argv = {c.deployment.site[side].psql.empty() ? "psql" : c.deployment.site[side].psql, "--version"}});
+    const std::string& named = c.deployment.site[side].psql;
+    // Through a shell: a program that is missing is a finding here, and no error of the agent.
+    Outcome psql = c.at(side).exec({.argv = {"sh", "-c", "\"$1\" --version", "sh", named.empty() ? "psql" : named}});
     if (!psql.ok()) f.error("psql", std::string(side_name(side)), "psql is not on that host; the agent needs it to undo and to open without us", "install postgresql-client there, or name it with psql: in the site");
   }
   if (!admin.source || !admin.target) return f.all;
@@ -210,8 +212,9 @@ std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
       if (t->number("SELECT count(*) FROM pg_extension WHERE extname = 'pg_cron'")) f.warn("pg_cron", "target", "pg_cron runs there too", "disable its jobs on the target until the switch");
     }
   }
-  std::string data = admin.target->value("SHOW data_directory");
-  Outcome df = c.target.exec({.argv = {"df", "-B1", "--output=avail", data}});
+  // No row for an account that may not see it: the finding about its rights is there then.
+  std::string data = admin.target->value("SELECT coalesce((SELECT setting FROM pg_settings WHERE name = 'data_directory'), '')");
+  Outcome df = data.empty() ? Outcome{.status = 1} : c.target.exec({.argv = {"df", "-B1", "--output=avail", data}});
   auto lines = split(std::string(trim(df.out)), '\n');
   if (df.ok() && lines.size() == 2) {
     std::int64_t available_bytes = std::atoll(std::string(trim(lines[1])).c_str());
