@@ -116,11 +116,16 @@ TEST(Config, EverythingCanBeSaid) {
   EXPECT_EQ(g.on.source.application, "unix:/run/app.sock");
   EXPECT_EQ(g.on.target.application, "[::1]:90");
   EXPECT_EQ(g.on.target.listen, "0.0.0.0:80");
-  EXPECT_TRUE(g.proxy_protocol);
+  EXPECT_EQ(g.proxy_protocol, 1);
+  EXPECT_FALSE(g.accept_proxy);
+  EXPECT_TRUE(g.refuse_with_503);
   EXPECT_EQ(g.max_waiting, 5);
   EXPECT_EQ(g.max_wait, Millis(2000));
   EXPECT_EQ(g.longer_requests, TrafficConfig::Longer::cut);
   EXPECT_EQ(d.traffic[1].take, TrafficConfig::Take::redirect);
+  EXPECT_EQ(d.traffic[1].proxy_protocol, 2);
+  EXPECT_TRUE(d.traffic[1].accept_proxy);
+  EXPECT_FALSE(d.traffic[1].refuse_with_503);
   EXPECT_EQ(d.traffic[2].take, TrafficConfig::Take::unix_socket);
   EXPECT_EQ(d.traffic[3].kind, TrafficConfig::Kind::nginx);
   EXPECT_EQ(d.traffic[3].on.source.files.size(), 2u);
@@ -222,10 +227,13 @@ TEST(Config, EveryMistakeIsToldWithItsPlace) {
       {kHead + kStores + "traffic:\n  - name: w\n    nginx: {files: [a.conf], application: 8000, gate: \"127.0.0.1:8001\", front: 127.0.0.1/health}\n",
        {"9:21: each of files must be an absolute path, not 'a.conf' -> /a.conf", "9:43: application must be host:port or unix:/path, not the number 8000 -> 127.0.0.1:8000",
         "9:80: front must be a URL that starts with http:// or https://, not '127.0.0.1/health' -> http://127.0.0.1/health"}},
-      {kHead + kStores + "traffic:\n  - {name: w, nginx: {gate: \"a:1\", application: \"a:1\"}, max_waiting: 0, longer_requests: cutt}\n  - {name: g, gate: {listen: \"a:2\", take: unix_socket}}\n",
+      {kHead + kStores + "traffic:\n  - {name: w, nginx: {gate: \"a:1\", application: \"a:1\"}, max_waiting: 0, longer_requests: cutt, proxy_protocol: v3, accept_proxy: true, refuse_with: 404}\n  - {name: g, gate: {listen: \"a:2\", take: unix_socket}}\n",
        {"8:22: nginx needs 'files' on the source: the configuration files that name the application", "8:22: 'gate' and 'application' are one address on the source: a:1",
         "8:22: nginx needs 'files' on the target: the configuration files that name the application", "8:22: 'gate' and 'application' are one address on the target: a:1",
         "8:70: max_waiting must be a whole number from 1 to 1000000, not the number 0", "8:90: longer_requests must be back_out or cut, not 'cutt' -> cut",
+        "8:112: proxy_protocol must be true, false, v1 or v2, not 'v3' -> v1",
+        "8:116: 'accept_proxy' belongs to traffic of kind gate; nginx does not send a PROXY header to an application",
+        "8:149: refuse_with must be http_503 or close, not the number 404",
         "9:21: gate needs 'application' on the source: where the application listens", "9:21: take: unix_socket needs unix: addresses as 'listen' and 'application' on the source",
         "9:21: gate needs 'application' on the target: where the application listens", "9:21: take: unix_socket needs unix: addresses as 'listen' and 'application' on the target"}},
       {kHead + kDb + "checks:\n  - {name: a, http: /x}\n  - {name: b, http: \"http://u:p@h/\"}\n  - {name: c, sql: select 1, store: bd, database: shop}\n  - {name: d, sql: select 1, store: db}\n"

@@ -112,9 +112,11 @@ struct TrafficConfig {
   // gate: how the application's own address comes to the gate.
   enum class Take { listen, redirect, unix_socket } take = Take::listen;
   BySide<TrafficSide> on;
-  bool proxy_protocol = false;
+  int proxy_protocol = 0;            // version of the header that tells the application the client's address; 0: none
+  bool accept_proxy = false;         // clients come from a proxy that sends such a header, of either version
   int max_waiting = 10000;
   Millis max_wait{30000};
+  bool refuse_with_503 = true;       // what is beyond these; else its connection is closed without an answer
   enum class Longer { back_out, cut } longer_requests = Longer::back_out;
 };
 

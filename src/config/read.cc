@@ -429,7 +429,17 @@ class Reader {
     bool nginx = kind == "nginx";
     t.kind = nginx ? TrafficConfig::Kind::nginx : TrafficConfig::Kind::gate;
     if (!kind.empty()) traffic_body(m.take(kind), t, nginx);
-    set(t.proxy_protocol, y_.boolean(m.take("proxy_protocol"), "proxy_protocol"));
+    YAML::Node tells = m.take("proxy_protocol");
+    if (tells.IsDefined() && tells.IsScalar() && tells.Scalar().starts_with('v')) {
+      if (auto v = y_.choice(tells, "proxy_protocol", {"true", "false", "v1", "v2"})) t.proxy_protocol = *v == "v1" ? 1 : 2;
+    } else {
+      set(t.proxy_protocol, y_.boolean(tells, "proxy_protocol"));
+    }
+    if (nginx && m.has("accept_proxy"))
+      m.misplaced("accept_proxy", "belongs to traffic of kind gate; nginx does not send a PROXY header to an application");
+    else
+      set(t.accept_proxy, y_.boolean(m.take("accept_proxy"), "accept_proxy"));
+    if (auto v = y_.choice(m.take("refuse_with"), "refuse_with", {"http_503", "close"})) t.refuse_with_503 = *v == "http_503";
     set(t.max_waiting, y_.integer(m.take("max_waiting"), "max_waiting", 1, 1'000'000));
     set(t.max_wait, y_.duration(m.take("max_wait"), "max_wait", Millis(100), Millis(3600'000)));
     if (auto v = y_.choice(m.take("longer_requests"), "longer_requests", {"back_out", "cut"}))

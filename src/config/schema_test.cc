@@ -108,6 +108,8 @@ TEST(Schema, BothRefuseWhatIsWrong) {
       more("traffic: [{name: t, gate: {listen: \"a:1\", application: \"a:2\", files: [/a]}}]"), more("traffic: [{name: t, nginx: {gate: \"a:1\", application: \"a:2\", files: [a]}}]"),
       more("traffic: [{name: t, gate: {listen: \"a:1\", application: \"a:2\", front: a}}]"), more("traffic: [{name: t, gate: {listen: \"a:1\", application: \"a:2\"}, max_waiting: 0}]"),
       more("traffic: [{name: t, gate: {listen: \"a:1\", application: \"a:2\"}, longer_requests: wait}]"),
+      more("traffic: [{name: t, gate: {listen: \"a:1\", application: \"a:2\"}, proxy_protocol: v3}]"), more("traffic: [{name: t, gate: {listen: \"a:1\", application: \"a:2\"}, refuse_with: 503}]"),
+      more("traffic: [{name: t, nginx: {files: [/a], gate: \"a:1\", application: \"a:2\"}, accept_proxy: true}]"),
       check("http: ftp://x"), check("http: \"http://u:p@x\""), check("http: \"http://x\", status: 99"), check("http: \"http://x\", sql: y"), check("sql: x"), check("sql: x, store: d, status: 200"),
       check("command: x"), check("command: [x], expect: 1"), check("http: \"http://x\", canary: maybe"), check("http: \"http://x\", where: here"), check("http: \"http://x\", timeout: 5"),
       check("http: \"http://x\", body: [a]"), more("max_pause: 5"), more("max_pause: fast"), more("limits: {jobs: 0}"), more("limits: {jobs: 1.5}"), more("limits: {wal_kept: much}"), more("limits: []"),

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cerrno>
 
+#include "gate/proxy.h"
+
 namespace rehome {
 namespace {
 
@@ -13,9 +15,6 @@ namespace {
 // read for that direction, so that a slow reader slows its writer.
 thread_local char scratch[65536];
 constexpr int kRounds = 16;
-
-// The longest PROXY v1 line, with its end.
-constexpr std::size_t kLine = 108;
 
 bool flush(const Fd& to, std::string& data, std::size_t& at, bool& writable, bool& broken) {
   while (at < data.size() && writable) {
@@ -68,23 +67,18 @@ Conn::Conn(Fd client_fd, std::shared_ptr<Route> r, bool is_marked, std::string n
       last_move(now) {}
 
 bool Conn::read_prelude() {
-  // Peeked, so that what follows the line stays unread.
-  char line[kLine];
-  ssize_t n = ::recv(client.get(), line, sizeof line, MSG_PEEK | MSG_DONTWAIT);
+  // Peeked, so that what follows the header stays unread.
+  char head[kProxyMost];
+  ssize_t n = ::recv(client.get(), head, sizeof head, MSG_PEEK | MSG_DONTWAIT);
   if (n < 0 && (errno == EAGAIN || errno == EINTR)) return false;
-  char* end = n > 0 ? std::find(line, line + n, '\n') : line;
-  if (n <= 0 || (end == line + n && static_cast<std::size_t>(n) == kLine)) {
+  auto header = n > 0 ? parse_proxy({head, static_cast<std::size_t>(n)}) : std::nullopt;
+  if (header && header->size == 0) return false;
+  if (!header || ::recv(client.get(), head, header->size, MSG_DONTWAIT) != static_cast<ssize_t>(header->size) ||
+      (marked && ::send(client.get(), "T", 1, MSG_NOSIGNAL | MSG_DONTWAIT) != 1)) {
     phase = Phase::dead;
     return false;
   }
-  if (end == line + n) return false;
-  ssize_t size = end - line + 1;
-  if (::recv(client.get(), line, static_cast<std::size_t>(size), MSG_DONTWAIT) != size ||
-      ::send(client.get(), "T", 1, MSG_NOSIGNAL | MSG_DONTWAIT) != 1) {
-    phase = Phase::dead;
-    return false;
-  }
-  client_name.assign(line, static_cast<std::size_t>(size));
+  client_name = header->line;
   prelude_done = true;
   return true;
 }
@@ -108,7 +102,10 @@ void Conn::say_go() {
 Conn::After Conn::pump_down(Ticks now, bool& more) {
   for (int round = 0;; round++) {
     bool broken = false;
-    if (!flush(client, down, down_at, client_writable, broken)) return broken ? After::broken : After::go_on;
+    if (!flush(client, down, down_at, client_writable, broken)) {
+      client_broke = broken;
+      return broken ? After::broken : After::go_on;
+    }
     if (server_eof) {
       if (!down_shut) ::shutdown(client.get(), SHUT_WR);
       down_shut = true;
@@ -151,7 +148,7 @@ Conn::After Conn::pump_down(Ticks now, bool& more) {
       down.append(scratch, static_cast<std::size_t>(n));
     } else {
       pass(client, static_cast<std::size_t>(n), down, client_writable, broken);
-      if (broken) return After::broken;
+      if ((client_broke = broken)) return After::broken;
     }
   }
 }
@@ -178,7 +175,10 @@ Conn::After Conn::pump_up(Ticks now, bool& more) {
       client_readable = false;
       break;
     }
-    if (n < 0) return After::broken;
+    if (n < 0) {
+      client_broke = true;
+      return After::broken;
+    }
     say_go();
     if (n == 0) {
       client_eof = true;

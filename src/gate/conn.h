@@ -3,7 +3,7 @@
 //
 // Between two gates (a connection to `peer` arrives at the other gate's `marked`) bytes are framed at their beginning, so
 // that a connection can change its mind without a request being lost or done twice:
-//   towards the marked gate: one PROXY v1 line with the client's address, then, after 'T', what the client sends;
+//   towards the marked gate: one PROXY line (version 1) with the client's address, then, after 'T', what the client sends;
 //   from the marked gate:    'T' (taken: the line was read), then either 'G' (go: from here on bytes have been passed to or
 //                            from its application) and the answer, or 'B' (back: nothing was passed on) and the end.
 // The forwarding gate sends nothing of the client's before 'T', and keeps what it has sent until 'G': after 'B' it sends
@@ -30,7 +30,7 @@ struct Slot {
 class Conn {
  public:
   enum class Phase {
-    waiting,     // no connection behind it; nothing is read but a marked connection's first line
+    waiting,     // no connection behind it; nothing is read but a PROXY header, where one is due
     connecting,  // behind it connect(2) is under way
     greeting,    // connected to the peer's gate, whose 'T' has not come
     attached,    // bytes move
@@ -47,7 +47,8 @@ class Conn {
 
   Conn(Fd client, std::shared_ptr<Route> route, bool marked, std::string client_name, Ticks now);
 
-  // Reads the peer's first line; true when it is there. Sets `phase` to dead when it is not one.
+  // Reads the PROXY header, of the peer's gate or of a proxy in front; true when it is there. Sets `phase` to dead when
+  // what comes is none.
   bool read_prelude();
   // The other gate's 'T'. go_on: not yet, or attached now (see phase).
   After read_greeting();
@@ -70,7 +71,7 @@ class Conn {
   Phase phase = Phase::waiting;
   bool to_peer = false;           // what `server` is, or is becoming, connected to
   std::uint64_t waiting_key = 0;  // its place in the queue; 0: not in it
-  bool counted_held = false;
+  bool counted_held = false;      // in the ledger, and waiting since
   Fd client, server;
   bool client_readable = false, client_writable = true, server_readable = false, server_writable = false;
   bool prelude_done = false;
@@ -85,6 +86,7 @@ class Conn {
   bool go_heard = false, go_said = false;
   bool passed = false;            // a byte or an end of either side was passed on
   bool server_last = false;       // the newest byte came from the server
+  bool client_broke = false;      // After::broken is the client's doing
 
  private:
   After pump_down(Ticks now, bool& more);

@@ -31,6 +31,12 @@ void Gate::log(const std::string& line) {
   [[maybe_unused]] ssize_t n = ::write(log_.get(), text.data(), text.size());
 }
 
+void Gate::note_often(const std::string& line) {
+  if (now_ < note_again_) return;
+  note_again_ = now_ + 1000 * kMs;
+  log(line);
+}
+
 void Gate::answer_all() {
   while (true) {
     Fd fd(::accept4(control_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
@@ -82,6 +88,7 @@ void Gate::enter(GateState state, const std::string& why) {
   GateState was = at_;
   at_ = state;
   if (state == was) return;
+  entered_at_ = now_;
   if (state == GateState::held && was != GateState::sealed) {
     std::vector<Conn*> back;
     for (auto& [conn, owned] : conns_)
@@ -126,10 +133,10 @@ std::int64_t Gate::cut(std::int64_t idle_ms) {
   return count;
 }
 
-Json Gate::status() {
+Json Gate::status(std::int64_t older_than_ms) {
   Json routes = Json::array();
   std::map<const Route*, std::int64_t> flying, flying_to_peer;
-  std::int64_t in_flight_count = 0, idle_count = 0;
+  std::int64_t in_flight_count = 0, idle_count = 0, older = 0;
   Ticks oldest = now_;
   for (auto& [conn, owned] : conns_) {
     if (!in_flight(*conn)) continue;
@@ -138,10 +145,12 @@ Json Gate::status() {
     in_flight_count++;
     if (conn->idle()) idle_count++;
     oldest = std::min(oldest, conn->accepted_at);
+    if (now_ - conn->accepted_at > older_than_ms * kMs) older++;
   }
   for (auto& [name, r] : routes_) {
     Json one{{"name", name},          {"accepted", r->accepted}, {"in_flight", flying[r.get()]}, {"waiting", r->waiting},
-             {"from_peer", r->from_peer}, {"to_peer", r->to_peer},   {"refused", r->refused}};
+             {"from_peer", r->from_peer}, {"to_peer", r->to_peer},   {"refused", r->refused},
+             {"resets", r->resets}};
     std::int64_t minute = 0;
     for (const Route::Second& cell : r->to_peer_seconds)
       if (cell.second > now_ / (1000 * kMs) - 60) minute += cell.count;
@@ -151,16 +160,28 @@ Json Gate::status() {
     routes.push_back(std::move(one));
   }
   double longest = ledger_.longest_wait_ms;
-  for (auto& [key, conn] : waiting_)
-    if (conn->counted_held) longest = std::max(longest, ms_between(conn->wait_since, now_));
+  std::int64_t still = 0;
+  for (auto& [key, conn] : waiting_) {
+    if (!conn->counted_held) continue;
+    still++;
+    longest = std::max(longest, ms_between(conn->wait_since, now_));
+  }
   return {{"attempt", attempt_},
+          {"state_ms", static_cast<std::int64_t>(ms_between(entered_at_, now_))},
           {"in_flight", in_flight_count},
           {"idle", idle_count},
           {"waiting", waiting_.size()},
           {"oldest_ms", static_cast<std::int64_t>(ms_between(oldest, now_))},
+          {"older", older},
           {"routes", std::move(routes)},
           {"ledger",
-           {{"held", ledger_.held}, {"longest_wait_ms", longest}, {"dropped", ledger_.dropped}, {"cut", ledger_.cut}}}};
+           {{"held", ledger_.held},
+            {"still_held", still},
+            {"longest_wait_ms", longest},
+            {"dropped", ledger_.dropped},
+            {"cut", ledger_.cut},
+            {"resets", ledger_.resets},
+            {"reset_by", {{"application", ledger_.reset_by_application}, {"peer", ledger_.reset_by_peer}}}}}};
 }
 
 Json Gate::handle(const Json& request) {
@@ -209,7 +230,7 @@ Json Gate::handle(const Json& request) {
     return Json::object();
   }
   if (op == "cut") return {{"cut", cut(get_int(request, "idle_ms", -1))}};
-  if (op == "status") return status();
+  if (op == "status") return status(get_int(request, "older_than_ms", 0));
   if (op == "ledger.reset") {
     ledger_ = {};
     return Json::object();

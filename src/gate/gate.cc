@@ -1,6 +1,5 @@
 #include "gate/gate.h"
 
-#include <arpa/inet.h>
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -18,6 +17,7 @@
 #include <cstring>
 
 #include "base/error.h"
+#include "gate/proxy.h"
 #include "sys/fs.h"
 
 namespace rehome {
@@ -49,33 +49,6 @@ void set_transparent(int fd, const RouteConfig& config) {
   // Taking it away needs no right on most kernels; where it does, it was never there.
   if (rc != 0 && config.transparent)
     throw errno_error(errno, "take connections of other ports at", config.listen.text(), "run the gate as root");
-}
-
-// The PROXY v1 line for a client: its own address and the one that it came to.
-std::string proxy_line(int fd) {
-  sockaddr_storage from{}, to{};
-  socklen_t from_size = sizeof from, to_size = sizeof to;
-  if (::getpeername(fd, reinterpret_cast<sockaddr*>(&from), &from_size) != 0 ||
-      ::getsockname(fd, reinterpret_cast<sockaddr*>(&to), &to_size) != 0 || from.ss_family != to.ss_family)
-    return "PROXY UNKNOWN\r\n";
-  char a[INET6_ADDRSTRLEN], b[INET6_ADDRSTRLEN];
-  auto line = [&](const char* family, std::uint16_t ap, std::uint16_t bp) {
-    return std::string("PROXY ") + family + " " + a + " " + b + " " + std::to_string(ntohs(ap)) + " " +
-           std::to_string(ntohs(bp)) + "\r\n";
-  };
-  if (from.ss_family == AF_INET) {
-    auto *f = reinterpret_cast<sockaddr_in*>(&from), *t = reinterpret_cast<sockaddr_in*>(&to);
-    ::inet_ntop(AF_INET, &f->sin_addr, a, sizeof a);
-    ::inet_ntop(AF_INET, &t->sin_addr, b, sizeof b);
-    return line("TCP4", f->sin_port, t->sin_port);
-  }
-  if (from.ss_family == AF_INET6) {
-    auto *f = reinterpret_cast<sockaddr_in6*>(&from), *t = reinterpret_cast<sockaddr_in6*>(&to);
-    ::inet_ntop(AF_INET6, &f->sin6_addr, a, sizeof a);
-    ::inet_ntop(AF_INET6, &t->sin6_addr, b, sizeof b);
-    return line("TCP6", f->sin6_port, t->sin6_port);
-  }
-  return "PROXY UNKNOWN\r\n";
 }
 
 void raise_file_limit() {
@@ -189,12 +162,11 @@ void Gate::accept_all(Route& route, bool marked) {
     Fd fd(::accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
     if (!fd) {
       if (errno == EINTR || errno == ECONNABORTED) continue;
-      if (errno != EAGAIN && now_ >= accept_again_) {
+      if (errno != EAGAIN) {
         // Out of descriptors or memory. The backlog keeps them; a level-triggered listener would only spin.
-        log(std::string("cannot accept: ") + std::strerror(errno));
-        accept_again_ = now_ + 1000 * kMs;
+        note_often(std::string("cannot accept: ") + std::strerror(errno));
+        ::poll(nullptr, 0, 5);
       }
-      if (errno != EAGAIN) ::poll(nullptr, 0, 5);
       return;
     }
     int one = 1;
@@ -205,6 +177,7 @@ void Gate::accept_all(Route& route, bool marked) {
     std::string name = marked ? std::string() : proxy_line(fd.get());
     auto owned = std::make_unique<Conn>(std::move(fd), routes_.at(route.config.name), marked, std::move(name), now_);
     Conn& conn = *owned;
+    conn.prelude_done = !marked && !route.config.accept_proxy;
     conns_[&conn] = std::move(owned);
     watch(conn.client.get(), &conn.client_slot, true);
     wait(conn, 0);
@@ -225,7 +198,7 @@ void Gate::wait(Conn& conn, Ticks retry_at) {
   if (conn.waiting_key) return;
   conn.waiting_key = next_key_++;
   // A connection that is tried over and over waits since the first time.
-  if (conn.tries <= 1) conn.wait_since = now_;
+  if (conn.tries == 0) conn.wait_since = now_;
   waiting_[conn.waiting_key] = &conn;
   conn.route->waiting++;
   if ((at_ == GateState::held || at_ == GateState::sealed) && !conn.counted_held) {
@@ -236,6 +209,10 @@ void Gate::wait(Conn& conn, Ticks retry_at) {
 
 void Gate::unqueue(Conn& conn) {
   if (!conn.waiting_key) return;
+  if (conn.counted_held) {
+    ledger_.longest_wait_ms = std::max(ledger_.longest_wait_ms, ms_between(conn.wait_since, now_));
+    conn.counted_held = false;
+  }
   waiting_.erase(conn.waiting_key);
   conn.waiting_key = 0;
   conn.route->waiting--;
@@ -273,10 +250,7 @@ void Gate::start(Conn& conn) {
     }
     watch(conn.server.get(), &conn.server_slot, true);
   } catch (const Error& e) {
-    if (now_ >= accept_again_) {
-      log(e.what());
-      accept_again_ = now_ + 1000 * kMs;
-    }
+    note_often(e.what());
     conn.server.reset();
     return try_later(conn);
   }
@@ -300,14 +274,17 @@ void Gate::connected(Conn& conn) {
       try_later(conn);
     return;
   }
-  if (conn.route->config.proxy_protocol) conn.up = conn.client_name;
+  if (int version = conn.route->config.proxy_protocol) conn.up = version == 2 ? proxy_version_2(conn.client_name) : conn.client_name;
   conn.phase = Conn::Phase::attached;
   work(conn);
 }
 
 void Gate::try_later(Conn& conn) {
   if (conn.phase == Conn::Phase::connecting) connecting_--;
-  if (conn.phase == Conn::Phase::attached && now_ - conn.attached_at > 1000 * kMs) conn.tries = 0;
+  if (conn.phase == Conn::Phase::attached && now_ - conn.attached_at > 1000 * kMs) {
+    conn.tries = 0;
+    conn.wait_since = now_;
+  }
   conn.detach();
   conn.tries++;
   wait(conn, now_ + std::min(200, 10 * conn.tries) * kMs);
@@ -322,7 +299,7 @@ void Gate::refuse(Conn& conn) {
   }
   ledger_.dropped++;
   conn.route->refused++;
-  end_gently(conn, kSorry);
+  end_gently(conn, conn.route->config.refuse_with_503 ? kSorry : "");
 }
 
 // Says the last word and reads on until the client ends: closing with unread bytes would be a reset, which could overtake it.
@@ -383,7 +360,10 @@ void Gate::on_client(Conn& conn, std::uint32_t events) {
       if (events & (EPOLLHUP | EPOLLERR)) return drop(conn);
       if (!conn.prelude_done && conn.client_readable) {
         bool ready = conn.read_prelude();
-        if (conn.phase == Conn::Phase::dead) return drop(conn);
+        if (conn.phase == Conn::Phase::dead) {
+          if (!conn.marked) note_often("route " + conn.route->config.name + ": a connection began without a PROXY header");
+          return drop(conn);
+        }
         if (ready && waiting_.size() == 1) start(conn);
       }
       return;
@@ -418,8 +398,6 @@ void Gate::on_server(Conn& conn, std::uint32_t events) {
 
 void Gate::work(Conn& conn) {
   if (conn.waiting_key) {
-    if (conn.counted_held)
-      ledger_.longest_wait_ms = std::max(ledger_.longest_wait_ms, ms_between(conn.wait_since, now_));
     unqueue(conn);
     conn.attached_at = now_;
     if (conn.to_peer) {
@@ -443,6 +421,12 @@ void Gate::work(Conn& conn) {
     case Conn::After::end:
       return drop(conn);
     case Conn::After::broken:
+      // Of a marked connection too: through a unix socket the other gate sees only an end.
+      if (!conn.client_broke) {
+        ledger_.resets++;
+        conn.route->resets++;
+        (conn.to_peer ? ledger_.reset_by_peer : ledger_.reset_by_application)++;
+      }
       conn.reset_both();
       return drop(conn);
   }
@@ -500,7 +484,7 @@ int Gate::patience() const {
 
 void Gate::run() {
   epoll_event events[512];
-  now_ = system_clock().now();
+  now_ = entered_at_ = system_clock().now();
   while (running_) {
     tick();
     serve_waiting();

@@ -27,7 +27,7 @@ struct Route {
   Fd listen, marked;
   std::string trouble;  // why it does not listen; tried again every second
   std::size_t waiting = 0;
-  std::int64_t accepted = 0, from_peer = 0, to_peer = 0, refused = 0;
+  std::int64_t accepted = 0, from_peer = 0, to_peer = 0, refused = 0, resets = 0;
   bool removed = false;
   // Connections sent to the peer, a cell a second: what still comes to the old address.
   struct Second {
@@ -88,10 +88,11 @@ class Gate {
   void answer_all();
   void on_asking(Asking& asking);
   Json handle(const Json& request);
-  Json status();
+  Json status(std::int64_t older_than_ms);
   std::int64_t cut(std::int64_t idle_ms);
   void enter(GateState state, const std::string& why);
   void log(const std::string& line);
+  void note_often(const std::string& line);  // for what clients can cause: at most one line a second
 
   std::string state_dir_;
   std::map<std::string, Fd> inherited_;
@@ -114,13 +115,15 @@ class Gate {
   GateState at_ = GateState::sealed, before_hold_ = GateState::sealed;
   std::int64_t attempt_ = 0;   // of the hold or seal; 0: sealed since the start
   Millis timer_{0};
-  Ticks alive_until_ = 0;
-  Ticks now_ = 0, next_reload_ = 0, next_tick_ = 0, pace_at_ = 0, accept_again_ = 0;
+  Ticks alive_until_ = 0, entered_at_ = 0;
+  Ticks now_ = 0, next_reload_ = 0, next_tick_ = 0, pace_at_ = 0, note_again_ = 0;
   double pace_ = 0;            // connections that may be started now
 
   struct {
     std::int64_t held = 0, dropped = 0, cut = 0;
-    double longest_wait_ms = 0;
+    // Clients' connections that were reset because what was behind them broke in the middle. Not those that were cut.
+    std::int64_t resets = 0, reset_by_application = 0, reset_by_peer = 0;
+    double longest_wait_ms = 0;  // of those that wait no more
   } ledger_;
 };
 

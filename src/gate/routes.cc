@@ -31,7 +31,14 @@ RouteConfig parse_route(const Json& j) {
   r.local = resolved(address(j, "local", true));
   r.peer = address(j, "peer", false);
   if (is_set(r.peer)) r.peer = resolved(r.peer);
-  r.proxy_protocol = get_bool(j, "proxy_protocol", false);
+  if (auto it = j.find("proxy_protocol"); it != j.end() && it->is_string())
+    r.proxy_protocol = *it == "v1" ? 1 : *it == "v2" ? 2 : throw Error(Code::config, "proxy_protocol is v1, v2 or false");
+  else
+    r.proxy_protocol = get_bool(j, "proxy_protocol", false);
+  r.accept_proxy = get_bool(j, "accept_proxy", false);
+  std::string refuse = get_string(j, "refuse_with", "http_503");
+  if (refuse != "http_503" && refuse != "close") throw Error(Code::config, "refuse_with is http_503 or close");
+  r.refuse_with_503 = refuse == "http_503";
   r.transparent = get_bool(j, "transparent", false);
   std::int64_t waiting = get_int(j, "max_waiting", 10000), wait = get_int(j, "max_wait_ms", 30000);
   std::int64_t mark = get_int(j, "mark", 0), mode = get_int(j, "mode", 0666);

@@ -18,7 +18,9 @@ struct RouteConfig {
   Address listen;             // where clients arrive
   Address marked;             // where the other site's gate arrives; no path and no port: nowhere
   Address local, peer;        // resolved; peer may be empty as well
-  bool proxy_protocol = false;  // tell the local application the client's address by a PROXY v1 line
+  int proxy_protocol = 0;       // tell the local application the client's address by a PROXY header of this version
+  bool accept_proxy = false;    // clients' connections begin with a PROXY header, of either version
+  bool refuse_with_503 = true;  // what is refused gets an HTTP answer; else its connection is closed
   std::size_t max_waiting = 10000;
   Millis max_wait{30000};
   bool transparent = false;     // IP_TRANSPARENT on `listen`: a packet filter's TPROXY leads connections to other ports here

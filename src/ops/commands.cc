@@ -226,9 +226,10 @@ int complete(const CompleteOptions& o) {
   require_phase(run, {"switched", "completing"}, "complete");
   Side serving = run.serves();
   for (auto& traffic : run.traffic()) {
+    if (o.anyway) break;
     std::int64_t clients = traffic->from_old_address(run.traffic_context(), other(serving));
-    if (clients > 0 && !o.anyway)
-      throw Error(Code::state, std::to_string(clients) + " connections still arrive at the " + std::string(side_name(other(serving))) + "'s address",
+    if (clients > 0)
+      throw Error(Code::state, std::to_string(clients) + " connections came to the " + std::string(side_name(other(serving))) + "'s address in the last minute, or are open there",
                   "move the clients (DNS, addresses) to the " + std::string(side_name(serving)) + ", or repeat with --anyway to let them fail");
   }
   run.set_phase("completing");
@@ -349,7 +350,9 @@ int status(const StatusOptions& o) {
     at["attempt"] = run->site(side).call("attempt.status");
     if (!deployment.traffic.empty()) {
       try {
-        at["gate"] = run->site(side).call("gate", {{"request", {{"op", "status"}}}});
+        at["gate"] = run->site(side).call("gate", {{"request", {{"op", "status"}, {"older_than_ms", drain_time(deployment).count()}}}});
+        if (std::int64_t longer = get_int(at["gate"], "older", 0); longer > 0 && get_string(at["gate"], "state") == "OPEN_LOCAL")
+          at["gate"]["longer"] = long_connections(deployment, longer);
       } catch (const Error& e) {
         at["gate"] = {{"error", error_to_json(e)}};
       }

@@ -153,12 +153,12 @@ Prediction Switchover::predict(bool measure) {
     }
   }
   if (gated()) {
-    Json status = yields().call("gate", {{"request", {{"op", "status"}}}});
-    std::int64_t in_flight = get_int(status, "in_flight", 0);
-    p.reasons.push_back(std::to_string(in_flight) + " requests in flight: they are let finish first");
-    std::int64_t oldest = get_int(status, "oldest_ms", 0);
-    if (Millis(oldest) > run_.deployment().drain_deadline)
-      p.obstacles.push_back("a request is in flight since " + human_duration(Millis(oldest)) + ", longer than drain_deadline");
+    const Deployment& d = run_.deployment();
+    Json status = yields().call("gate", {{"request", {{"op", "status"}, {"older_than_ms", drain_time(d).count()}}}});
+    p.reasons.push_back(std::to_string(get_int(status, "in_flight")) + " connections in flight: they have " + human_duration(drain_time(d)) + " to finish first");
+    // What has been open for so long will not end now; finding that out would cost everybody else a pause.
+    if (std::int64_t longer = get_int(status, "older"); longer > 0)
+      (cuts_longer(d) ? p.reasons : p.obstacles).push_back(long_connections(d, longer));
   }
   // Round trips and durable writes of the protocol itself, from this very path.
   Ticks from = system_clock().now();
@@ -235,16 +235,14 @@ void Switchover::hold() {
 
 void Switchover::drain() {
   if (!gated()) return;
-  Deadline deadline = Deadline::in(run_.deployment().drain_deadline);
-  bool may_cut = true;
-  for (const auto& t : run_.deployment().traffic) may_cut = may_cut && t.longer_requests == TrafficConfig::Longer::cut;
+  Deadline deadline = Deadline::in(drain_time(run_.deployment()));
   while (true) {
     Json y = yields().call("gate", {{"request", {{"op", "status"}}}});
     std::int64_t in_flight = get_int(y, "in_flight");
     if (in_flight == 0) return;
-    if (deadline.passed() || (!may_cut && pause_deadline_.passed())) {
-      if (!may_cut)
-        throw Error(Code::timeout, std::to_string(in_flight) + " requests were still in flight at the drain deadline",
+    if (deadline.passed()) {
+      if (!cuts_longer(run_.deployment()))
+        throw Error(Code::timeout, std::to_string(in_flight) + " requests were still in flight after " + human_duration(drain_time(run_.deployment())),
                     "raise drain_deadline and max_pause, wait for them to end, or let longer requests be cut");
       yields().call("gate", {{"request", {{"op", "cut"}}}});
       return;
@@ -311,6 +309,7 @@ void Switchover::back_out(const Error& reason) {
     throw Error(Code::unknown, std::string("the controller failed after the commit (") + reason.what() + "); the agents finish it",
                 "rehome resume follows them to the end");
   double ms = ms_between(pause_from_, system_clock().now());
+  write_ledger();
   run_.journal().append("pause", {{"attempt", attempt_}, {"direction", direction_.yields == Side::source ? "switch" : "reverse"},
                                   {"total_ms", ms}, {"predicted_ms", predicted_ms_}, {"result", "backed out"},
                                   {"error", error_to_json(reason)}});
@@ -318,6 +317,32 @@ void Switchover::back_out(const Error& reason) {
   throw Error(Code::backed_out, std::string("backed out: ") + reason.what() + "; " + std::string(side_name(direction_.yields)) +
                                     " serves as before, nothing is lost",
               reason.hint.empty() ? "try again, or see rehome report" : reason.hint);
+}
+
+// What the gates did to connections in this pause: written once nobody who was held waits any more, or after two seconds
+// with what is known then. A gate that does not answer, or is older than this program, leaves its part out.
+void Switchover::write_ledger() {
+  if (!gated()) return;
+  Deadline deadline = Deadline::in(Millis(2000));
+  Json total;
+  while (true) {
+    total = {{"held", 0}, {"longest_wait_ms", 0.0}, {"dropped", 0}, {"cut", 0}, {"resets", 0}};
+    std::int64_t still = 0;
+    for (Site* site : {&yields(), &takes()}) {
+      try {
+        Json l = site->call("gate", {{"request", {{"op", "status"}}}}, Deadline::in(Millis(2000))).value("ledger", Json::object());
+        still += get_int(l, "still_held", 0);
+        for (const char* key : {"held", "dropped", "cut", "resets"}) total[key] = get_int(total, key) + get_int(l, key, 0);
+        total["longest_wait_ms"] = std::max(total["longest_wait_ms"].get<double>(), l.value("longest_wait_ms", 0.0));
+      } catch (const Error& e) {
+        run_.journal().append("message", {{"text", site->label() + ": its gate's ledger is not known: " + e.what()}});
+      }
+    }
+    if (still == 0 || deadline.passed()) break;
+    system_clock().sleep(Millis(10));
+  }
+  result_.ledger = total;
+  run_.journal().append("ledger", total);
 }
 
 void Switchover::commit() {
@@ -399,13 +424,7 @@ CutResult Switchover::cut() {
   Side serves = direction_.takes();
   run_.journal().append("serves", {{"side", side_name(serves)}});
   run_.journal().append("fact", {{"key", "phase"}, {"value", serves == Side::target ? "switched" : "following"}});
-  if (gated()) {
-    Json ledger = yields().call("gate", {{"request", {{"op", "status"}}}}).value("ledger", Json::object());
-    Json at_takes = takes().call("gate", {{"request", {{"op", "status"}}}}).value("ledger", Json::object());
-    for (const char* key : {"held", "dropped", "cut"}) result_.ledger[key] = get_int(ledger, key, 0) + get_int(at_takes, key, 0);
-    result_.ledger["longest_wait_ms"] = std::max(ledger.value("longest_wait_ms", 0.0), at_takes.value("longest_wait_ms", 0.0));
-    run_.journal().append("ledger", result_.ledger);
-  }
+  write_ledger();
   run_.journal().append("pause", {{"attempt", attempt_}, {"direction", direction_.yields == Side::source ? "switch" : "reverse"},
                                   {"total_ms", result_.pause_ms}, {"predicted_ms", predicted_ms_}, {"result", "switched"}});
   run_.journal().flush();

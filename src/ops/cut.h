@@ -54,6 +54,7 @@ class Switchover {
   void freeze();
   void ask_canaries();
   void commit();
+  void write_ledger();
   [[noreturn]] void back_out(const Error& reason);
   Json decided(Deadline deadline);
   Site& yields() { return run_.site(direction_.yields); }

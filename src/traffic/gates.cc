@@ -14,7 +14,9 @@ void set_route(Site& site, const TrafficConfig& t, const GateSide& side) {
              {"marked", marked_address(site, t.name)},
              {"local", side.local},
              {"peer", peer_address(site, t.name)},
-             {"proxy_protocol", t.proxy_protocol},
+             {"proxy_protocol", t.proxy_protocol == 0 ? Json(false) : Json(t.proxy_protocol == 1 ? "v1" : "v2")},
+             {"accept_proxy", t.accept_proxy},
+             {"refuse_with", t.refuse_with_503 ? "http_503" : "close"},
              {"max_waiting", t.max_waiting},
              {"max_wait_ms", t.max_wait.count()},
              {"mark", side.mark},
@@ -77,14 +79,21 @@ Json gate_route(const Json& status, const std::string& name, const Site& site) {
   throw Error(Code::state, "the gate has no route " + name, "its gate.json names it? rehome resume sends it again").in(site.label());
 }
 
-std::int64_t clients_at(Site& site, const std::string& name) {
-  Json before = gate_route(gate_status(site), name, site);
-  if (before.contains("to_peer_last_minute")) return get_int(before, "to_peer_last_minute") + get_int(before, "in_flight_to_peer", 0);
-  // A gate that counts no minutes: who comes within a second, and who is there.
-  system_clock().sleep(Millis(1000));
-  Json now = gate_route(gate_status(site), name, site);
-  std::int64_t marked = get_int(now, "from_peer", 0) - get_int(before, "from_peer", 0);
-  return std::max<std::int64_t>(0, get_int(now, "accepted") - get_int(before, "accepted") - marked) + get_int(now, "in_flight");
+std::int64_t clients_at(TrafficContext& ctx, Side side, const std::string& name, Millis watch) {
+  Site& site = ctx.at(side);
+  bool said = false;
+  while (true) {
+    stop_if_cancelled(ctx);
+    Json status = gate_status(site);
+    Json route = gate_route(status, name, site);
+    std::int64_t clients = get_int(route, "to_peer_last_minute") + get_int(route, "in_flight_to_peer");
+    // A gate that has not led to the other side yet has nobody's count, and says 0.
+    Millis watched(get_string(status, "state") == "OPEN_PEER" ? get_int(status, "state_ms") : 0);
+    if (clients > 0 || watched >= watch) return clients;
+    if (!said) ctx.log(site.label() + ": nobody was seen at the old address of " + name + " in " + human_duration(watched) + "; watching it for " + human_duration(watch - watched) + " more");
+    said = true;
+    system_clock().sleep(Millis(50));
+  }
 }
 
 void let_finish(TrafficContext& ctx, const TrafficConfig& traffic, Side side) {
@@ -138,18 +147,6 @@ void at_both(TrafficContext&, const std::function<void(Side)>& work) {
     }
   }
   if (first) throw *first;
-}
-
-std::vector<std::string> common_notes(const Deployment& d, const TrafficConfig& t) {
-  std::string longer = t.longer_requests == TrafficConfig::Longer::cut
-                           ? "longer ones are cut, and counted"
-                           : "a longer one makes the switch back out";
-  return {
-      "new connections wait while the switch pauses, at most " + std::to_string(t.max_waiting) + " of them and " + human_duration(t.max_wait) +
-          " each; more, or longer, are answered 503 and counted as dropped",
-      "requests and uploads in flight have " + human_duration(d.drain_deadline) + " to finish; " + longer,
-      "websockets and event streams do not end by themselves: they count as requests in flight, so " + longer + "; clients connect again",
-  };
 }
 
 std::vector<std::unique_ptr<Traffic>> make_traffic(const Deployment& deployment) {

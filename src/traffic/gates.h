@@ -25,8 +25,10 @@ Json gate_status(Site&);
 // The route `name` in a status; throws Error(state) when there is none.
 Json gate_route(const Json& status, const std::string& name, const Site&);
 
-// Clients that use this side's gate although the other serves: those of the last minute and those still connected.
-std::int64_t clients_at(Site&, const std::string& route);
+// Connections of clients that used this side's gate although the other serves: those of the last minute and those still
+// open. A client that asks once in 20 s must not be missed, so 0 is answered only after the gate has led to the other side
+// for `watch`; until then this waits, and says so in the log. Throws Error(interrupted), and what the gate's agent answers.
+std::int64_t clients_at(TrafficContext&, Side, const std::string& route, Millis watch = Millis(60000));
 
 // After nobody new comes: waits until nobody is served through this side's gate any more, or is about to be, at most
 // drain_deadline. Who is left then is logged, and is cut when the gate ends; so is a gate that does not answer.
@@ -44,8 +46,9 @@ void stop_if_cancelled(const TrafficContext&);
 // take back, it takes back.
 void at_both(TrafficContext&, const std::function<void(Side)>& work);
 
-// What happens to whom at a switch, for every kind of traffic.
-std::vector<std::string> common_notes(const Deployment&, const TrafficConfig&);
+// What happens to whom at a switch, for every kind of client: one sentence each.
+enum class Front { nginx, none };
+std::vector<std::string> common_notes(const Deployment&, const TrafficConfig&, Front);
 
 // The drivers.
 std::unique_ptr<Traffic> make_listen(const Deployment&, const TrafficConfig&);

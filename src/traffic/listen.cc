@@ -20,8 +20,7 @@ class ListenTraffic : public Traffic {
   }
 
   std::vector<std::string> plan_notes() override {
-    auto notes = common_notes(deployment_, t_);
-    notes.push_back("a connection that is kept open between requests counts as in flight: behind a proxy that keeps connections, use traffic of kind nginx");
+    auto notes = common_notes(deployment_, t_, Front::none);
     notes.push_back("clients must use the gate's address, " + t_.on.source.listen + ", from begin on, and nobody listens there after complete or cancel");
     return notes;
   }
@@ -32,7 +31,7 @@ class ListenTraffic : public Traffic {
 
   // The gate ends with its agent; a listener that went earlier would refuse clients that can still be served.
   void withdraw(TrafficContext&) override {}
-  std::int64_t from_old_address(TrafficContext& ctx, Side old_side) override { return clients_at(ctx.at(old_side), t_.name); }
+  std::int64_t from_old_address(TrafficContext& ctx, Side old_side) override { return clients_at(ctx, old_side, t_.name); }
   std::vector<std::string> leftovers(TrafficContext&) override { return {}; }
 
  private:

@@ -70,7 +70,7 @@ class NginxTraffic : public Traffic {
   }
 
   std::vector<std::string> plan_notes() override {
-    auto notes = common_notes(deployment_, t_);
+    auto notes = common_notes(deployment_, t_, Front::nginx);
     notes.insert(notes.begin(), {
         "nginx is reloaded once at begin and once at complete, at either site; nothing is reloaded while a switch pauses",
         "clients' keep-alive connections to nginx stay open over a switch; a reload closes them, and one that sends at that very moment "
@@ -94,7 +94,7 @@ class NginxTraffic : public Traffic {
     at_both(ctx, [&](Side s) { put_back(ctx, s); });
   }
 
-  std::int64_t from_old_address(TrafficContext& ctx, Side old_side) override { return clients_at(ctx.at(old_side), t_.name); }
+  std::int64_t from_old_address(TrafficContext& ctx, Side old_side) override { return clients_at(ctx, old_side, t_.name); }
 
   std::vector<std::string> leftovers(TrafficContext& ctx) override {
     std::vector<std::string> left;

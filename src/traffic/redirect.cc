@@ -55,9 +55,8 @@ class RedirectTraffic : public Traffic {
   }
 
   std::vector<std::string> plan_notes() override {
-    auto notes = common_notes(deployment_, t_);
+    auto notes = common_notes(deployment_, t_, Front::none);
     notes.push_back("connections of before begin stay with the application, and are in nobody's count; they end when it is frozen for good");
-    notes.push_back("a connection that clients keep open between requests counts as in flight: behind a proxy that keeps connections, use traffic of kind nginx");
     if (!t_.proxy_protocol) notes.push_back("through the gate, the application sees connections from its own host");
     notes.push_back("after a reboot, or when a firewall loads its rules anew, the rule is back within two seconds of the agent's start; until then clients reach the application's port itself");
     return notes;
@@ -94,7 +93,7 @@ class RedirectTraffic : public Traffic {
     });
   }
 
-  std::int64_t from_old_address(TrafficContext& ctx, Side old_side) override { return clients_at(ctx.at(old_side), t_.name); }
+  std::int64_t from_old_address(TrafficContext& ctx, Side old_side) override { return clients_at(ctx, old_side, t_.name); }
 
   std::vector<std::string> leftovers(TrafficContext& ctx) override {
     std::vector<std::string> left;

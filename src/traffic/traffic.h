@@ -49,12 +49,22 @@ class Traffic {
   // The gates are out of the way and the originals are back, byte for byte; idempotent, also after half a prepare().
   // The gates themselves go on until their agents are shut down, so that connections in flight end in peace.
   virtual void withdraw(TrafficContext&) = 0;
-  // How many connections have come to that side's gate from clients, not from the other gate, since it started: those
-  // who still use the old address. Throws Error(unreachable) when the gate does not answer.
+  // How many connections of clients still come to that side's gate, which leads them to the other: those of the last
+  // minute and those that are open. Waits until the gate has watched for a minute before it answers 0. Throws
+  // Error(unreachable) when the gate does not answer.
   virtual std::int64_t from_old_address(TrafficContext&, Side old_side) = 0;
   // What of ours is still there; empty after withdraw().
   virtual std::vector<std::string> leftovers(TrafficContext&) = 0;
 };
+
+// Whether connections that outlast a switch's drain are cut. The gates know no routes then, so one entry that does not
+// allow it decides for all.
+bool cuts_longer(const Deployment&);
+// How long connections in flight have to end in a switch: drain_deadline, but no longer than max_pause, after which the
+// switch backs out, or half of that where they are cut.
+Millis drain_time(const Deployment&);
+// For `count` connections that are older than that: what they probably are and what a switch does with them.
+std::string long_connections(const Deployment&, std::int64_t count);
 
 // One driver for each `traffic` entry of the deployment, in its order.
 std::vector<std::unique_ptr<Traffic>> make_traffic(const Deployment& deployment);

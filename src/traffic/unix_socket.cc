@@ -72,7 +72,7 @@ class UnixSocketTraffic : public Traffic {
   }
 
   std::vector<std::string> plan_notes() override {
-    auto notes = common_notes(deployment_, t_);
+    auto notes = common_notes(deployment_, t_, Front::none);
     notes.push_back("the gate's socket takes the name " + Address::parse(t_.on.source.application).path +
                     "; connections of before stay with the application, and are in nobody's count");
     notes.push_back("an application that starts again makes its socket anew: for up to a second, its clients pass the gate by");
@@ -107,20 +107,13 @@ class UnixSocketTraffic : public Traffic {
       site.call("child.drop", {{"name", "take-" + t_.name}});
       if (!ours(site, p)) return;
       site.exec_ok({.argv = {"sh", "-c", kGiveBack, "sh", p.application, p.kept, p.gate}}, Deadline::in(Millis(10000)), ("giving " + p.application + " back").c_str());
-      // Who has come to the gate's socket still needs the kept name: until nobody waits there.
-      Deadline soon = Deadline::in(Millis(3000));
-      try {
-        do {
-          system_clock().sleep(Millis(100));
-        } while (get_int(gate_route(gate_status(site), t_.name, site), "waiting") > 0 && !soon.passed());
-      } catch (const Error& e) {
-        ctx.log(site.label() + ": " + e.what());
-      }
+      // Who has come to the gate's socket still needs the kept name.
+      let_finish(ctx, t_, s);
       site.exec_ok({.argv = {"rm", "-f", "--", p.kept, p.kept + ".new", p.application + ".rehome-new"}}, Deadline::in(Millis(10000)), "removing the kept name");
     });
   }
 
-  std::int64_t from_old_address(TrafficContext& ctx, Side old_side) override { return clients_at(ctx.at(old_side), t_.name); }
+  std::int64_t from_old_address(TrafficContext& ctx, Side old_side) override { return clients_at(ctx, old_side, t_.name); }
 
   std::vector<std::string> leftovers(TrafficContext& ctx) override {
     std::vector<std::string> left;

@@ -49,6 +49,18 @@ std::string said_of(const Json& error) {
   return (context.empty() ? "" : context + ": ") + str(error, "message");
 }
 
+void gate_lines(const Json& gate, Lines& out) {
+  std::int64_t resets = 0, old_address = 0;
+  for (const auto& route : at(gate, "routes")) {
+    resets += whole(route, "resets");
+    old_address += whole(route, "to_peer_last_minute") + whole(route, "in_flight_to_peer");
+  }
+  out.push_back("          gate " + str(gate, "state") + ": " + grouped(whole(gate, "in_flight")) + " in flight, " + grouped(whole(gate, "waiting")) + " waiting, " +
+                grouped(resets) + " reset since it started");
+  if (old_address > 0) out.push_back("          " + grouped(old_address) + " connections came to this address in the last minute, or are open, and are led to the other side");
+  if (std::string longer = str(gate, "longer"); !longer.empty()) out.push_back("          " + longer);
+}
+
 void site_lines(const Json& s, const char* side, Lines& out) {
   const Json& site = at(s, side);
   if (!site.is_object()) return;
@@ -69,7 +81,7 @@ void site_lines(const Json& s, const char* side, Lines& out) {
   if (const Json& gate = at(site, "gate"); gate.is_object()) {
     if (at(gate, "error").is_object()) out.push_back("          gate does not answer: " + said_of(at(gate, "error")));
     else
-      out.push_back("          gate " + str(gate, "state") + ": " + grouped(whole(gate, "in_flight")) + " in flight, " + grouped(whole(gate, "waiting")) + " waiting");
+      gate_lines(gate, out);
   }
   const Json& attempt = at(site, "attempt");
   if (std::string w = str(attempt, "waiting_for"); !w.empty()) out.push_back("          waiting for " + w);
