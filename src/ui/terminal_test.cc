@@ -212,6 +212,16 @@ TEST(TextView, ConfigErrorsStartWithTheirPlaces) {
   EXPECT_EQ(lines[1], "a.yaml:3:4: two");
 }
 
+TEST(TextView, StatusTellsOfTheGatesClients) {
+  Json routes = Json::array({{{"name", "a"}, {"resets", 2}, {"to_peer_last_minute", 3}, {"in_flight_to_peer", 1}}, {{"name", "b"}, {"resets", 1}}});
+  Json status{{"kind", "status"}, {"name", "shop"}, {"phase", "switched"}, {"source", {{"gate", {{"state", "OPEN_PEER"}, {"in_flight", 4}, {"waiting", 0}, {"routes", routes}, {"longer", "2 connections are open"}}}}}};
+  std::string all;
+  for (const auto& line : status_lines(status)) all += line + "\n";
+  EXPECT_NE(all.find("gate OPEN_PEER: 4 in flight, 0 waiting, 3 reset since it started\n"), std::string::npos) << all;
+  EXPECT_NE(all.find("4 connections came to this address in the last minute, or are open, and are led to the other side\n"), std::string::npos) << all;
+  EXPECT_NE(all.find("2 connections are open\n"), std::string::npos) << all;
+}
+
 TEST(TextView, NumbersForPeople) {
   EXPECT_EQ(grouped(0), "0");
   EXPECT_EQ(grouped(-1234567), "-1,234,567");

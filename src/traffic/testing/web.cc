@@ -120,7 +120,7 @@ void Application::serve(const Fd& fd) {
     if (target == "/events") {
       send_all(fd, "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nX-Accel-Buffering: no\r\nConnection: close\r\n\r\n");
       while (!stop_) {
-        send_all(fd, "data: tick\n\n");
+        send_all(fd, "data: tick " + name_ + "\n\n");
         system_clock().sleep(Millis(20));
       }
       return;

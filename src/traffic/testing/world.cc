@@ -147,4 +147,25 @@ void World::release(Side serves) {
   other.gate({{"op", "release"}, {"to", "peer"}});
 }
 
+bool World::switch_to(Side takes, Millis pause) {
+  Side yields = takes == Side::source ? Side::target : Side::source;
+  LocalSite& gate = yields == Side::source ? source : target;
+  hold();
+  Deadline deadline = Deadline::in(drain_time(deployment));
+  while (get_int(gate.gate({{"op", "status"}}), "in_flight") > 0) {
+    if (deadline.passed()) {
+      if (!cuts_longer(deployment)) {
+        release(yields);
+        return false;
+      }
+      gate.gate({{"op", "cut"}});
+      break;
+    }
+    system_clock().sleep(Millis(2));
+  }
+  system_clock().sleep(pause);
+  release(takes);
+  return true;
+}
+
 }  // namespace rehome::testing

@@ -59,6 +59,9 @@ struct World {
   // What a switch does to the gates; returns how long clients were held at most, in ms.
   void hold();
   void release(Side serves);
+  // What a switch does to the gates, with this deployment's drain and choice: hold, drain, cut or back out, `pause`, release.
+  // False when it backed out: the other side serves as before.
+  bool switch_to(Side takes, Millis pause = Millis(100));
   Deployment deployment;
   LocalSite source{Side::source}, target{Side::target};
   std::map<std::string, Json> facts;
