@@ -14,13 +14,14 @@ namespace rehome {
 
 void JournalFile::open() {
   if (fd_) return;
-  bool fresh = !exists(path_);
   Fd fd(::open(path_.c_str(), O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0600));
   if (!fd) throw errno_error(errno, "open", path_);
-  if (fresh) fsync_directory(parent_path(path_));
-  std::string all = fresh ? "" : read_file(path_);
-  // A line without its end was never acknowledged.
-  auto end = all.rfind('\n');
+  // Also of a file that was there: who made it may have died before this.
+  fsync_directory(parent_path(path_));
+  std::string all = read_file(path_);
+  // A line without its end was never acknowledged. Nor was one with a hole: a power cut in an append may leave later blocks of it on
+  // the disk without the earlier ones, which then read as zeros.
+  auto end = all.rfind('\n', all.find('\0'));
   std::size_t whole = end == std::string::npos ? 0 : end + 1;
   if (whole != all.size() && ::ftruncate(fd.get(), static_cast<off_t>(whole)) != 0) throw errno_error(errno, "truncate", path_);
   next_ = std::count(all.begin(), all.begin() + static_cast<std::ptrdiff_t>(whole), '\n');
@@ -35,7 +36,8 @@ std::int64_t JournalFile::append(std::int64_t from, const std::vector<std::strin
                 "read it from there: another controller may have written");
   std::string bytes;
   for (const auto& line : lines) {
-    if (line.find('\n') != std::string::npos) throw Error(Code::usage, "a journal line holds a newline");
+    if (line.find_first_of(std::string_view("\n\0", 2)) != std::string::npos)
+      throw Error(Code::usage, "a journal line holds a newline or a zero byte");
     bytes += line + "\n";
   }
   off_t before = ::lseek(fd_.get(), 0, SEEK_END);

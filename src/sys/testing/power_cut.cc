@@ -321,9 +321,11 @@ class Remains {
     std::string out(size, '\0');
     for (std::size_t at = 0; at < size; at += sector) {
       const std::string& from = newer() ? now : old;
-      if (at < from.size()) out.replace(at, std::min(sector, size - at), from, at, std::min(sector, size - at));
+      if (at < from.size()) {
+        std::size_t n = std::min({sector, size - at, from.size() - at});
+        out.replace(at, n, from, at, n);
+      }
     }
-    out.resize(size);
     return out;
   }
 
