@@ -1,5 +1,5 @@
 // Two sites in memory for tests of the state machine: records whose writes fail, tear or are lost, stores, gates, a link that
-// loses messages, a clock that stands still, and a crash at any chosen point of either agent.
+// loses messages, boot clocks that stand still, and the end of either agent, or host, at any chosen point.
 #pragma once
 
 #include <memory>
@@ -17,7 +17,8 @@ class FakeClock : public Clock {
   Ticks now() override { return now_; }
   std::int64_t wall_us() override { return now_ / 1000; }
   void sleep(Millis d) override { pass(d); }
-  void pass(Millis d) { now_ += d.count() * 1'000'000; }
+  virtual void pass(Millis d) { now_ += d.count() * 1'000'000; }
+  void set(Ticks now) { now_ = now; }
 
  private:
   Ticks now_ = 1'000'000'000;
@@ -55,15 +56,24 @@ class FakeSite : public AttemptHands, public AttemptGate, public AttemptPeer, pr
  public:
   FakeSite(World& world, AgentSide side);
   void start(bool returning = false);   // a new agent
-  Attempt& agent() { return *attempt_; }
+  // The host is off for so long; then it boots, with a boot clock that begins again, and without what lived in its memory.
+  void power_off(Millis how_long);
+  void boot_when_due();
+  bool off() const { return off_until_ != 0; }
+  Attempt& agent() {
+    if (off()) throw Error(Code::unreachable, "the host is off", "", true);
+    return *attempt_;
+  }
   Record record() {
-    auto r = attempt_->record();
+    auto r = agent().record();
     if (!r) throw Error(Code::state, "the record cannot be read");
     return *r;
   }
 
   World& world;
   AgentSide side;
+  FakeClock clock;  // of this boot of this host
+  int boots = 0;
   FakeBlocks blocks;
   bool open = false, soft = false, frozen = false, forbidden = false, relays = false;
   GateWish gate = GateWish::none;
@@ -97,11 +107,14 @@ class FakeSite : public AttemptHands, public AttemptGate, public AttemptPeer, pr
 
   std::unique_ptr<RecordStore> store_;
   std::unique_ptr<Attempt> attempt_;
+  Ticks off_until_ = 0;  // of the world's clock
 };
 
 class World {
  public:
-  World() : source(*this, AgentSide::source), target(*this, AgentSide::target) {
+  World() : clock(*this), source(*this, AgentSide::source), target(*this, AgentSide::target) {
+    // Two hosts' boot clocks have nothing to do with each other.
+    target.clock.set(77'000'000'000'000);
     source.open = true;
     source.start();
     target.start();
@@ -118,7 +131,7 @@ class World {
   void deliver(AgentSide from, F handle) {
     auto lost = [] { return Error(Code::unreachable, "the link is down", "", true); };
     point(from);
-    if (!link || lose_request) {
+    if (!link || lose_request || at(other(from)).off()) {
       lose_request = false;
       throw lost();
     }
@@ -126,7 +139,8 @@ class World {
       handle(at(other(from)).agent());
     } catch (const Crash& c) {
       if (c.side == from) throw;
-      at(c.side).start();
+      if (crash_is_power && crash_both) throw Crash{from};  // the caller's host is gone too; both fall where that one is caught
+      fell(c.side);
       throw lost();
     }
     if (lose_answer) {
@@ -140,8 +154,24 @@ class World {
   // A whole switch as a controller asks for it; a crash restarts the agent and ends the controller's try.
   bool try_switch(AgentSide yields);
   void guarded(const std::function<void()>& f);
+  void fell(AgentSide side) {
+    if (!crash_is_power) return at(side).start();
+    at(side).power_off(off_for);
+    if (crash_both) at(other(side)).power_off(off_for);
+  }
 
-  FakeClock clock;
+  // Time passes on both hosts.
+  struct WorldClock : FakeClock {
+    explicit WorldClock(World& world) : w(world) {}
+    void pass(Millis d) override {
+      FakeClock::pass(d);
+      w.source.clock.pass(d);
+      w.target.clock.pass(d);
+    }
+    World& w;
+  } clock;
+  bool crash_is_power = false, crash_both = false;  // a crash takes the host, or both
+  Millis off_for{0};
   bool link = true, lose_request = false, lose_answer = false;
   AgentSide crash_side = AgentSide::source;
   int crash_in = -1;
@@ -156,8 +186,24 @@ inline FakeSite::FakeSite(World& w, AgentSide s) : world(w), side(s) {
 inline void FakeSite::start(bool returning) {
   attempt_.reset();
   store_ = std::make_unique<RecordStore>(static_cast<BlockFile&>(*this));
-  attempt_ = std::make_unique<Attempt>(Attempt::Ports{side, world.clock, *store_, *this, *this, *this});
+  attempt_ = std::make_unique<Attempt>(Attempt::Ports{side, clock, *store_, *this, *this, *this});
   attempt_->start(returning);
+}
+
+inline void FakeSite::power_off(Millis how_long) {
+  off_until_ = after(world.clock, how_long);
+  boot_when_due();
+}
+
+inline void FakeSite::boot_when_due() {
+  if (!off() || world.clock.now() < off_until_) return;
+  off_until_ = 0;
+  boots++;
+  clock.set(200'000'000);
+  // Hard fences and the start condition are on the disk; sessions, frozen processes and the gate's state are not.
+  soft = frozen = relays = gate_held = false;
+  gate = GateWish::sealed;
+  start(true);
 }
 
 inline void FakeSite::write(int block, std::string_view bytes) {
@@ -249,7 +295,7 @@ inline void World::guarded(const std::function<void()>& f) {
   try {
     f();
   } catch (const Crash& c) {
-    at(c.side).start();
+    fell(c.side);
   }
 }
 
@@ -257,10 +303,12 @@ inline void World::settle(Millis at_most) {
   Ticks end = after(clock, at_most);
   while (clock.now() < end) {
     bool idle = true;
+    for (auto side : {AgentSide::source, AgentSide::target}) guarded([&] { at(side).boot_when_due(); });
     for (auto side : {AgentSide::source, AgentSide::target})
-      guarded([&] { idle = at(side).agent().work() >= Millis(1000) && idle; });
+      if (!at(side).off()) guarded([&] { idle = at(side).agent().work() >= Millis(1000) && idle; });
     if (link)
       for (auto side : {AgentSide::source, AgentSide::target}) {
+        if (source.off() || target.off()) break;
         auto mine = at(side).agent().record();
         if (mine) guarded([&] { at(other(side)).agent().heard(*mine); });
       }

@@ -363,6 +363,46 @@ TEST(Attempt, KilledAtEveryPoint) {
   EXPECT_GT(back, 10);
 }
 
+// The same with the power: the host is gone with all that it had not made durable, at once back or after a while, alone or with the
+// other; its boot clock begins again.
+TEST(Attempt, PowerFailsAtEveryPoint) {
+  int switched = 0, back = 0;
+  for (AgentSide side : {AgentSide::source, AgentSide::target})
+    for (bool both : {false, true})
+      for (Millis off : {Millis(0), Millis(4000), Millis(20'000)})
+        for (int lost = 0; lost < 3; lost++)
+          for (int k = 0;; k++) {
+            World w;
+            std::string when = std::string(name_of(side)) + (both ? " and the other" : "") + " off at " + std::to_string(k) + " for " +
+                               std::to_string(off.count()) + " ms, lost " + std::to_string(lost);
+            w.crash_is_power = true;
+            w.crash_both = both;
+            w.off_for = off;
+            w.crash_side = side;
+            w.crash_in = k;
+            w.lose_answer = lost == 1;
+            w.lose_request = lost == 2;
+            bool opened = false;
+            ASSERT_NO_THROW(opened = w.try_switch(AgentSide::source)) << when;
+            ASSERT_NO_THROW(w.settle(Millis(60'000))) << when;
+            bool reached = w.crash_in < 0;
+            EXPECT_EQ(w.at(side).boots, reached) << when;
+            EXPECT_EQ(w.at(other(side)).boots, reached && both) << when;
+            AgentSide serves = served_by(w);
+            EXPECT_TRUE(!opened || serves == AgentSide::target) << when;
+            expect_served(w, serves, when);
+            (serves == AgentSide::target ? switched : back)++;
+            w.crash_in = -1;
+            w.lose_answer = w.lose_request = false;
+            EXPECT_TRUE(w.try_switch(serves)) << when;
+            w.settle();
+            expect_served(w, other(serves), when + ", the next one");
+            if (!reached || ::testing::Test::HasFailure()) break;
+          }
+  EXPECT_GT(switched, 50);
+  EXPECT_GT(back, 50);
+}
+
 // Several faults of every kind in one run, in any order.
 TEST(Attempt, RandomFaults) {
   for (unsigned seed = 1; seed <= 3000 && !::testing::Test::HasFailure(); seed++) {
@@ -373,14 +413,23 @@ TEST(Attempt, RandomFaults) {
     auto step = [&] {
       AgentSide side = pick(2) ? AgentSide::source : AgentSide::target;
       switch (pick(8)) {
-        case 0: w.crash_side = side; w.crash_in = pick(30); break;
+        case 0:
+          w.crash_side = side;
+          w.crash_in = pick(30);
+          w.crash_is_power = pick(2);
+          w.off_for = Millis(pick(8000));
+          break;
         case 1: w.link = !w.link; break;
         case 2: (pick(2) ? w.lose_answer : w.lose_request) = true; break;
         case 3: w.at(side).blocks.fails = static_cast<FakeBlocks::Fails>(pick(4)); break;
-        case 4: w.at(side).start(pick(2)); break;
+        case 4:
+          if (pick(2)) w.at(side).power_off(Millis(pick(3) * pick(5000)));
+          else if (!w.at(side).off()) w.at(side).start();
+          break;
         case 5: w.settle(Millis(pick(6000))); break;
         case 6: w.at(side).failing = pick(2) ? std::set<ActionSet>{} : std::set<ActionSet>{static_cast<ActionSet>(pick(kActionSets))}; break;
         default: {
+          if (w.at(side).off()) break;
           auto r = w.at(side).agent().record();
           if (r) w.try_switch(pick(8) ? r->serves : side);
         }
