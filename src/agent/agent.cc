@@ -187,7 +187,7 @@ void Agent::allow_services() {
 }
 
 Json Agent::peer_hello() const {
-  Json j{{"version", kAgentVersion}, {"side", side()}, {"boot_id", boot_id_}, {"pid", ::getpid()}, {"gate_told", gate_.told()}};
+  Json j{{"version", kAgentVersion}, {"side", side()}, {"boot_id", boot_id_}, {"pid", ::getpid()}, {"gate_told", gate_.told()}, {"hears", link_.up()}};
   if (auto r = attempt_.record()) j["record"] = record_to_json(*r);
   return j;
 }

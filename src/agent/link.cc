@@ -118,13 +118,34 @@ void Link::peer_came(const Json& hello) {
     std::lock_guard lock(mutex_);
     heard_ = system_clock().now();
     if (!path.empty() && path != reverse_) {
-      // The sockets of earlier starts of the other side's ssh have nobody behind them any more.
-      if (reverse_.starts_with(p_.state + "/run/from-peer.")) ::unlink(reverse_.c_str());
       reverse_ = path;
       changed_.notify_all();
     }
   }
+  clear_ways();
   p_.heard(hello);
+}
+
+// The sockets that earlier starts of the other side's ssh left behind. A hello does not tell which those are: one that was said before
+// a cut may be delivered after those that were said since. Nobody listens behind a dead one; that tells.
+void Link::clear_ways() {
+  std::string now;
+  {
+    std::lock_guard lock(mutex_);
+    now = reverse_;
+    if (cleared_ == now) return;
+    cleared_ = now;
+  }
+  const std::string run = p_.state + "/run";
+  for (const auto& name : list_directory(run)) {
+    std::string path = run + "/" + name;
+    if (!name.starts_with("from-peer.") || path == now) continue;
+    try {
+      connect_to({.path = path}, Deadline::in(Millis(200)));
+    } catch (const Error&) {
+      ::unlink(path.c_str());
+    }
+  }
 }
 
 void Link::set_up(bool up, const std::string& error) {
@@ -226,6 +247,12 @@ void Link::say_hello() {
     Json answer = call("hello", hello, Deadline::in(kHelloDeadline));
     p_.heard(answer);
     set_up(true, "");
+    // One way works and the other does not (its socket was removed, say): only a new ssh makes another.
+    if (get_bool(answer, "hears", true)) back_works_ = system_clock().now();
+    if (ssh_ && system_clock().now() - std::max(ssh_started_, back_works_) > kSilence.count() * 1'000'000) {
+      p_.log("the other side has no way back; ssh is started anew");
+      ssh_->kill(SIGKILL);
+    }
     // The connection of the commit is proved each second too: opening it must not cost time inside the pause.
     call("commit", {{"op", "peer.hello"}, {"brief", true}}, Deadline::in(kHelloDeadline));
   } catch (const Error& e) {

@@ -60,6 +60,7 @@ class Link {
   void keep_ssh();
   void say_hello();
   void set_up(bool up, const std::string& error);
+  void clear_ways();
   std::string ssh_error();
 
   Ports p_;
@@ -68,6 +69,7 @@ class Link {
   Json config_;
   bool new_config_ = false;
   std::string reverse_;                // the socket through which the other side, the initiator, can be reached
+  std::string cleared_;                // reverse_ when the others were last cleared away
   bool up_ = false;
   Ticks since_ = 0, heard_ = 0;
   std::string error_ = "no link is set";
@@ -77,7 +79,7 @@ class Link {
   // The link thread's own.
   std::unique_ptr<Child> ssh_;
   std::string ssh_text_, ssh_reverse_;
-  Ticks ssh_started_ = 0, ssh_next_ = 0;
+  Ticks ssh_started_ = 0, ssh_next_ = 0, back_works_ = 0;
   Millis ssh_wait_{100};
 };
 

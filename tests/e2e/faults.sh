@@ -1,16 +1,15 @@
 #!/usr/bin/env bash
 # Faults inside the pause, on real servers under load: whatever dies, nothing acknowledged is lost, never do both sides accept
-# writes, and one side serves again by itself. In ./check the first faults of the list meet one phase each, drawn with a printed seed;
-# with REHOME_ALL every fault meets every phase.   SEED=n FAULTS="name ..." PHASES="name;..." choose.
+# writes, and one side serves again by itself. In ./check every fault meets one phase, drawn with a printed seed; with REHOME_ALL
+# every fault meets every phase.   SEED=n FAULTS="name ..." PHASES="name;..." choose.
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 seed=${SEED:-$RANDOM}
 RANDOM=$seed
 say "seed $seed"
 
 IFS=';' read -r -a phases <<<"${PHASES:-hold;drain;soft fence;freeze;marker;catch up;compare;arm reverse;read canary;seal;hard fence;open}"
-everything="kill_controller kill_agent_yields kill_agent_takes cut_link stop_controller kill_pg_yields kill_pg_takes kill_gate power_yields power_takes"
-short=${everything%% stop_controller*}
-read -r -a faults <<<"${FAULTS:-$([ -n "${REHOME_ALL:-}" ] && echo "$everything" || echo "$short")}"
+everything="kill_controller kill_agent_yields kill_agent_takes cut_link stop_controller second_controller lossy_link kill_pg_yields kill_pg_takes kill_gate power_yields power_takes"
+read -r -a faults <<<"${FAULTS:-$everything}"
 
 agent_pid() { on "$1" sh -c 'for p in /proc/[0-9]*; do tr "\0" " " <$p/cmdline 2>/dev/null | grep -q "rehome-agent-[0-9a-f]* serve --state" && echo ${p#/proc/}; done' | head -1; }
 gate_pid() { on "$1" sh -c 'for p in /proc/[0-9]*; do tr "\0" " " <$p/cmdline 2>/dev/null | grep -q "rehome-gate-[0-9a-f]* --state" && echo ${p#/proc/}; done' | head -1; }
@@ -27,6 +26,8 @@ breaker() { # FAULT YIELDS TAKES
     stop_controller) on new sh -c "kill -STOP \$(cat '$world/shared/controller.pid')"; sleep 7; on new sh -c "kill -CONT \$(cat '$world/shared/controller.pid')" ;;
     kill_agent_yields) on "$yields" kill -9 "$(agent_pid "$yields")" ;;
     kill_agent_takes) on "$takes" kill -9 "$(agent_pid "$takes")" ;;
+    second_controller) rehome -q resume >"$world/shared/second" 2>&1 ;;
+    lossy_link) hosts wire "$world" 30 5 0; (sleep 8; hosts wire "$world" off) & ;;
     cut_link) hosts link "$world" down; (sleep 6; hosts link "$world" up) & ;;
     kill_pg_yields) pg_kill "$yields" ;;
     kill_pg_takes) pg_kill "$takes" ;;
@@ -89,6 +90,7 @@ one_fault() { # FAULT WHEN PHASE
     kill_pg_yields) pg start "$yields" 15 5432 >/dev/null 2>&1 || true ;;
     kill_pg_takes) pg start "$takes" 15 5432 >/dev/null 2>&1 || true ;;
     cut_link | power_*) sleep 6; hosts link "$world" up ;;
+    lossy_link) sleep 8 ;;
   esac
   local now= started=$SECONDS
   for i in $(seq 60); do
