@@ -148,6 +148,7 @@ class Agent : public AgentHost, private AttemptHands, private AttemptPeer {
   Json op_peer_tails(const Json&, AgentConnection&);
   Json op_peer_service(const Json&, AgentConnection&);
   void check_alone(const Json& request) const;
+  void require_open(std::int64_t attempt) const;  // throws Error(state)
 
   AgentOptions options_;
   Fd lock_;                          // the state directory is ours while this is open

@@ -4,6 +4,8 @@
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <fstream>
@@ -328,6 +330,26 @@ TEST(Agent, FreezesThawsAndKills) {
   EXPECT_EQ(read_file(count).size(), before);  // not one more write on the way out
   EXPECT_EQ(writer.wait(Deadline::in(Millis(2000))), 128 + SIGKILL);
   freezer.forget();
+}
+
+TEST(Agent, AFreezeThatComesLateIsRefused) {
+  TempDir dir;
+  Running a(dir.path());
+  a.call("record.init", {{"side", "source"}, {"name", "x"}, {"serves", "source"}});
+  pid_t child = ::fork();
+  if (child == 0) {
+    ::pause();
+    ::_exit(0);
+  }
+  write_durably(dir.path() + "/pid", std::to_string(child) + "\n");
+  a.call("freeze.set", {{"items", {{{"name", "w"}, {"pid_file", dir.path() + "/pid"}}}}});
+  // No attempt is open: a cut held this request up, and its attempt was undone meanwhile.
+  EXPECT_EQ(code_of([&] { a.call("freeze", {{"attempt", 1}}); }), Code::state);
+  EXPECT_EQ(code_of([&] { a.call("gate", {{"request", {{"op", "cut"}, {"attempt", 1}}}}); }), Code::state);
+  std::string status = read_file("/proc/" + std::to_string(child) + "/status");
+  EXPECT_NE(status.find("State:\tS"), std::string::npos) << status.substr(0, 200);
+  ::kill(child, SIGKILL);
+  ::waitpid(child, nullptr, 0);
 }
 
 TEST(Agent, EphemeralLeavesNothing) {

@@ -83,7 +83,28 @@ Json Agent::op_freeze_set(const Json& request, AgentConnection&) {
   return Json::object();
 }
 
-Json Agent::op_freeze(const Json&, AgentConnection&) { return {{"items", freezer_.freeze()}}; }
+// A request that a cut held up arrives when its attempt has long been undone: nobody would thaw again.
+Json Agent::op_freeze(const Json& request, AgentConnection&) {
+  std::int64_t n = get_int(request, "attempt");
+  require_open(n);
+  Json items = freezer_.freeze();
+  try {
+    require_open(n);
+  } catch (const Error&) {
+    // The undo's thaw may have come before the last of them was frozen.
+    auto r = attempt_.record();
+    if (r && name_of(r->serves) == side()) freezer_.thaw();
+    throw;
+  }
+  return {{"items", items}};
+}
+
+void Agent::require_open(std::int64_t n) const {
+  auto r = attempt_.record();
+  if (!r) throw Error(Code::state, "the record cannot be read", "see status");
+  if (r->decision != Decision::attempt || r->attempt != n || attempt_.lease_left().count() <= 0)
+    throw Error(Code::state, "attempt " + std::to_string(n) + " is not open, so nobody would take this back", "send attempt.open first");
+}
 
 Json Agent::op_thaw(const Json&, AgentConnection&) {
   auto r = attempt_.record();
@@ -154,6 +175,7 @@ Json Agent::op_gate(const Json& request, AgentConnection&) {
     if (!yields && !takes)
       throw Error(Code::state, "attempt " + std::to_string(n) + " is not open, so nobody would release the gate again", "send attempt.open first");
   }
+  if (op == "cut" && inner.contains("attempt")) require_open(get_int(inner, "attempt"));
   Json answer = gate_.ask(inner, Deadline::in(Millis(get_int(request, "timeout_ms", 5000))));
   answer.erase("ok");
   return answer;

@@ -244,7 +244,7 @@ void Switchover::drain() {
       if (!cuts_longer(run_.deployment()))
         throw Error(Code::timeout, std::to_string(in_flight) + " requests were still in flight after " + human_duration(drain_time(run_.deployment())),
                     "raise drain_deadline and max_pause, wait for them to end, or let longer requests be cut");
-      yields().call("gate", {{"request", {{"op", "cut"}}}});
+      yields().call("gate", {{"request", {{"op", "cut"}, {"attempt", attempt_}}}});
       return;
     }
     system_clock().sleep(Millis(1));
@@ -252,7 +252,7 @@ void Switchover::drain() {
 }
 
 void Switchover::freeze() {
-  if (!run_.services().empty()) yields().call("freeze");
+  if (!run_.services().empty()) yields().call("freeze", {{"attempt", attempt_}});
 }
 
 void Switchover::ask_canaries() {

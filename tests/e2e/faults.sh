@@ -108,7 +108,6 @@ one_fault() { # FAULT WHEN PHASE
   sleep 1
   finish "$load_pid" || true
   finish "$probe_pid" 2>/dev/null || true
-  histories+=("$name")
   mv "$world/shared/p$n.probes" "$world/shared/judge.probes"
   local yielded=source
   [ "$yields" = old ] || yielded=target
@@ -116,7 +115,11 @@ one_fault() { # FAULT WHEN PHASE
     # Nobody took over: not one write may have been taken by the other side.
     yielded=$([ "$takes" = old ] && echo source || echo target)
   fi
-  judge judge "$serving" "$yielded" "${histories[@]}" >"$world/shared/judged" || { cat "$world/shared/out" "$world/shared/judged"; fail "$fault $when $phase"; }
+  judge judge "$serving" "$yielded" "$name" -- "${histories[@]}" >"$world/shared/judged" || { cat "$world/shared/out" "$world/shared/judged"; fail "$fault $when $phase"; }
+  histories+=("$name")
+  # Only where the service's own server died may a request fail, and afterwards orders must be taken again.
+  case $fault in kill_pg_yields | kill_gate | power_yields) ;; *) grep -qE '^failed +0$' "$world/shared/judged" || { cat "$world/shared/out" "$world/shared/judged"; fail "$fault $when $phase: requests failed"; } ;; esac
+  on admin curl -sf -m 5 -o /dev/null http://10.77.0.1/health || fail "$fault $when $phase: the shop does not answer"
   say "ok  $fault $when $phase: $command ended with $status, $serving serves, settled in $((SECONDS - started)) s; $(tr '\n' ' ' <"$world/shared/judged" | tr -s ' ' | cut -c1-110)"
 }
 

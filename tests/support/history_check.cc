@@ -105,6 +105,8 @@ int run_check(int argc, char** argv) {
   }
   Verdict v = judge(orders, probes, held, yielding, other_held);
   const Verdict waits = judge(later, {}, held, "", std::nullopt);
+  v.failed = waits.failed;
+  v.resets = waits.resets;
   v.longest_wait_ms = waits.longest_wait_ms;
   v.longest_wait_at_us = waits.longest_wait_at_us;
   std::int64_t first_us = later.empty() ? 0 : later.front().start_us;
