@@ -361,7 +361,7 @@ void Switchover::commit() {
     if (decision == "SERVING" && get_string(status, "serves", "") != side_name(direction_.takes())) throw;
   }
   if (get_bool(answer, "refused", false))
-    throw Error(Code::store, "the side that takes over refused to open: " + get_string(answer, "error", "see its agent's log"));
+    throw Error(Code::store, "the side that takes over refused to open: " + get_string(answer, "reason", "see its agent's log"));
   Deadline deadline = Deadline::in(Millis(30000));
   while (!get_bool(answer, "opened", false)) {
     if (deadline.passed())

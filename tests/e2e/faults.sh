@@ -23,7 +23,7 @@ breaker() { # FAULT YIELDS TAKES
   [ -e "$world/shared/hook.asks" ] || return 0
   case $fault in
     kill_controller) on new sh -c "kill -9 \$(cat '$world/shared/controller.pid')" ;;
-    stop_controller) on new sh -c "kill -STOP \$(cat '$world/shared/controller.pid')"; sleep 7; on new sh -c "kill -CONT \$(cat '$world/shared/controller.pid')" ;;
+    stop_controller) nap new "$(cat "$world/shared/controller.pid")" 7 "$(cat "$world/shared/command.pid")" ;;
     kill_agent_yields) on "$yields" kill -9 "$(agent_pid "$yields")" ;;
     kill_agent_takes) on "$takes" kill -9 "$(agent_pid "$takes")" ;;
     second_controller) rehome -q resume >"$world/shared/second" 2>&1 ;;
@@ -46,7 +46,7 @@ if "missing" in s["source"] or "missing" in s["target"]: sys.exit(1)
 for side in ("source", "target"):
     a = s[side]
     if "record" not in a or not a["link"].get("up"): sys.exit(1)
-    if a["attempt"].get("phase") not in ("serving", "closed") or not a["attempt"].get("settled", True): sys.exit(1)
+    if a["attempt"].get("phase") not in ("serving", "closed", "refused", "prepared") or not a["attempt"].get("settled", True): sys.exit(1)
     g = a.get("gate") or {}
     if "state" in g and g["state"] not in ("OPEN_LOCAL", "OPEN_PEER"): sys.exit(1)
 print({"source": "old", "target": "new"}[s["serves"]])'
@@ -82,7 +82,10 @@ one_fault() { # FAULT WHEN PHASE
   sleep 0.5
   breaker "$fault" "$yields" "$takes" &
   local breaker_pid=$!
-  on new sh -c "echo \$\$ >'$world/shared/controller.pid'; REHOME_FAULT_HOOK='$world/shared/hook' exec '$bin/rehome' --file '$yaml' -q $command" >"$world/shared/out" 2>&1 && status=0 || status=$?
+  on new sh -c "echo \$\$ >'$world/shared/controller.pid'; REHOME_FAULT_HOOK='$world/shared/hook' exec '$bin/rehome' --file '$yaml' -q $command" >"$world/shared/out" 2>&1 &
+  local command_pid=$!
+  echo $command_pid >"$world/shared/command.pid"
+  wait $command_pid && status=0 || status=$?
   wait "$breaker_pid" || true
   # What a person or the init system does; the agents do the rest by themselves.
   sleep 1

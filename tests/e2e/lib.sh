@@ -106,6 +106,13 @@ finish() {
   done
   wait "$pid"
 }
+# Stops the program with that pid in a host and wakes it after SECONDS; OUTER is the `on HOST` that runs it, which stops with it.
+nap() { # HOST PID SECONDS OUTER
+  local p
+  on "$1" kill -STOP "$2"
+  sleep "$3"
+  for p in $(descendants "$4"); do kill -CONT "$p" 2>/dev/null || true; done
+}
 descendants() { local c; for c in $(pgrep -P "$1"); do descendants "$c"; done; echo "$1"; }
 
 probe() { # NAME: probe writers on both sides, from admin
