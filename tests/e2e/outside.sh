@@ -72,6 +72,9 @@ one() { # FAULT STEP
   fi
   again verify
   again switch --when-ready
+  sleep 1
+  # Before complete the clients have gone to the new address.
+  finish "$load_pid" || true
   if [ "$step" = complete ]; then
     command complete --anyway
     sleep "$delay"
@@ -81,9 +84,8 @@ one() { # FAULT STEP
   else
     again complete --anyway
   fi
-  sleep 1
-  finish "$load_pid" || true
   judge judge new source "$name" >"$world/shared/judged" || { cat "$world/shared/out" "$world/shared/judged"; fail "$fault at $step"; }
+  [[ $fault = *_source && $fault != kill_agent_source ]] || grep -qE '^failed +0$' "$world/shared/judged" || { cat "$world/shared/judged"; fail "$fault at $step: requests failed"; }
   for host in old new; do
     [ "$(sql $host postgres "SELECT count(*) FROM pg_replication_slots")$(sql $host postgres "SELECT count(*) FROM pg_subscription")" = 00 ] || fail "$fault at $step: slots or subscriptions are left on $host"
   done
