@@ -147,7 +147,15 @@ Prediction Switchover::predict(bool measure) {
   if (measure && p.obstacles.empty()) {
     for (auto& store : run_.stores()) {
       if (!store->capabilities().soft_fence) continue;
-      Millis took = store->micro_fence(run_.stores_context(), direction_, Deadline::in(Millis(1000)));
+      Millis took{0};
+      try {
+        took = store->micro_fence(run_.stores_context(), direction_, Deadline::in(Millis(1000)));
+      } catch (const Error& e) {
+        if (!e.retryable) throw;
+        // What is in the way of the small fence is in the way of the real one; it may be gone in a second.
+        p.obstacles.push_back(store->name() + ": the micro-fence did not get through: " + e.what());
+        continue;
+      }
       p.reasons.push_back(store->name() + ": micro-fence (lock, marker, proof, let go) took " + human_duration(took));
       ms += static_cast<double>(took.count());
     }
