@@ -38,7 +38,9 @@ Json Agent::op_attempt_seal(const Json& request, AgentConnection&) {
 }
 
 Json Agent::op_attempt_commit(const Json& request, AgentConnection&) {
-  return answer_of(attempt_.commit(get_int(request, "attempt"), Deadline::in(Millis(get_int(request, "wait_ms", 5000)))));
+  Json answer = answer_of(attempt_.commit(get_int(request, "attempt"), Deadline::in(Millis(get_int(request, "wait_ms", 5000)))));
+  if (auto r = attempt_.record()) answer["epoch"] = r->epoch;
+  return answer;
 }
 
 Json Agent::op_attempt_abort(const Json& request, AgentConnection&) {

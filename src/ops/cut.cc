@@ -383,6 +383,7 @@ void Switchover::commit() {
     }
   }
   remember_times();
+  epoch_ = get_int(answer, "epoch");
 }
 
 CutResult Switchover::cut() {
@@ -430,7 +431,7 @@ CutResult Switchover::cut() {
   lease_.reset();
   cuts_.clear();
   Side serves = direction_.takes();
-  run_.journal().append("serves", {{"side", side_name(serves)}});
+  run_.journal().append("serves", {{"side", side_name(serves)}, {"epoch", epoch_}});
   run_.journal().append("fact", {{"key", "phase"}, {"value", serves == Side::target ? "switched" : "following"}});
   write_ledger();
   run_.journal().append("pause", {{"attempt", attempt_}, {"direction", direction_.yields == Side::source ? "switch" : "reverse"},

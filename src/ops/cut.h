@@ -66,7 +66,7 @@ class Switchover {
   std::vector<std::unique_ptr<Cut>> cuts_;
   std::vector<std::unique_ptr<HttpCanary>> canaries_;
   std::unique_ptr<Lease> lease_;
-  std::int64_t attempt_ = 0;
+  std::int64_t attempt_ = 0, epoch_ = 0;
   Deadline pause_deadline_;
   Ticks pause_from_ = 0;
   double predicted_ms_ = 0;
