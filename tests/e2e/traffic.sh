@@ -151,6 +151,11 @@ events=$!
 sleep 3
 rehome status >"$world/shared/status"
 grep -q "1 connection is open for longer than requests have to finish (1.0 s).*it is cut at the switch" "$world/shared/status" || { cat "$world/shared/status"; fail "status does not tell of the stream"; }
+# Where nothing may be cut, the switch does not begin: nobody has waited for it.
+sed 's/longer_requests: cut/longer_requests: back_out/' "$yaml" >"$world/shared/careful.yaml"
+(yaml=$world/shared/careful.yaml; rehome -q switch) >"$world/shared/careful.out" 2>&1 && fail "a switch began that had to back out"
+grep -q "no switch now: 1 connection is open .*a switch would back out" "$world/shared/careful.out" || { cat "$world/shared/careful.out"; fail "the refusal does not say why"; }
+kill -0 $events || fail "the stream was cut all the same"
 rehome --json switch >"$world/shared/switch.json"
 wait $events || true
 python3 - "$world/shared/switch.json" <<'P'
