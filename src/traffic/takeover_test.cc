@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <sched.h>
+#include <signal.h>
 #include <sys/stat.h>
 
 #include <algorithm>
@@ -270,6 +271,34 @@ TEST(RedirectTraffic, ComingAndGoingLosesNoConnection) {
     }
     for (Load* l : {&near, &near_kept, far.get(), far_kept.get()}) nothing_failed(*l);
     EXPECT_GT(near.good + far->good, 2000);
+  });
+}
+
+// Clients far away: their connections are half made when the rule goes, and the last packet that makes them must still find
+// the gate.
+TEST(RedirectTraffic, AGateThatEndsAfterItsWithdrawalLosesNobodyFarAway) {
+  Namespaces().run([](const Outside& outside) {
+    Redirected r;
+    r.world.deployment.drain_deadline = Millis(5000);
+    r.traffic->prepare(r.world.context());
+    std::unique_ptr<Load> far;
+    outside([&] { far = std::make_unique<Load>(r.from_outside, 20, false); });
+    system_clock().sleep(Millis(300));
+    EXPECT_GT(r.accepted(), 40);
+    auto far_away = [](const char* what) {
+      run_ok({.argv = {"iptables", what, "INPUT", "-i", "in0", "-p", "tcp", "!", "--syn", "--dport", "8000", "-j", "DROP"}});
+    };
+    far_away("-A");
+    system_clock().sleep(Millis(20));
+    std::thread arrival([&] {
+      system_clock().sleep(Millis(500));
+      far_away("-D");
+    });
+    r.traffic->withdraw(r.world.context());
+    for (LocalSite* s : {&r.world.source, &r.world.target}) ::kill(s->gate_pid(), SIGTERM);
+    arrival.join();
+    system_clock().sleep(Millis(1500));
+    nothing_failed(*far);
   });
 }
 
