@@ -123,7 +123,7 @@ class RedirectTraffic : public Traffic {
                          " -m comment --comment " + shell_quote(tag()) + " -j TPROXY --on-ip " + on_ip + " --on-port " + std::to_string(gate.port);
       std::string table = program + " -w 5 -t mangle ";
       all += put == Put::add ? table + "-C" + what + " 2>/dev/null || " + table + "-A" + what + "\n"
-                             : "while " + table + "-C" + what + " 2>/dev/null; do " + table + "-D" + what + "; done\n";
+                             : "for i in 1 2 3 4 5 6; do " + table + "-C" + what + " 2>/dev/null || break; " + table + "-D" + what + "; done\n";
     };
     // A listener of any local address is found at the loopback's; no packet travels there.
     if (!is_ipv6(app) || everywhere(app)) rule("iptables", everywhere(gate) || is_ipv6(gate) ? "127.0.0.1" : gate.host == "localhost" ? "127.0.0.1" : gate.host);
@@ -132,7 +132,7 @@ class RedirectTraffic : public Traffic {
   }
 
   void shell(Site& site, const std::string& script) {
-    site.exec_ok({.argv = {"sh", "-ec", script}}, Deadline::in(Millis(30000)), "changing the packet filter");
+    site.exec_ok({.argv = {"sh", "-ec", script}}, Deadline::in(Millis(60000)), "changing the packet filter");
   }
 
   std::vector<std::string> rules(Site& site) {

@@ -173,7 +173,12 @@ class Namespaces {
       run_ok({.argv = {"ip", "link", "set", "out0", "netns", std::to_string(other)}});
       run_ok({.argv = {"sh", "-c", "ip addr add 10.77.9.1/24 dev in0 && ip link set in0 up"}});
       in_outside([] { run_ok({.argv = {"sh", "-c", "ip addr add 10.77.9.2/24 dev out0 && ip link set out0 up && ip link set lo up"}}); });
-      inside(in_outside);
+      // A thread's exception would end the program, and the other tests with it.
+      try {
+        inside(in_outside);
+      } catch (const Error& e) {
+        ADD_FAILURE() << e.what();
+      }
       stop = true;
       outside.join();
     }).join();
@@ -253,13 +258,13 @@ TEST(RedirectTraffic, ComingAndGoingLosesNoConnection) {
     std::unique_ptr<Load> far, far_kept;
     outside([&] {
       few_ports();
-      far = std::make_unique<Load>(r.from_outside, 4, false);
-      far_kept = std::make_unique<Load>(r.from_outside, 2, true);
+      far = std::make_unique<Load>(r.from_outside, 2, false);
+      far_kept = std::make_unique<Load>(r.from_outside, 1, true);
     });
-    Load near(r.here, 4, false), near_kept(r.here, 2, true);
+    Load near(r.here, 2, false), near_kept(r.here, 1, true);
     for (int cycle = 0; cycle < 8; cycle++) {
       r.traffic->prepare(r.world.context());
-      Load kept_through_gate(r.here, 2, true);
+      Load kept_through_gate(r.here, 1, true);
       std::int64_t before = r.accepted();
       system_clock().sleep(Millis(150));
       EXPECT_GT(r.accepted(), before + 10);
@@ -270,7 +275,7 @@ TEST(RedirectTraffic, ComingAndGoingLosesNoConnection) {
       system_clock().sleep(Millis(50));
     }
     for (Load* l : {&near, &near_kept, far.get(), far_kept.get()}) nothing_failed(*l);
-    EXPECT_GT(near.good + far->good, 2000);
+    EXPECT_GT(near.good + far->good, 1000);
   });
 }
 
@@ -282,7 +287,7 @@ TEST(RedirectTraffic, AGateThatEndsAfterItsWithdrawalLosesNobodyFarAway) {
     r.world.deployment.drain_deadline = Millis(5000);
     r.traffic->prepare(r.world.context());
     std::unique_ptr<Load> far;
-    outside([&] { far = std::make_unique<Load>(r.from_outside, 20, false); });
+    outside([&] { far = std::make_unique<Load>(r.from_outside, 10, false); });
     system_clock().sleep(Millis(300));
     EXPECT_GT(r.accepted(), 40);
     auto far_away = [](const char* what) {
