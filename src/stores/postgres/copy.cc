@@ -8,7 +8,9 @@
 #include <thread>
 
 #include "base/text.h"
+#include "stores/postgres/catalogue.h"
 #include "stores/postgres/postgres.h"
+#include "stores/postgres/schema_change.h"
 #include "sys/fs.h"
 #include "sys/process.h"
 
@@ -68,8 +70,18 @@ std::string PostgresStore::hold_snapshot(StoreContext& c, const std::string& dat
         s->exec("SET TRANSACTION SNAPSHOT " + pg_literal(known.get<std::string>()));
         return known.get<std::string>();
       } catch (const PgError&) {
-        // Gone with its session: a new slot and snapshot below.
+        // Gone with its session.
       }
+    }
+    Json sections = c.recall(key("sections", database)), done = c.recall(key("done", database));
+    auto s = session(c, Side::source, database);
+    bool slot = s->number("SELECT count(*) FROM pg_replication_slots WHERE slot_name = " + pg_literal(flow.slot) + " AND wal_status IS DISTINCT FROM 'lost'") > 0;
+    if (known != "lost" && slot && sections.is_array() && !sections.empty() && done.is_array() && !done.empty()) {
+      std::string changed = schema_change(c, database);
+      if (changed.empty()) return {};
+      c.log(config_.name + ": the snapshot of " + database + " is lost, and its schema changed meanwhile: " + changed);
+    } else if (known != "lost" && !slot) {
+      c.log(config_.name + ": the snapshot of " + database + " is lost, and its slot is gone");
     }
   }
   auto admin = session(c, Side::source, database);
@@ -88,7 +100,7 @@ std::string PostgresStore::hold_snapshot(StoreContext& c, const std::string& dat
   }
   if (known.is_string()) {
     // Tables finished under the lost slot cannot be followed by the new one.
-    c.log(config_.name + ": the snapshot of " + database + " is lost; its tables are copied again");
+    c.log(config_.name + ": all tables of " + database + " are copied" + (known == "lost" ? "" : " again"));
     c.remember(key("done", database), Json::array());
     c.remember(key("sections", database), Json::array());
     auto t = session(c, Side::target, database);
@@ -99,30 +111,42 @@ std::string PostgresStore::hold_snapshot(StoreContext& c, const std::string& dat
   PgSession walsender(a, "rehome snapshot", true);
   auto rows = walsender.query("CREATE_REPLICATION_SLOT " + pg_identifier(flow.slot) + " LOGICAL pgoutput EXPORT_SNAPSHOT");
   std::string snapshot = rows.at(0).at(2).value_or("");
+  {
+    // What the schema is compared with later: as the snapshot has it.
+    auto s = session(c, Side::source, database, "rehome copy");
+    s->exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
+    s->exec("SET TRANSACTION SNAPSHOT " + pg_literal(snapshot));
+    std::int64_t ddl = s->number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
+    remember_schema(c, database, ddl, catalogue_fingerprint({s.get()}));
+  }
   c.remember(key("snapshot", database), snapshot);
   walsender.leave();
   return snapshot;
 }
 
-void PostgresStore::restore_section(StoreContext& c, const std::string& database, const std::string& section, const std::string& snapshot) {
+const PgPrograms& PostgresStore::programs(StoreContext& c) {
+  std::lock_guard lock(mutex_);
+  if (!programs_) {
+    int major = PgSession(address(c, Side::source, server(Side::source).admin_database), "rehome").major();
+    PgPrograms found = choose_pg_programs(c, major);
+    if (!found.major)
+      throw Error(Code::config, "neither this machine nor a site has a pg_dump that reads a source of " + std::to_string(major),
+                  "install postgresql-client-" + std::to_string(major) + " or later where rehome runs, or on a site");
+    programs_ = std::make_shared<PgPrograms>(found);
+  }
+  return *programs_;
+}
+
+void PostgresStore::restore_section(StoreContext& c, const std::string& database, const std::string& section, const std::string& snapshot, bool foreign_keys) {
   Json done = c.recall(key("sections", database));
   if (!done.is_array()) done = Json::array();
   if (std::find(done.begin(), done.end(), Json(section)) != done.end()) return;
-  PgAddress from = address(c, Side::source, database), to = address(c, Side::target, database);
-  TempDir dir("rehome-dump");
-  std::string dump = dir.path() + "/" + section;
-  std::vector<std::string> argv{"pg_dump", "-Fc", "--section=" + section, "--exclude-schema=rehome", "--no-publications", "--no-subscriptions", "-f", dump};
-  if (!snapshot.empty()) argv.push_back("--snapshot=" + snapshot);
-  run_ok({.argv = argv, .env = client_environment(from)}, Deadline::in(std::chrono::hours(1)), "pg_dump");
-  // Our own triggers are on the application's tables, and in its dump.
-  Outcome toc = run_ok({.argv = {"pg_restore", "-l", dump}}, {}, "pg_restore -l");
-  std::string list;
-  for (const auto& line : split(toc.out, '\n'))
-    if (line.find(" rehome_fence") == std::string::npos && line.find("EVENT TRIGGER - rehome_") == std::string::npos &&
-        line.find("SCHEMA - rehome") == std::string::npos)
-      list += line + "\n";
-  write_durably(dir.path() + "/list", list);
-  auto target = session(c, Side::target, database);
+  SchemaDump dump(c, *this, programs(c), Side::source, database, snapshot, {"--section=" + section});
+  auto target = session(c, Side::target, database, "rehome copy");
+  std::set<int> wanted;
+  for (const auto& e : dump.entries())
+    // A materialized view's rows are data that need all tables.
+    if (foreign_keys || (e.kind != "FK CONSTRAINT" && e.kind != "MATERIALIZED VIEW DATA")) wanted.insert(e.id);
   if (section == "pre-data") {
     // A resumed or repeated run may meet a schema of ours. A database that this run made is made anew: dropping its
     // schemas one by one would lose what template0 gave schema public (owner, rights, comment).
@@ -132,6 +156,7 @@ void PostgresStore::restore_section(StoreContext& c, const std::string& database
         target.reset();
         session(c, Side::target, server(Side::target).admin_database)->exec("DROP DATABASE IF EXISTS " + pg_identifier(database) + " WITH (FORCE)");
         create_database(c, database);
+        target = session(c, Side::target, database, "rehome copy");
       } else {
         for (auto& r : target->query("SELECT nspname FROM pg_namespace WHERE nspname NOT LIKE 'pg\\_%' AND nspname NOT IN ('information_schema', 'public')"))
           target->exec("DROP SCHEMA " + pg_identifier(*r[0]) + " CASCADE");
@@ -140,27 +165,41 @@ void PostgresStore::restore_section(StoreContext& c, const std::string& database
       }
     }
     c.remember(key("predata_begun", database), true);
+  } else if (!c.recall(key("postdata_begun", database)).is_null()) {
+    // Some of it may be there from an interrupted run.
+    auto entries = dump.entries();
+    read_addresses(*session(c, Side::source, database), entries);
+    auto missing = missing_objects(*target, entries);
+    for (const auto& e : entries)
+      if (!e.type.empty() && !missing.contains(e.id)) wanted.erase(e.id);
   }
-  std::vector<std::string> restore{"pg_restore", "--exit-on-error", "-L", dir.path() + "/list", "-d", database};
-  if (section == "post-data") {
-    restore.insert(restore.end(), {"-j", std::to_string(std::max(1, c.deployment.limits.jobs))});
-    if (!c.recall(key("postdata_begun", database)).is_null()) {
-      // Half of it may be there from an interrupted run.
-      restore.insert(restore.begin() + 2, {"--clean", "--if-exists"});
-    }
-    c.remember(key("postdata_begun", database), true);
+  if (section == "post-data") c.remember(key("postdata_begun", database), true);
+  std::string failed;
+  // pg_restore begins with settings that only its own major knows; and only a local one reaches the target.
+  if (section == "post-data" && !dump.archive().empty() && dump.programs().major <= std::max(target->major(), 16)) {
+    TempDir dir("rehome-list");
+    write_durably(dir.path() + "/list", dump.list(wanted));
+    auto env = client_environment(address(c, Side::target, database));
+    env.emplace_back("PGOPTIONS", "-c maintenance_work_mem=256MB -c synchronous_commit=off -c statement_timeout=0 -c lock_timeout=0");
+    if (wanted.empty()) env.clear();
+    Outcome o = wanted.empty() ? Outcome{} : run({.argv = {dump.programs().directory + "pg_restore", "--exit-on-error", "-L", dir.path() + "/list", "-d", database, "-j", std::to_string(std::max(1, c.deployment.limits.jobs)), dump.archive()}, .env = env},
+                                                 Deadline::in(std::chrono::hours(48)));
+    if (!o.ok()) failed = trim(o.err);
   } else {
-    restore.push_back("--single-transaction");
+    try {
+      target->exec("SET maintenance_work_mem = '256MB'; SET synchronous_commit = off");
+      // As one transaction: all of it, or nothing.
+      target->exec("BEGIN");
+      target->exec(dump.script(wanted, *target));
+      target->exec("COMMIT");
+    } catch (const PgError& e) {
+      if (e.code == Code::unreachable) throw;
+      failed = e.message;
+    }
   }
-  restore.push_back(dump);
-  auto env = client_environment(to);
-  env.emplace_back("PGOPTIONS", "-c maintenance_work_mem=256MB -c synchronous_commit=off -c statement_timeout=0 -c lock_timeout=0");
-  Outcome o = run({.argv = restore, .env = env}, Deadline::in(std::chrono::hours(48)));
-  if (!o.ok()) {
-    std::string_view said = trim(o.err);
-    if (said.size() > 1200) said = said.substr(0, 1200);
-    throw Error(Code::store, "target: pg_restore of " + section + " into " + database + ": " + std::string(said),
-                "mend what it names on the target, then resume");
+  if (!failed.empty()) {
+    if (failed.size() > 1200) failed.resize(1200);
+    throw Error(Code::store, "target: restoring " + section + " into " + database + ": " + failed, "mend what it names on the target, then resume");
   }
   done.push_back(section);
   c.remember(key("sections", database), done);
@@ -169,6 +208,7 @@ void PostgresStore::restore_section(StoreContext& c, const std::string& database
 void PostgresStore::copy_database(StoreContext& c, const std::string& database) {
   PgFlow f = flow(database, Side::source);
   std::string snapshot = hold_snapshot(c, database, f);
+  if (snapshot.empty()) return copy_rest(c, database);
   c.progress({.store = config_.name, .phase = "schema", .detail = database});
   // Until the triggers are there nobody but superusers may connect: an application that is pointed at the new server too early must
   // not write between its tables' making and their closing.
@@ -307,9 +347,49 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
   auto target = session(c, Side::target, database);
   c.progress({.store = config_.name, .phase = "analyze", .detail = database, .done = total, .total = total});
   target->exec("ANALYZE");
-  target->exec(pgsql::fence_function(true, elsewhere));
+  record_copied_schema(c, database, snapshot);
+  target->exec(pgsql::fence_function_before_switch(elsewhere));
   // The snapshot has done its work; what holds it back would keep vacuum from the source's dead rows.
   c.source.call("keep.drop", {{"name", f.slot}});
+  c.remember(key("copied", database), true);
+}
+
+// The slot still holds every change since the lost snapshot, so the finished tables are followed from it. The others are emptied,
+// and copied by the follower itself, each from a snapshot of its own.
+void PostgresStore::copy_rest(StoreContext& c, const std::string& database) {
+  PgFlow f = flow(database, Side::source);
+  c.source.call("keep.drop", {{"name", f.slot}});
+  std::set<std::string> finished;
+  for (const auto& d : c.recall(key("done", database))) finished.insert(d.get<std::string>());
+  auto s = session(c, Side::source, database);
+  auto t = session(c, Side::target, database, "rehome copy");
+  auto all = tables(*s);
+  if (t->number("SELECT count(*) FROM pg_subscription WHERE subname = " + pg_literal(f.subscription)) == 0) {
+    std::vector<PgTable> stay;
+    std::vector<std::string> again;
+    std::int64_t bytes = 0;
+    t->exec("SET session_replication_role = replica");
+    for (const auto& table : all) {
+      if (table.partitioned || table.unlogged) continue;
+      if (finished.contains(table.full())) {
+        stay.push_back(table);
+        continue;
+      }
+      again.push_back(table.full());
+      bytes += table.bytes;
+    }
+    c.log(config_.name + ": the snapshot of " + database + " is lost; " + std::to_string(stay.size()) + " finished tables stay, " + std::to_string(again.size()) + " are copied again (" + human_bytes(bytes) + "): " + join(again, ", "));
+    // Alone or together, as a foreign key asks for it.
+    if (!again.empty()) t->exec("TRUNCATE ONLY " + join(again, ", ONLY "));
+    restore_section(c, database, "post-data", "", false);
+    // Only the finished tables are known to the subscription when it is made.
+    publish(c, *s, f, stay);
+    subscribe(c, database, f, true);
+  }
+  synchronise(c, database);
+  auto now = read_source_schema(c, database);
+  finish_schema(c, database, now);
+  t->exec("ANALYZE");
   c.remember(key("copied", database), true);
 }
 

@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "base/text.h"
+#include "stores/postgres/catalogue.h"
 #include "stores/postgres/lock.h"
 
 namespace rehome {
@@ -116,6 +117,13 @@ class PostgresCut : public Cut {
 
   void compare(Deadline deadline) override {
     each("compare", [&](Database& db) {
+      // What the event trigger did not see. On both sessions: the fence's own reads its new function bodies, which are ours.
+      {
+        std::lock_guard alive(db.fence_mutex);
+        std::string differs = catalogue_difference(db.fingerprint, catalogue_fingerprint({db.fence.get(), db.marker.get()}, deadline));
+        if (!differs.empty())
+          throw Error(Code::verify, db.name + ": the schema was changed (" + differs + ") and the change is not on the " + std::string(side_name(d_.takes())), "rehome resume --recopy, then switch");
+      }
       // Under the fence nobody can add to the log: pg_class is locked.
       std::int64_t now = db.marker->number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
       if (now != db.ddl_at_open)
@@ -167,6 +175,7 @@ class PostgresCut : public Cut {
     std::unique_ptr<PgSession> fence, marker, target;
     std::unique_ptr<WriterLock> lock;
     std::mutex fence_mutex;   // the pulse and the phases share that session
+    Json fingerprint;   // what the yielding side's schema must be
     std::string refuse, token, position, table_array;
     std::vector<std::string> unlogged;
     bool large_objects = false;
@@ -194,6 +203,10 @@ class PostgresCut : public Cut {
     db.table_array += "}";
     db.large_objects = s.value("SELECT EXISTS (SELECT 1 FROM pg_largeobject_metadata)") == "t";
     db.ddl_at_open = s.number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
+    // From the source it was copied; the way back has to do with what changes from now on only.
+    db.fingerprint = d_.yields == Side::source ? c_.recall(store_.key("fingerprint", db.name)) : catalogue_fingerprint({db.marker.get()});
+    // The same question once before the pause: planned, and the catalogues in both sessions' caches.
+    catalogue_fingerprint({db.fence.get(), db.marker.get()});
     db.marker->exec("SET synchronous_commit = on; SET client_min_messages = 'error'");
     db.target->exec("SET client_min_messages = 'error'");
     // Parsed and planned once, and the catalogue in this backend's cache, before the pause.

@@ -16,9 +16,6 @@ void PostgresStore::follow(StoreContext& c) {
            s->number("SELECT count(*) FROM pg_stat_replication WHERE application_name = " + pg_literal(f.subscription)) == 0 && !deadline.passed())
       system_clock().sleep(Millis(20));
     subscribe(c, database, f, true);
-    // The baseline against which the schema is compared under the fence.
-    if (c.recall(key("ddl_seen", database)).is_null())
-      c.remember(key("ddl_seen", database), s->number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log"));
   }
   for (Side side : {Side::source, Side::target}) watch_wal(c, side);
 }
@@ -93,38 +90,6 @@ FollowStatus PostgresStore::follow_status(StoreContext& c) {
   status.lag = Millis(status.lag_bytes / 20'000);
   status.detail = databases_detail;
   return status;
-}
-
-std::vector<std::string> PostgresStore::needs_recopy(StoreContext& c) {
-  std::vector<std::string> all;
-  for (const auto& database : databases(c)) {
-    if (c.recall(key("switched", database)) == true) continue;
-    Json seen = c.recall(key("ddl_seen", database));
-    auto s = session(c, Side::source, database);
-    for (auto& r : s->query("SELECT tag, object, at::text FROM rehome.ddl_log WHERE n > " + std::to_string(seen.is_number() ? seen.get<std::int64_t>() : 0) + " ORDER BY n LIMIT 50"))
-      all.push_back(database + ": " + *r[0] + " " + r[1].value_or("") + " at " + *r[2]);
-  }
-  return all;
-}
-
-// The simplest way that is always right: the databases whose schema changed start again, from a new slot.
-void PostgresStore::recopy(StoreContext& c) {
-  for (const auto& database : databases(c)) {
-    Json seen = c.recall(key("ddl_seen", database));
-    auto s = session(c, Side::source, database);
-    if (s->number("SELECT count(*) FROM rehome.ddl_log WHERE n > " + std::to_string(seen.is_number() ? seen.get<std::int64_t>() : 0)) == 0) continue;
-    c.log(config_.name + ": the schema of " + database + " changed; it is copied again");
-    PgFlow f = flow(database, Side::source);
-    // The prepared way back too: its slot would keep the target's database from being made anew.
-    remove_flow(c, database, f);
-    remove_flow(c, database, flow(database, Side::target));
-    c.remember(key("copied", database), false);
-    c.remember(key("snapshot", database), "lost");
-    c.remember(key("ddl_seen", database), Json());
-    prepare_source(c, database);
-    copy_database(c, database);
-  }
-  follow(c);
 }
 
 }  // namespace rehome

@@ -42,7 +42,8 @@ std::string WriterLock::statement() const {
       if (o == oid) sql += name + ", ";
   for (const auto& [o, name] : tables_)
     if (!is_first(o)) sql += name + ", ";
-  return sql + "pg_catalog.pg_class, pg_catalog.pg_largeobject, pg_catalog.pg_largeobject_metadata IN SHARE ROW EXCLUSIVE MODE";
+  // What DDL writes that locks no relation: functions, types, schemas; and the log, which a transaction with DDL holds to its end.
+  return sql + "rehome.ddl_log, pg_catalog.pg_class, pg_catalog.pg_proc, pg_catalog.pg_type, pg_catalog.pg_enum, pg_catalog.pg_namespace, pg_catalog.pg_largeobject, pg_catalog.pg_largeobject_metadata IN SHARE ROW EXCLUSIVE MODE";
 }
 
 void WriterLock::take(const std::string& then, Deadline deadline) {

@@ -156,6 +156,21 @@ std::string fence_function(bool refusing, const std::string& where) {
   return refusing_body("", where);
 }
 
+// A table's first synchronisation is a COPY by a worker of the server's own. A worker is told by its backend type, which only
+// the server gives (an origin session is not yet set up in 13's): no client has it, whatever its role, name and settings. What
+// could still write here is somebody else's subscription, which takes a superuser to make (16 on: pg_create_subscription); the
+// fence of the cut has no such exception.
+std::string fence_function_before_switch(const std::string& where) {
+  return refusing_body("IF TG_OP = 'INSERT' AND (SELECT backend_type FROM pg_stat_activity WHERE pid = pg_backend_pid()) LIKE 'logical replication%' THEN RETURN NULL; END IF; ", where);
+}
+
+std::string fence_triggers(const PgTable& t) {
+  return "CREATE TRIGGER rehome_fence BEFORE INSERT OR UPDATE OR DELETE ON " + t.full() +
+         " FOR EACH STATEMENT EXECUTE FUNCTION rehome.fence(); CREATE TRIGGER rehome_fence_t BEFORE TRUNCATE ON " + t.full() +
+         " FOR EACH STATEMENT EXECUTE FUNCTION rehome.fence(); ALTER TABLE " + t.full() +
+         " ENABLE ALWAYS TRIGGER rehome_fence, ENABLE ALWAYS TRIGGER rehome_fence_t";
+}
+
 std::string fence_function_while_copying(const std::string& where) {
   return refusing_body("IF current_setting('application_name') = 'rehome copy' AND (SELECT rolsuper FROM pg_roles WHERE rolname = session_user) THEN RETURN NULL; END IF; ", where);
 }
@@ -174,7 +189,7 @@ std::string ddl_function(bool refusing) {
          "IF NOT r.is_temporary AND r.original THEN INSERT INTO rehome.ddl_log(tag, object) VALUES (TG_TAG, r.object_identity); END IF; END LOOP; "
          "ELSE FOR r IN SELECT * FROM pg_event_trigger_ddl_commands() LOOP "
          "IF r.schema_name IS DISTINCT FROM 'pg_temp' AND r.object_type NOT IN ('publication', 'subscription') "
-         "AND r.command_tag NOT IN ('REFRESH MATERIALIZED VIEW', 'CREATE TABLE AS') OR r.command_tag = 'CREATE TABLE AS' AND r.schema_name IS DISTINCT FROM 'pg_temp' THEN "
+         "AND r.command_tag NOT IN ('REFRESH MATERIALIZED VIEW', 'CREATE TABLE AS', 'REINDEX') OR r.command_tag = 'CREATE TABLE AS' AND r.schema_name IS DISTINCT FROM 'pg_temp' THEN "
          "INSERT INTO rehome.ddl_log(tag, object) VALUES (r.command_tag, r.object_identity); END IF; END LOOP; END IF; END $rehome$";
 }
 

@@ -14,6 +14,8 @@
 
 namespace rehome {
 
+struct PgPrograms;
+
 struct PgTable {
   std::string schema, name;
   std::int64_t oid = 0, bytes = 0;
@@ -67,6 +69,10 @@ class PostgresStore : public Store {
   std::vector<std::string> databases(StoreContext&);
   PgFlow flow(const std::string& database, Side publisher) const;
   std::vector<PgTable> tables(PgSession&);
+  // Where that side's server finds the socket that leads to the other's, and the passfile for it: a directory of the agent's
+  // account that the server's account may enter (the agent's state is closed to it), kept over a reboot where it can be,
+  // since the listener comes back with the agent. Its name is told by the agent's state: two runs never share one.
+  std::string socket_directory(StoreContext&, Side);
   // The key under which a fact of this store is remembered.
   std::string key(const std::string& what, const std::string& database = {}) const;
   const PostgresServer& server(Side side) const { return config_.postgres.server[side]; }
@@ -79,20 +85,44 @@ class PostgresStore : public Store {
  private:
   void prepare_source(StoreContext&, const std::string& database);
   void install_fence(StoreContext&, PgSession&, Side, const std::vector<PgTable>&, bool refusing);
+  // Those without both triggers.
+  std::vector<PgTable> unfenced(PgSession&, const std::vector<PgTable>&);
+  // Makes the publication's list what `tables` says, adding and removing only what differs.
   void publish(StoreContext&, PgSession&, const PgFlow&, const std::vector<PgTable>&);
-  // Where that side's server finds the socket that leads to the other's, and the passfile for it: a directory of the agent's
-  // account that the server's account may enter (the agent's state is closed to it), kept over a reboot where it can be,
-  // since the listener comes back with the agent. Its name is told by the agent's state: two runs never share one.
-  std::string socket_directory(StoreContext&, Side);
+  // The publication's tables, as PgTable::full() writes them, and rehome.marker.
+  std::vector<std::string> published(PgSession&, const PgFlow&);
   void open_path(StoreContext&, const std::string& database, const PgFlow&);
   void subscribe(StoreContext&, const std::string& database, const PgFlow&, bool enabled);
   std::string connection_string(StoreContext&, const std::string& database, const PgFlow&);
   void restore_roles(StoreContext&);
   void create_database(StoreContext&, const std::string& database);
-  void restore_section(StoreContext&, const std::string& database, const std::string& section, const std::string& snapshot);
+  // `foreign_keys` false: post-data without them, while tables that they point to are still empty.
+  void restore_section(StoreContext&, const std::string& database, const std::string& section, const std::string& snapshot, bool foreign_keys = true);
   void copy_database(StoreContext&, const std::string& database);
   void watch_wal(StoreContext&, Side);
+  // The name of the snapshot that goes with the flow's slot. Empty: it is lost, but the slot holds all that has happened since,
+  // and the finished tables stay.
   std::string hold_snapshot(StoreContext&, const std::string& database, const PgFlow&);
+  // The rest of a copy whose snapshot is lost. Interrupted, it goes on where it was.
+  void copy_rest(StoreContext&, const std::string& database);
+  void copy_whole(StoreContext&, const std::string& database, const std::string& why);
+  // Brings what has changed at the source since the copy; the tables concerned are copied again. Returns why that is not
+  // possible, and then the whole database must be copied; empty: done. Interrupted, it begins again with what is left.
+  std::string copy_changed(StoreContext&, const std::string& database);
+  struct SourceSchema;
+  SourceSchema read_source_schema(StoreContext&, const std::string& database);
+  void record_copied_schema(StoreContext&, const std::string& database, const std::string& snapshot);
+  void remember_schema(StoreContext&, const std::string& database, std::int64_t ddl, const Json& fingerprint);
+  // Every table of the source published, and copied into the target where the subscription does not know it yet; until all
+  // are followed.
+  void synchronise(StoreContext&, const std::string& database);
+  // Foreign keys and materialized views: what needs all tables filled.
+  void finish_schema(StoreContext&, const std::string& database, const SourceSchema&);
+  // Whether the follower reaches what is written now; false when it stands still for a minute.
+  bool follower_passes(StoreContext&, const std::string& database);
+  // What has changed in the source's schema since it was copied, a line each; empty: nothing.
+  std::string schema_change(StoreContext&, const std::string& database);
+  const PgPrograms& programs(StoreContext&);
   void tune(StoreContext&, Side);
   void untune(StoreContext&, Side);
   void remove_flow(StoreContext&, const std::string& database, const PgFlow&);
@@ -106,6 +136,7 @@ class PostgresStore : public Store {
   std::mutex mutex_;
   std::map<std::string, std::string> secrets_;
   std::map<std::string, std::vector<std::int64_t>> lock_order_;
+  std::shared_ptr<PgPrograms> programs_;   // once looked for
 };
 
 // SQL that several phases share.
@@ -114,6 +145,10 @@ namespace pgsql {
 std::string fence_function(bool refusing, const std::string& where);
 // The refusing body while the first copy runs: it lets through a superuser's session that calls itself "rehome copy", and nobody else.
 std::string fence_function_while_copying(const std::string& where);
+// The refusing body from the copy's end to the switch: lets the server's own first copy of a table through.
+std::string fence_function_before_switch(const std::string& where);
+// Makes both triggers of a table that has neither; several statements.
+std::string fence_triggers(const PgTable&);
 std::string ddl_function(bool refusing);
 // Terminates our earlier sessions that could still commit a fence, and waits until they are gone. A statement sent by a
 // dead agent's life may land late; docs/model has the run in which that loses a write.

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <deque>
+#include <set>
 
 #include "base/text.h"
 #include "stores/postgres/postgres.h"
@@ -12,6 +14,7 @@ namespace rehome {
 namespace {
 
 constexpr Millis kLockPatience(60000);
+constexpr std::size_t kFenceGroup = 20;
 
 void bounded(PgSession& s, const std::string& sql) {
   pg_retry_locks(Deadline::in(kLockPatience), [&] {
@@ -76,20 +79,54 @@ void PostgresStore::install_fence(StoreContext& c, PgSession& s, Side side, cons
     s.exec("CREATE EVENT TRIGGER rehome_ddl ON ddl_command_end EXECUTE FUNCTION rehome.ddl(); ALTER EVENT TRIGGER rehome_ddl ENABLE ALWAYS");
   if (s.number("SELECT count(*) FROM pg_event_trigger WHERE evtname = 'rehome_drop'") == 0)
     s.exec("CREATE EVENT TRIGGER rehome_drop ON sql_drop EXECUTE FUNCTION rehome.ddl(); ALTER EVENT TRIGGER rehome_drop ENABLE ALWAYS");
-  // Which tables have both triggers already: a resumed prepare makes only the missing ones.
-  std::vector<std::string> done;
-  for (auto& r : s.query("SELECT tgrelid FROM pg_trigger WHERE tgname IN ('rehome_fence', 'rehome_fence_t') AND tgenabled = 'A' GROUP BY 1 HAVING count(*) = 2"))
-    done.push_back(*r[0]);
-  std::sort(done.begin(), done.end());
-  for (const auto& t : tables) {
-    if (std::binary_search(done.begin(), done.end(), std::to_string(t.oid))) continue;
-    bounded(s, "DROP TRIGGER IF EXISTS rehome_fence ON " + t.full() + "; DROP TRIGGER IF EXISTS rehome_fence_t ON " + t.full() +
-                   "; CREATE TRIGGER rehome_fence BEFORE INSERT OR UPDATE OR DELETE ON " + t.full() +
-                   " FOR EACH STATEMENT EXECUTE FUNCTION rehome.fence(); ALTER TABLE " + t.full() +
-                   " ENABLE ALWAYS TRIGGER rehome_fence; CREATE TRIGGER rehome_fence_t BEFORE TRUNCATE ON " + t.full() +
-                   " FOR EACH STATEMENT EXECUTE FUNCTION rehome.fence(); ALTER TABLE " + t.full() + " ENABLE ALWAYS TRIGGER rehome_fence_t");
+  // Some tables in one transaction: one a table took 40 ms each, all at once would keep writers waiting for seconds. The locks
+  // come first, in one statement that waits 100 ms at most for all of them; then nothing waits any more.
+  s.exec("SET deadlock_timeout = '10ms'");
+  auto missing = unfenced(s, tables);
+  // DROP TRIGGER waits for readers too: only where half of the pair is there.
+  std::set<std::int64_t> half;
+  for (auto& r : s.query("SELECT DISTINCT tgrelid FROM pg_trigger WHERE tgname IN ('rehome_fence', 'rehome_fence_t')")) half.insert(std::stoll(*r[0]));
+  std::deque<std::vector<PgTable>> groups;
+  for (std::size_t i = 0; i < missing.size(); i += kFenceGroup)
+    groups.emplace_back(missing.begin() + static_cast<std::ptrdiff_t>(i), missing.begin() + static_cast<std::ptrdiff_t>(std::min(missing.size(), i + kFenceGroup)));
+  Deadline deadline = Deadline::in(kLockPatience + Millis(20 * static_cast<std::int64_t>(tables.size())));
+  while (!groups.empty()) {
+    auto group = groups.front();
+    groups.pop_front();
+    std::string names, work;
+    for (const auto& t : group) {
+      names += (names.empty() ? "ONLY " : ", ONLY ") + t.full();
+      if (half.contains(t.oid)) work += "; DROP TRIGGER IF EXISTS rehome_fence ON " + t.full() + "; DROP TRIGGER IF EXISTS rehome_fence_t ON " + t.full();
+      work += "; " + pgsql::fence_triggers(t);
+    }
+    try {
+      s.exec("BEGIN; SET LOCAL lock_timeout = '100ms'; SET LOCAL statement_timeout = '100ms'; LOCK TABLE " + names +
+             " IN SHARE ROW EXCLUSIVE MODE; SET LOCAL statement_timeout = 0" + work + "; COMMIT");
+    } catch (const PgError& e) {
+      if (!s.broken()) s.exec("ROLLBACK");
+      if (!pg_is_lock_failure(e.sqlstate) || deadline.passed()) throw;
+      // One busy table must not hold up its neighbours: halves, and that table alone in the end.
+      if (group.size() > 1) {
+        auto middle = group.begin() + static_cast<std::ptrdiff_t>(group.size() / 2);
+        groups.emplace_back(group.begin(), middle);
+        groups.emplace_back(middle, group.end());
+      } else {
+        groups.push_back(group);
+      }
+      pg_random_wait(Millis(groups.size() > 1 ? 20 : 100));
+    }
   }
   s.take_notices();
+}
+
+std::vector<PgTable> PostgresStore::unfenced(PgSession& s, const std::vector<PgTable>& tables) {
+  std::set<std::int64_t> done;
+  for (auto& r : s.query("SELECT tgrelid FROM pg_trigger WHERE tgname IN ('rehome_fence', 'rehome_fence_t') AND tgenabled = 'A' GROUP BY 1 HAVING count(*) = 2"))
+    done.insert(std::stoll(*r[0]));
+  std::vector<PgTable> missing;
+  for (const auto& t : tables)
+    if (!done.contains(t.oid)) missing.push_back(t);
+  return missing;
 }
 
 void PostgresStore::publish(StoreContext& c, PgSession& s, const PgFlow& flow, const std::vector<PgTable>& tables) {
@@ -104,14 +141,31 @@ void PostgresStore::publish(StoreContext& c, PgSession& s, const PgFlow& flow, c
     c.remember(key("full", s.address().database), list);
     bounded(s, "ALTER TABLE " + t.full() + " REPLICA IDENTITY FULL");
   }
-  std::string list = "rehome.marker";
-  for (const auto& t : tables)
-    if (!t.partitioned && !t.unlogged) list += ", ONLY " + t.full();
   c.note("publication " + flow.publication, {{"where", s.address().label}, {"undo", "DROP PUBLICATION"}});
-  if (s.number("SELECT count(*) FROM pg_publication WHERE pubname = " + pg_literal(flow.publication)) == 0)
-    bounded(s, "CREATE PUBLICATION " + pg_identifier(flow.publication) + " FOR TABLE " + list);
-  else
-    bounded(s, "ALTER PUBLICATION " + pg_identifier(flow.publication) + " SET TABLE " + list);
+  std::string name = pg_identifier(flow.publication);
+  std::vector<std::string> wanted{"rehome.marker"};
+  for (const auto& t : tables)
+    if (!t.partitioned && !t.unlogged) wanted.push_back(t.full());
+  if (s.number("SELECT count(*) FROM pg_publication WHERE pubname = " + pg_literal(flow.publication)) == 0) {
+    bounded(s, "CREATE PUBLICATION " + name + " FOR TABLE ONLY " + join(wanted, ", ONLY "));
+    return;
+  }
+  // Only what differs: each table named is locked, and a table that a vacuum works on keeps us waiting.
+  auto have = published(s, flow);
+  std::vector<std::string> more, less;
+  for (const auto& t : wanted)
+    if (!std::erase(have, t)) more.push_back(t);
+  less = have;
+  if (!more.empty()) bounded(s, "ALTER PUBLICATION " + name + " ADD TABLE ONLY " + join(more, ", ONLY "));
+  if (!less.empty()) bounded(s, "ALTER PUBLICATION " + name + " DROP TABLE ONLY " + join(less, ", ONLY "));
+}
+
+std::vector<std::string> PostgresStore::published(PgSession& s, const PgFlow& flow) {
+  std::vector<std::string> all;
+  for (auto& r : s.query("SELECT n.nspname, c.relname FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid JOIN pg_class c ON c.oid = r.prrelid "
+                         "JOIN pg_namespace n ON n.oid = c.relnamespace WHERE p.pubname = " + pg_literal(flow.publication)))
+    all.push_back(*r[0] == "rehome" ? "rehome." + *r[1] : pg_identifier(*r[0]) + "." + pg_identifier(*r[1]));
+  return all;
 }
 
 std::string PostgresStore::socket_directory(StoreContext& c, Side side) {
@@ -190,7 +244,8 @@ void PostgresStore::subscribe(StoreContext& c, const std::string& database, cons
             pg_identifier(flow.publication) + " WITH (copy_data = false, create_slot = false, enabled = false, slot_name = " +
             pg_literal(flow.slot) + ")");
   } else {
-    s->exec("ALTER SUBSCRIPTION " + name + " REFRESH PUBLICATION WITH (copy_data = false)");
+    // It knows every table already, or that one has still to be copied: never counted as if it were.
+    s->exec("ALTER SUBSCRIPTION " + name + " REFRESH PUBLICATION WITH (copy_data = true)");
   }
   if (enabled) s->exec("ALTER SUBSCRIPTION " + name + " ENABLE");
 }

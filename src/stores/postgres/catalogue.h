@@ -1,0 +1,27 @@
+// The fingerprint of an application's schema: what event triggers miss (switched off, or disabled by a superuser) it finds.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "base/json.h"
+#include "stores/postgres/session.h"
+
+namespace rehome {
+
+// Catalogue -> number and hash of its rows, for relations, columns, defaults, constraints, indexes, triggers, functions, types,
+// policies, rules, grants, owners and all else that pg_dump -s would write for this database, but for the schema rehome, our
+// triggers, publications, subscriptions, replica identities, temporary objects and statistics.
+//
+// The rows themselves are hashed, oids and node trees included, through the session's own snapshot: exact, and two
+// fingerprints of one server can be compared, never those of two servers. VACUUM, ANALYZE, TRUNCATE, REINDEX, CLUSTER and a
+// refreshed view leave it as it is: file nodes, flags that VACUUM corrects, and the oids of indexes are left out.
+//
+// Given several sessions (of one server, none of them in use) the question is divided among them; 2,000 tables with
+// 2,000 sequences take about 40 ms on one, 20 on two. Errors are those of PgSession::query.
+Json catalogue_fingerprint(const std::vector<PgSession*>& sessions, Deadline deadline = {});
+
+// What differs, in words: "columns, functions"; empty: nothing. A missing fingerprint differs in everything.
+std::string catalogue_difference(const Json& before, const Json& now);
+
+}  // namespace rehome

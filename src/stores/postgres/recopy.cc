@@ -1,0 +1,298 @@
+// What must be copied again, and how: only the tables concerned, by the server's own synchronisation of single tables on the
+// running subscription. The same brings the rest of a first copy whose snapshot was lost.
+#include <algorithm>
+#include <set>
+
+#include "base/text.h"
+#include "stores/postgres/catalogue.h"
+#include "stores/postgres/schema_change.h"
+
+namespace rehome {
+namespace {
+
+constexpr Millis kStalled(60000);
+
+std::string first_few(const std::vector<std::string>& names) {
+  std::vector<std::string> few(names.begin(), names.begin() + static_cast<std::ptrdiff_t>(std::min<std::size_t>(names.size(), 8)));
+  return join(few, ", ") + (names.size() > 8 ? " and " + std::to_string(names.size() - 8) + " more" : "");
+}
+
+void at_target(PgSession& t, const std::function<void()>& work) {
+  pg_retry_locks(Deadline::in(Millis(120000)), [&] {
+    try {
+      // Nobody but the follower waits here.
+      t.exec("BEGIN; SET LOCAL lock_timeout = '2s'");
+      work();
+    } catch (const Error&) {
+      if (!t.broken()) t.exec("ROLLBACK");
+      throw;
+    }
+  });
+}
+
+}  // namespace
+
+PostgresStore::SourceSchema PostgresStore::read_source_schema(StoreContext& c, const std::string& database) {
+  auto s = session(c, Side::source, database);
+  for (int i = 0; i < 5; i++) {
+    SourceSchema now;
+    now.ddl = s->number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
+    now.fingerprint = catalogue_fingerprint({s.get()});
+    now.dump = std::make_unique<SchemaDump>(c, *this, programs(c), Side::source, database, "", std::vector<std::string>{"-s"});
+    now.entries = now.dump->entries();
+    try {
+      read_addresses(*s, now.entries);
+    } catch (const PgError&) {
+      continue;   // something in the dump has gone since
+    }
+    if (catalogue_fingerprint({s.get()}) == now.fingerprint) return now;
+  }
+  throw Error(Code::store, "source: database " + database + ": its schema changes all the time", "wait until a migration of the application is over, then try again", true);
+}
+
+void PostgresStore::remember_schema(StoreContext& c, const std::string& database, std::int64_t ddl, const Json& fingerprint) {
+  c.remember(key("ddl_seen", database), ddl);
+  c.remember(key("fingerprint", database), fingerprint);
+}
+
+// At the end of a copy, while its snapshot still stands.
+void PostgresStore::record_copied_schema(StoreContext& c, const std::string& database, const std::string& snapshot) {
+  SchemaDump dump(c, *this, programs(c), Side::source, database, snapshot, {"-s"});
+  auto entries = dump.entries();
+  auto s = session(c, Side::source, database);
+  auto t = session(c, Side::target, database, "rehome copy");
+  try {
+    read_addresses(*s, entries);
+  } catch (const PgError&) {
+    entries.clear();   // dropped since: without this record a later change copies the whole database again, and says so
+  }
+  for (const auto& e : entries)
+    if (e.class_oid && e.type.empty()) {
+      entries.clear();
+      break;
+    }
+  t->exec("BEGIN");
+  write_copied_schema(*t, entries, {});
+  t->exec("COMMIT");
+}
+
+void PostgresStore::synchronise(StoreContext& c, const std::string& database) {
+  PgFlow f = flow(database, Side::source);
+  auto s = session(c, Side::source, database);
+  auto list = tables(*s);
+  install_fence(c, *s, Side::source, list, false);
+  publish(c, *s, f, list);
+  auto t = session(c, Side::target, database);
+  t->exec(pgsql::fence_function_before_switch("the source serves until the switch"));
+  t->exec("ALTER SUBSCRIPTION " + pg_identifier(f.subscription) + " REFRESH PUBLICATION WITH (copy_data = true)");
+  // Workers that fail are started again for ever; from 15 on the server counts.
+  std::string failures = t->major() >= 15 ? "coalesce((SELECT x.sync_error_count FROM pg_stat_subscription_stats x WHERE x.subid = s.oid), 0)" : "0";
+  std::int64_t failed_at = -1;
+  std::int64_t last_ready = -1;
+  Deadline deadline = Deadline::in(std::chrono::hours(48));
+  while (true) {
+    auto r = t->query("SELECT count(*), count(*) FILTER (WHERE r.srsubstate = 'r'), " + failures + ", coalesce((SELECT string_agg(r2.srrelid::regclass::text, ', ') FROM pg_subscription_rel r2 WHERE r2.srsubid = s.oid AND r2.srsubstate IN ('i', 'd')), '') "
+                      "FROM pg_subscription s JOIN pg_subscription_rel r ON r.srsubid = s.oid WHERE s.subname = " + pg_literal(f.subscription) + " GROUP BY s.oid");
+    if (r.empty()) throw Error(Code::store, "target: subscription " + f.subscription + " is gone", "rehome resume --recopy");
+    std::int64_t all = std::stoll(*r[0][0]), ready = std::stoll(*r[0][1]), failed = std::stoll(*r[0][2]);
+    c.progress({.store = config_.name, .phase = "synchronise", .detail = r[0][3].value_or(""), .done = ready, .total = all, .unit = "tables"});
+    if (ready == all) return;
+    if (ready != last_ready) {
+      last_ready = ready;
+      failed_at = failed;
+    }
+    if (failed > failed_at + 20)
+      throw Error(Code::store, "target: database " + database + ": tables cannot be synchronised: " + r[0][3].value_or(""), "the target server's log says why (a free worker, slot or walsender may be missing); then resume", true);
+    if (c.cancelled) throw Error(Code::interrupted, "stopped while tables of " + database + " are synchronised; they go on by themselves");
+    if (deadline.passed()) throw Error(Code::timeout, "target: database " + database + ": tables are still being synchronised", "resume", true);
+    system_clock().sleep(Millis(50));
+  }
+}
+
+void PostgresStore::finish_schema(StoreContext& c, const std::string& database, const SourceSchema& now) {
+  auto s = session(c, Side::source, database);
+  auto t = session(c, Side::target, database, "rehome copy");
+  c.progress({.store = config_.name, .phase = "foreign keys", .detail = database});
+  at_target(*t, [&] {
+    SchemaChange change(*t, now.entries);
+    std::set<int> keys;
+    change.to_restore(*t, keys);
+    // Checked now, while every table stands where the source stood at one commit.
+    if (!keys.empty()) t->exec(now.dump->script(keys, *t));
+    t->exec("SET search_path = pg_catalog");
+    write_copied_schema(*t, now.entries, {});
+    t->exec("COMMIT");
+  });
+  // A view over another unfilled one waits for it.
+  std::set<std::string> filled;
+  for (auto& r : s->query("SELECT quote_ident(schemaname) || '.' || quote_ident(matviewname) FROM pg_matviews WHERE ispopulated")) filled.insert(*r[0]);
+  for (bool again = true; again;) {
+    again = false;
+    for (auto& r : t->query("SELECT quote_ident(schemaname) || '.' || quote_ident(matviewname) FROM pg_matviews WHERE NOT ispopulated")) {
+      if (!filled.contains(*r[0])) continue;
+      try {
+        t->exec("RESET search_path; REFRESH MATERIALIZED VIEW " + *r[0] + "; SET search_path = pg_catalog");
+        again = true;
+      } catch (const PgError& e) {
+        if (e.sqlstate != "55000") throw;
+        t->exec("SET search_path = pg_catalog");
+      }
+    }
+  }
+}
+
+bool PostgresStore::follower_passes(StoreContext& c, const std::string& database) {
+  PgFlow f = flow(database, Side::source);
+  auto s = session(c, Side::source, database, "rehome marker"), t = session(c, Side::target, database);
+  std::string token = s->value("INSERT INTO rehome.marker(token) VALUES ('recopy ' || gen_random_uuid()) RETURNING token"), at;
+  Deadline deadline = Deadline::in(kStalled);
+  while (t->query("SELECT 1 FROM rehome.marker WHERE token = $1", {token}).empty()) {
+    if (c.cancelled) throw Error(Code::interrupted, "stopped while waiting for the follower of " + database);
+    std::string now = s->value("SELECT coalesce((SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = " + pg_literal(f.slot) + "), '')");
+    if (now != at) deadline = Deadline::in(kStalled);
+    at = now;
+    if (now.empty() || deadline.passed()) return false;
+    system_clock().sleep(Millis(20));
+  }
+  return true;
+}
+
+// Between the change at the source and ours at the target the stream may hold rows of several shapes of a table. They are
+// not wanted (the table is copied again), but the follower refuses a column that it cannot name: so the old table, while it
+// is unsubscribed, gets the new one's columns too, and a table that has a new name gets a stand-in under it.
+std::string PostgresStore::copy_changed(StoreContext& c, const std::string& database) {
+  PgFlow f = flow(database, Side::source);
+  auto s = session(c, Side::source, database);
+  auto t = session(c, Side::target, database, "rehome copy");
+  SourceSchema now = read_source_schema(c, database);
+  SchemaChange change(*t, now.entries);
+  if (!change.known()) return "there is no record of what was copied";
+  if (!change.obstacle().empty()) return change.obstacle();
+  if (s->number("SELECT count(*) FROM pg_replication_slots WHERE slot_name = " + pg_literal(f.slot) + " AND wal_status IS DISTINCT FROM 'lost'") == 0) return "its slot is gone";
+  if (t->number("SELECT count(*) FROM pg_subscription WHERE subenabled AND subname = " + pg_literal(f.subscription)) == 0) return "its follower is gone";
+  auto at_source = tables(*s);
+  std::set<std::string> published_now;
+  for (const auto& p : published(*s, f)) published_now.insert(p);
+  try {
+    t->exec("CREATE TABLE IF NOT EXISTS rehome.stand_in(name text PRIMARY KEY, kind text NOT NULL)");
+    // Tried, to learn which tables go.
+    std::set<std::string> there, affected;
+    for (const auto& x : tables(*t)) there.insert(x.full());
+    auto drop = [&] {
+      for (auto& r : t->query("SELECT name, kind FROM rehome.stand_in ORDER BY kind DESC")) t->exec("DROP " + *r[1] + " IF EXISTS " + *r[0] + (*r[1] == "TABLE" ? " CASCADE" : ""));
+      t->exec("DELETE FROM rehome.stand_in");
+      change.drop(*t);
+    };
+    at_target(*t, [&] {
+      drop();
+      std::set<std::string> left;
+      for (const auto& x : tables(*t)) left.insert(x.full());
+      for (const auto& x : there)
+        if (!left.contains(x)) affected.insert(x);
+      for (const auto& x : at_source)
+        if (!left.contains(x.full())) affected.insert(x.full());
+      t->exec("ROLLBACK");
+    });
+    std::vector<std::string> again;
+    for (const auto& x : at_source)
+      if (affected.contains(x.full())) again.push_back(x.full());
+    c.log(config_.name + ": " + database + ": changed: " + (change.empty() ? "nothing that a dump would hold" : change.says()) + "; copied again: " + (again.empty() ? "no table" : first_few(again)));
+    if (!affected.empty()) {
+      std::vector<PgTable> kept;
+      for (const auto& x : at_source)
+        if (!affected.contains(x.full())) kept.push_back(x);
+      publish(c, *s, f, kept);
+      at_target(*t, [&] {
+        for (const auto& x : at_source) {
+          if (!affected.contains(x.full())) continue;
+          bool exists = there.contains(x.full());
+          if (!exists && !published_now.contains(x.full())) continue;
+          if (!exists && t->number("SELECT count(*) FROM pg_namespace WHERE nspname = " + pg_literal(x.schema)) == 0)
+            t->exec("CREATE SCHEMA " + pg_identifier(x.schema) + "; INSERT INTO rehome.stand_in VALUES (" + pg_literal(pg_identifier(x.schema)) + ", 'SCHEMA')");
+          if (!exists) t->exec("CREATE TABLE " + x.full() + "()");
+          t->exec("INSERT INTO rehome.stand_in VALUES (" + pg_literal(x.full()) + ", 'TABLE') ON CONFLICT DO NOTHING");
+          std::string root = t->value("SELECT coalesce(pg_partition_root(" + pg_literal(x.full()) + ")::regclass, " + pg_literal(x.full()) + "::regclass)::text");
+          for (auto& r : s->query("SELECT attname FROM pg_attribute WHERE attnum > 0 AND NOT attisdropped AND attgenerated = '' AND attrelid = " + std::to_string(x.oid)))
+            if (t->number("SELECT count(*) FROM pg_attribute WHERE NOT attisdropped AND attrelid = " + pg_literal(x.full()) + "::regclass AND attname = " + pg_literal(*r[0])) == 0)
+              t->exec("ALTER TABLE " + root + " ADD COLUMN " + pg_identifier(*r[0]) + " text");
+        }
+        t->exec("COMMIT");
+      });
+      t->exec("ALTER SUBSCRIPTION " + pg_identifier(f.subscription) + " REFRESH PUBLICATION WITH (copy_data = true)");
+      if (!follower_passes(c, database)) return "its follower does not get past the change; the target server's log says why";
+    }
+    at_target(*t, [&] {
+      drop();
+      std::set<int> keys;
+      std::set<int> ids = change.to_restore(*t, keys);
+      if (!ids.empty()) t->exec(now.dump->script(ids, *t));
+      t->exec("SET search_path = pg_catalog");
+      // Closed in the transaction that makes them.
+      for (const auto& x : unfenced(*t, tables(*t))) t->exec(pgsql::fence_triggers(x));
+      write_copied_schema(*t, now.entries, keys);
+      t->exec("COMMIT");
+    });
+    synchronise(c, database);
+    finish_schema(c, database, now);
+    for (const auto& x : again) t->exec("ANALYZE " + x);
+  } catch (const PgError& e) {
+    // What the database refused has been taken back with its transaction. A lost connection or a lock is no reason to begin again.
+    if (e.retryable) throw;
+    return e.message;
+  }
+  remember_schema(c, database, now.ddl, now.fingerprint);
+  return {};
+}
+
+std::string PostgresStore::schema_change(StoreContext& c, const std::string& database) {
+  auto s = session(c, Side::source, database);
+  Json seen = c.recall(key("ddl_seen", database));
+  std::vector<std::string> all;
+  for (auto& r : s->query("SELECT tag, object, at::text FROM rehome.ddl_log WHERE n > " + std::to_string(seen.is_number() ? seen.get<std::int64_t>() : 0) + " ORDER BY n LIMIT 50"))
+    all.push_back(*r[0] + " " + r[1].value_or("") + " at " + *r[2]);
+  // What the event trigger did not see.
+  std::string differs = catalogue_difference(c.recall(key("fingerprint", database)), catalogue_fingerprint({s.get()}));
+  if (!differs.empty() && all.empty()) all.push_back("changed while the event trigger was off: " + differs);
+  return join(all, "\n");
+}
+
+std::vector<std::string> PostgresStore::needs_recopy(StoreContext& c) {
+  std::vector<std::string> all;
+  for (const auto& database : databases(c)) {
+    // Once the target serves there is nothing to be copied from the source.
+    PgFlow back = flow(database, Side::target), f = flow(database, Side::source);
+    auto s = session(c, Side::source, database);
+    if (s->number("SELECT count(*) FROM pg_subscription WHERE subenabled AND subname = " + pg_literal(back.subscription)) > 0) continue;
+    if (s->number("SELECT count(*) FROM pg_replication_slots WHERE slot_name = " + pg_literal(f.slot) + " AND wal_status IS DISTINCT FROM 'lost'") == 0)
+      all.push_back(database + ": everything: slot " + f.slot + " is gone (it passed the limit of WAL kept, or somebody dropped it)");
+    for (const auto& line : split(schema_change(c, database), '\n'))
+      if (!line.empty()) all.push_back(database + ": " + line);
+  }
+  return all;
+}
+
+void PostgresStore::copy_whole(StoreContext& c, const std::string& database, const std::string& why) {
+  c.log(config_.name + ": " + database + " is copied again as a whole: " + why);
+  // The prepared way back too: its slot would keep the target's database from being made anew.
+  remove_flow(c, database, flow(database, Side::source));
+  remove_flow(c, database, flow(database, Side::target));
+  c.remember(key("copied", database), false);
+  c.remember(key("snapshot", database), "lost");
+  prepare_source(c, database);
+  open_path(c, database, flow(database, Side::source));
+  copy_database(c, database);
+}
+
+void PostgresStore::recopy(StoreContext& c) {
+  for (const auto& database : databases(c)) {
+    PgFlow f = flow(database, Side::source);
+    auto s = session(c, Side::source, database);
+    bool slot = s->number("SELECT count(*) FROM pg_replication_slots WHERE slot_name = " + pg_literal(f.slot) + " AND wal_status IS DISTINCT FROM 'lost'") > 0;
+    if (slot && schema_change(c, database).empty()) continue;
+    std::string why = slot ? copy_changed(c, database) : "its slot is gone (it passed the limit of WAL kept, or somebody dropped it)";
+    if (!why.empty()) copy_whole(c, database, why);
+  }
+  follow(c);
+}
+
+}  // namespace rehome
