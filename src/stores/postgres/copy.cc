@@ -103,6 +103,7 @@ std::string PostgresStore::hold_snapshot(StoreContext& c, const std::string& dat
     c.log(config_.name + ": all tables of " + database + " are copied" + (known == "lost" ? "" : " again"));
     c.remember(key("done", database), Json::array());
     c.remember(key("sections", database), Json::array());
+    c.remember(key("postdata_begun", database), Json());
     auto t = session(c, Side::target, database);
     t->exec("DROP SCHEMA IF EXISTS rehome CASCADE");
   }
@@ -171,7 +172,7 @@ void PostgresStore::restore_section(StoreContext& c, const std::string& database
     read_addresses(*session(c, Side::source, database), entries);
     auto missing = missing_objects(*target, entries);
     for (const auto& e : entries)
-      if (!e.type.empty() && !missing.contains(e.id)) wanted.erase(e.id);
+      if (!e.type.empty() && !missing.contains(e.id) && !e.tag.ends_with(" _RETURN")) wanted.erase(e.id);
   }
   if (section == "post-data") c.remember(key("postdata_begun", database), true);
   std::string failed;

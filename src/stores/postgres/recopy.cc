@@ -225,8 +225,7 @@ std::string PostgresStore::copy_changed(StoreContext& c, const std::string& data
       drop();
       std::set<int> keys;
       std::set<int> ids = change.to_restore(*t, keys);
-      if (!ids.empty()) t->exec(now.dump->script(ids, *t));
-      t->exec("SET search_path = pg_catalog");
+      change.restore(*t, *now.dump, ids);
       // Closed in the transaction that makes them.
       for (const auto& x : unfenced(*t, tables(*t))) t->exec(pgsql::fence_triggers(x));
       write_copied_schema(*t, now.entries, keys);

@@ -130,10 +130,12 @@ SchemaChange::SchemaChange(PgSession& target, const std::vector<SchemaEntry>& no
   auto whole = [&](const std::string& key, const std::string& kind) {
     auto rest = key.substr(key.find('\t'));
     auto at = by_key.find(kind + rest);
-    if (at != by_key.end())
-      changed.insert(at->second);
-    else if (kind == "INDEX" && copied_.contains(kind + rest) == false)
-      obstacle_ = "the index of a partition was attached or detached";
+    if (at != by_key.end()) changed.insert(at->second);
+    if (kind != "INDEX" || at != by_key.end()) return;
+    // The index of a constraint; or it went with its table.
+    auto parts = split(key, '\t');
+    for (const auto& e : now_)
+      if (e.kind == "CONSTRAINT" && e.schema == parts[1] && e.tag.ends_with(" " + parts[2])) changed.insert(&e);
   };
   for (const auto& e : now_) {
     auto at = copied_.find(e.key);
@@ -262,6 +264,11 @@ void SchemaChange::drop(PgSession& t) {
       continue;
     }
     if (e->type.empty() || !old) continue;
+    // A view that needs a primary key is dumped as a stand-in, and as itself when the keys are there.
+    if (e->kind == "RULE" && e->tag.ends_with(" _RETURN")) {
+      if (!attempt(e->sql)) t.exec("DROP VIEW IF EXISTS " + pg_identifier(e->schema) + "." + pg_identifier(e->tag.substr(0, e->tag.size() - 8)) + " CASCADE");
+      continue;
+    }
     if (e->kind == "SCHEMA") {
       t.exec("ALTER SCHEMA " + pg_identifier(e->tag) + " OWNER TO " + pg_identifier(e->owner));
       continue;
@@ -276,7 +283,7 @@ void SchemaChange::drop(PgSession& t) {
   }
   for (const auto& key : gone_) {
     const Copied& c = copied_.at(key);
-    if (c.kind != "ACL" && !c.type.empty()) drop_object(t, c.type, c.names, c.arguments);
+    if (c.kind != "ACL" && !c.type.empty() && !key.ends_with(" _RETURN")) drop_object(t, c.type, c.names, c.arguments);
   }
   for (bool again = true; again;) {
     again = false;
@@ -309,6 +316,38 @@ std::set<int> SchemaChange::to_restore(PgSession& t, std::set<int>& foreign_keys
     if (wanted) (with_key ? foreign_keys : out).insert(e.id);
   }
   return out;
+}
+
+void SchemaChange::restore(PgSession& t, const SchemaDump& dump, const std::set<int>& ids) {
+  // A partition of a table that is there already comes with its own indexes, and is attached when it has them: attached bare
+  // it would be given new ones. Where both are new, the dump's order is the one that leaves the parent's index valid.
+  std::map<int, const SchemaEntry*> by_id;
+  for (const auto& e : now_) by_id[e.id] = &e;
+  std::set<int> first, attach, attach_index, rights;
+  for (int id : ids) {
+    const SchemaEntry& e = *by_id.at(id);
+    bool parent_there = false;
+    for (int n : e.needs) parent_there = parent_there || (by_id.contains(n) && by_id[n]->kind == "TABLE" && !ids.contains(n));
+    if (e.kind == "ACL")
+      rights.insert(id);
+    else if (e.kind == "TABLE ATTACH" && parent_there)
+      attach.insert(id);
+    else if (e.kind == "INDEX ATTACH")
+      attach_index.insert(id);
+    else
+      first.insert(id);
+  }
+  for (const auto* part : {&first, &attach, &attach_index})
+    if (!part->empty()) t.exec(dump.script(*part, t));
+  // What was made just now got the default rights, which a dump restores last.
+  if (t.value("SELECT EXISTS (SELECT 1 FROM pg_catalog.pg_default_acl)") == "t") {
+    const std::set<std::string> with_rights{"TABLE", "VIEW", "MATERIALIZED VIEW", "FOREIGN TABLE", "SEQUENCE", "FUNCTION", "PROCEDURE", "AGGREGATE", "TYPE", "DOMAIN", "SCHEMA"};
+    t.exec("SET search_path = pg_catalog");
+    for (int id : ids)
+      if (with_rights.contains(by_id.at(id)->kind)) reset_rights(t, by_id.at(id)->type, by_id.at(id)->names, by_id.at(id)->arguments);
+  }
+  if (!rights.empty()) t.exec(dump.script(rights, t));
+  t.exec("SET search_path = pg_catalog");
 }
 
 }  // namespace rehome

@@ -39,6 +39,8 @@ class SchemaChange {
   void drop(PgSession& target);
   // After drop(), in the same transaction: the entries to restore, foreign keys apart. `foreign_keys` gets those.
   std::set<int> to_restore(PgSession& target, std::set<int>& foreign_keys) const;
+  // Makes these, from the dump that `now` came from; in the same transaction.
+  void restore(PgSession& target, const SchemaDump& dump, const std::set<int>& ids);
 
  private:
   struct Copied {
