@@ -1,6 +1,6 @@
 #include "stores/postgres/catalogue.h"
 
-#include <array>
+#include <algorithm>
 #include <mutex>
 #include <optional>
 #include <thread>
@@ -66,27 +66,47 @@ std::vector<Part> parts(int major) {
   return all;
 }
 
+// The parts, dealt out to `n` sessions.
+std::vector<std::string> questions(int major, std::size_t n) {
+  std::vector<std::string> all(n);
+  std::vector<int> load(n, 0);
+  for (const auto& p : parts(major)) {
+    auto least = static_cast<std::size_t>(std::min_element(load.begin(), load.end()) - load.begin());
+    load[least] += p.cost;
+    // The sum of 64-bit hashes does not depend on the order; a bigint's sum is a numeric and does not overflow.
+    all[least] += (all[least].empty() ? "SELECT '" : " UNION ALL SELECT '") + std::string(p.name) + "', count(*) || ':' || coalesce(sum(hashtextextended(ROW(" + p.row + ")::text, 0)), 0) FROM " + p.from;
+  }
+  return all;
+}
+
+void add(Json& all, const std::vector<PgRow>& rows) {
+  for (auto& r : rows) all[*r[0]] = r[1].value_or("");
+}
+
 }  // namespace
 
-Json catalogue_fingerprint(const std::vector<PgSession*>& sessions, Deadline deadline) {
-  // The sum of 64-bit hashes does not depend on the order; a bigint's sum is a numeric and does not overflow.
-  std::vector<std::string> questions(sessions.size());
-  std::vector<int> load(sessions.size(), 0);
-  for (const auto& p : parts(sessions.at(0)->major())) {
-    std::size_t least = 0;
-    for (std::size_t i = 1; i < load.size(); i++)
-      if (load[i] < load[least]) least = i;
-    load[least] += p.cost;
-    questions[least] += (questions[least].empty() ? "SELECT '" : " UNION ALL SELECT '") + std::string(p.name) + "', count(*) || ':' || coalesce(sum(hashtextextended(ROW(" + p.row + ")::text, 0)), 0) FROM " + p.from;
-  }
+Json catalogue_fingerprint(PgSession& session) {
+  Json all = Json::object();
+  add(all, session.query(questions(session.major(), 1)[0]));
+  return all;
+}
+
+CatalogueQuestion::CatalogueQuestion(const std::vector<PgSession*>& sessions) : sessions_(sessions) {
+  auto all = questions(sessions.at(0)->major(), sessions.size());
+  for (std::size_t i = 0; i < all.size(); i++) sessions_[i]->exec("PREPARE rehome_fingerprint AS " + all[i]);
+  // The plans, and the catalogues in the sessions' caches.
+  ask(Deadline());
+}
+
+Json CatalogueQuestion::ask(Deadline deadline) const {
   Json all = Json::object();
   std::mutex mutex;
   std::optional<Error> failure;
-  auto ask = [&](std::size_t i) {
+  auto one = [&](std::size_t i) {
     try {
-      auto rows = sessions[i]->query(questions[i], deadline);
+      auto rows = sessions_[i]->query("EXECUTE rehome_fingerprint", deadline);
       std::lock_guard lock(mutex);
-      for (auto& r : rows) all[*r[0]] = r[1].value_or("");
+      add(all, rows);
     } catch (const Error& e) {
       std::lock_guard lock(mutex);
       failure = e;
@@ -94,8 +114,8 @@ Json catalogue_fingerprint(const std::vector<PgSession*>& sessions, Deadline dea
   };
   {
     std::vector<std::jthread> others;
-    for (std::size_t i = 1; i < sessions.size(); i++) others.emplace_back(ask, i);
-    ask(0);
+    for (std::size_t i = 1; i < sessions_.size(); i++) others.emplace_back(one, i);
+    one(0);
   }
   if (failure) throw *failure;
   return all;

@@ -17,9 +17,20 @@ namespace rehome {
 // fingerprints of one server can be compared, never those of two servers. VACUUM, ANALYZE, TRUNCATE, REINDEX, CLUSTER and a
 // refreshed view leave it as it is: file nodes, flags that VACUUM corrects, and the oids of indexes are left out.
 //
-// Given several sessions (of one server, none of them in use) the question is divided among them; 2,000 tables with
-// 2,000 sequences take about 40 ms on one, 20 on two. Errors are those of PgSession::query.
-Json catalogue_fingerprint(const std::vector<PgSession*>& sessions, Deadline deadline = {});
+// Errors are those of PgSession::query.
+Json catalogue_fingerprint(PgSession& session);
+
+// The same question, asked again and again, and planned once (which costs more than the answer): divided among several
+// sessions of one server that nobody else uses meanwhile.
+class CatalogueQuestion {
+ public:
+  // Prepares the statements: outside of any transaction.
+  explicit CatalogueQuestion(const std::vector<PgSession*>& sessions);
+  Json ask(Deadline deadline) const;
+
+ private:
+  std::vector<PgSession*> sessions_;
+};
 
 // What differs, in words: "columns, functions"; empty: nothing. A missing fingerprint differs in everything.
 std::string catalogue_difference(const Json& before, const Json& now);

@@ -118,7 +118,7 @@ std::string PostgresStore::hold_snapshot(StoreContext& c, const std::string& dat
     s->exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
     s->exec("SET TRANSACTION SNAPSHOT " + pg_literal(snapshot));
     std::int64_t ddl = s->number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
-    remember_schema(c, database, ddl, catalogue_fingerprint({s.get()}));
+    remember_schema(c, database, ddl, catalogue_fingerprint(*s));
   }
   c.remember(key("snapshot", database), snapshot);
   walsender.leave();

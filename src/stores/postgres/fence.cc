@@ -3,6 +3,7 @@
 // COMMIT makes it hard. One session does both, so a server that restarted in between fails the COMMIT (docs/model, HOLE_RESTART).
 #include <algorithm>
 #include <atomic>
+#include <future>
 #include <random>
 #include <thread>
 
@@ -66,6 +67,7 @@ class PostgresCut : public Cut {
       one->fence = store.session(c, d.yields, database, pgsql::kFenceApplication);
       one->marker = store.session(c, d.yields, database, "rehome marker");
       one->target = store.session(c, d.takes(), database, "rehome cut");
+      for (auto& look : one->look) look = store.session(c, d.yields, database, "rehome compare");
       make_ready(*one);
       all_.push_back(std::move(one));
     }
@@ -81,6 +83,8 @@ class PostgresCut : public Cut {
       std::lock_guard alive(db.fence_mutex);
       db.lock->take(db.refuse, deadline);
       db.fenced = true;
+      // Answered while the marker travels: 2,000 tables take longer than that.
+      db.looking = std::async(std::launch::async, [&db, deadline] { return db.question->ask(deadline); });
     });
     int tries = 0;
     for (auto& db : all_) tries += db->lock->tries();
@@ -117,13 +121,11 @@ class PostgresCut : public Cut {
 
   void compare(Deadline deadline) override {
     each("compare", [&](Database& db) {
-      // What the event trigger did not see. On both sessions: the fence's own reads its new function bodies, which are ours.
-      {
-        std::lock_guard alive(db.fence_mutex);
-        std::string differs = catalogue_difference(db.fingerprint, catalogue_fingerprint({db.fence.get(), db.marker.get()}, deadline));
-        if (!differs.empty())
-          throw Error(Code::verify, db.name + ": the schema was changed (" + differs + ") and the change is not on the " + std::string(side_name(d_.takes())), "rehome resume --recopy, then switch");
-      }
+      // What the event trigger did not see.
+      REHOME_CHECK(db.looking.valid());
+      std::string differs = catalogue_difference(db.fingerprint, db.looking.get());
+      if (!differs.empty())
+        throw Error(Code::verify, db.name + ": the schema was changed (" + differs + ") and the change is not on the " + std::string(side_name(d_.takes())), "rehome resume --recopy, then switch");
       // Under the fence nobody can add to the log: pg_class is locked.
       std::int64_t now = db.marker->number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
       if (now != db.ddl_at_open)
@@ -172,9 +174,10 @@ class PostgresCut : public Cut {
   struct Database {
     std::string name;
     PgFlow forward, reverse;
-    std::unique_ptr<PgSession> fence, marker, target;
+    std::unique_ptr<PgSession> fence, marker, target, look[2];
     std::unique_ptr<WriterLock> lock;
     std::mutex fence_mutex;   // the pulse and the phases share that session
+    std::unique_ptr<CatalogueQuestion> question;
     Json fingerprint;   // what the yielding side's schema must be
     std::string refuse, token, position, table_array;
     std::vector<std::string> unlogged;
@@ -182,6 +185,7 @@ class PostgresCut : public Cut {
     std::atomic<bool> fenced{false};
     std::int64_t ddl_at_open = 0;
     std::vector<Sequence> sequences;   // as they are on the taking-over side
+    std::future<Json> looking;         // last: it ends before its sessions do
   };
 
   void make_ready(Database& db) {
@@ -203,10 +207,9 @@ class PostgresCut : public Cut {
     db.table_array += "}";
     db.large_objects = s.value("SELECT EXISTS (SELECT 1 FROM pg_largeobject_metadata)") == "t";
     db.ddl_at_open = s.number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
-    // From the source it was copied; the way back has to do with what changes from now on only.
-    db.fingerprint = d_.yields == Side::source ? c_.recall(store_.key("fingerprint", db.name)) : catalogue_fingerprint({db.marker.get()});
-    // The same question once before the pause: planned, and the catalogues in both sessions' caches.
-    catalogue_fingerprint({db.fence.get(), db.marker.get()});
+    // The source's is known since the copy; the way back has to do with what changes from now on only.
+    db.question = std::make_unique<CatalogueQuestion>(std::vector<PgSession*>{db.look[0].get(), db.look[1].get()});
+    db.fingerprint = d_.yields == Side::source ? c_.recall(store_.key("fingerprint", db.name)) : db.question->ask({});
     db.marker->exec("SET synchronous_commit = on; SET client_min_messages = 'error'");
     db.target->exec("SET client_min_messages = 'error'");
     // Parsed and planned once, and the catalogue in this backend's cache, before the pause.

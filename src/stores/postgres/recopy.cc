@@ -37,7 +37,7 @@ PostgresStore::SourceSchema PostgresStore::read_source_schema(StoreContext& c, c
   for (int i = 0; i < 5; i++) {
     SourceSchema now;
     now.ddl = s->number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
-    now.fingerprint = catalogue_fingerprint({s.get()});
+    now.fingerprint = catalogue_fingerprint(*s);
     now.dump = std::make_unique<SchemaDump>(c, *this, programs(c), Side::source, database, "", std::vector<std::string>{"-s"});
     now.entries = now.dump->entries();
     try {
@@ -45,7 +45,7 @@ PostgresStore::SourceSchema PostgresStore::read_source_schema(StoreContext& c, c
     } catch (const PgError&) {
       continue;   // something in the dump has gone since
     }
-    if (catalogue_fingerprint({s.get()}) == now.fingerprint) return now;
+    if (catalogue_fingerprint(*s) == now.fingerprint) return now;
   }
   throw Error(Code::store, "source: database " + database + ": its schema changes all the time", "wait until a migration of the application is over, then try again", true);
 }
@@ -250,7 +250,7 @@ std::string PostgresStore::schema_change(StoreContext& c, const std::string& dat
   for (auto& r : s->query("SELECT tag, object, at::text FROM rehome.ddl_log WHERE n > " + std::to_string(seen.is_number() ? seen.get<std::int64_t>() : 0) + " ORDER BY n LIMIT 50"))
     all.push_back(*r[0] + " " + r[1].value_or("") + " at " + *r[2]);
   // What the event trigger did not see.
-  std::string differs = catalogue_difference(c.recall(key("fingerprint", database)), catalogue_fingerprint({s.get()}));
+  std::string differs = catalogue_difference(c.recall(key("fingerprint", database)), catalogue_fingerprint(*s));
   if (!differs.empty() && all.empty()) all.push_back("changed while the event trigger was off: " + differs);
   return join(all, "\n");
 }
