@@ -17,15 +17,38 @@
 namespace rehome {
 namespace {
 
-// Tables above this are split by ctid ranges, so that one large table does not keep one worker busy alone.
-constexpr std::int64_t kSplitBytes = 256 << 20;
-
 struct Piece {
   std::size_t table;
   std::string range;     // WHERE clause, or empty
   std::int64_t bytes = 0;
   bool whole = false;
 };
+
+// WHERE clauses that together hold each row of the table once: quantiles of the first column of a primary key, as ANALYZE
+// saw them (wrong ones cost evenness only), or equal steps of an integer's range. Empty: no key, or nothing known.
+std::vector<std::string> key_ranges(PgSession& s, const PgTable& t, std::int64_t parts) {
+  auto key = s.query("SELECT quote_ident(a.attname), a.attname, format_type(a.atttypid, a.atttypmod), a.atttypid IN (20, 21, 23), "
+                     "EXISTS (SELECT 1 FROM pg_collation l WHERE l.oid = a.attcollation AND NOT l.collisdeterministic) FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid "
+                     "AND a.attnum = i.indkey[0] WHERE i.indisprimary AND i.indrelid = " + std::to_string(t.oid));
+  if (key.empty() || *key[0][4] == "t") return {};
+  std::vector<std::string> bounds;
+  auto seen = s.query("SELECT unnest(histogram_bounds::text::text[]) FROM pg_stats WHERE NOT inherited AND schemaname = " + pg_literal(t.schema) + " AND tablename = " + pg_literal(t.name) + " AND attname = " + pg_literal(*key[0][1]));
+  if (static_cast<std::int64_t>(seen.size()) > parts) {
+    for (std::int64_t p = 1; p < parts; p++) bounds.push_back(*seen[static_cast<std::size_t>(p) * seen.size() / static_cast<std::size_t>(parts)][0]);
+  } else if (*key[0][3] == "t") {
+    auto ends = s.query("SELECT min(" + *key[0][0] + "), max(" + *key[0][0] + ") FROM ONLY " + t.full());
+    if (!ends[0][0]) return {};
+    __int128 low = std::stoll(*ends[0][0]), high = std::stoll(*ends[0][1]);
+    for (std::int64_t p = 1; p < parts; p++) bounds.push_back(std::to_string(static_cast<std::int64_t>(low + (high - low) * p / parts)));
+  }
+  bounds.erase(std::unique(bounds.begin(), bounds.end()), bounds.end());
+  if (bounds.empty()) return {};
+  auto value = [&](const std::string& b) { return pg_literal(b) + "::" + *key[0][2]; };
+  std::vector<std::string> ranges{*key[0][0] + " < " + value(bounds.front())};
+  for (std::size_t i = 0; i + 1 < bounds.size(); i++) ranges.push_back(*key[0][0] + " >= " + value(bounds[i]) + " AND " + *key[0][0] + " < " + value(bounds[i + 1]));
+  ranges.push_back(*key[0][0] + " >= " + value(bounds.back()));
+  return ranges;
+}
 
 // A token bucket over all workers; 0 bytes a second means no limit.
 class Throttle {
@@ -252,8 +275,14 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
         before += t.bytes;
         continue;
       }
-      // Before 14 a ctid range scans the whole table.
-      std::int64_t parts = source_major >= 14 && !t.unlogged ? (t.bytes + kSplitBytes - 1) / kSplitBytes : 1;
+      std::int64_t parts = !t.unlogged ? (t.bytes + split_bytes - 1) / split_bytes : 1;
+      // Before 14 a ctid range scans the whole table: ranges of its key then.
+      if (parts > 1 && source_major < 14) {
+        auto ranges = key_ranges(*s, t, parts);
+        for (const auto& range : ranges) pieces.push_back({i, " WHERE " + range, t.bytes / static_cast<std::int64_t>(ranges.size()), false});
+        if (!ranges.empty()) continue;
+        parts = 1;
+      }
       if (parts <= 1) {
         pieces.push_back({i, "", t.bytes, true});
         continue;

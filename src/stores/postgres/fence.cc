@@ -313,6 +313,10 @@ class PostgresCut : public Cut {
         db.target->query("SELECT lo_unlink(oid) FROM pg_largeobject_metadata WHERE oid = $1::oid", {*r[0]}, deadline);
         db.target->query("SELECT lo_from_bytea($1::oid, decode($2, 'hex'))", {*r[0], hex}, deadline);
         db.target->exec("ALTER LARGE OBJECT " + *r[0] + " OWNER TO " + pg_identifier(*r[1]), deadline);
+        // Made anew it has no rights but its owner's. What the owner lacks is taken first.
+        if (!r[3]->empty()) db.target->exec("REVOKE ALL ON LARGE OBJECT " + *r[0] + " FROM " + pg_identifier(*r[1]), deadline);
+        for (auto& g : db.fence->query("SELECT CASE x.grantee WHEN 0 THEN 'public' ELSE quote_ident(pg_get_userbyid(x.grantee)) END, x.privilege_type, x.is_grantable FROM pg_largeobject_metadata m, aclexplode(m.lomacl) x WHERE m.oid = $1::oid", {*r[0]}, deadline))
+          db.target->exec("GRANT " + *g[1] + " ON LARGE OBJECT " + *r[0] + " TO " + *g[0] + (*g[2] == "t" ? " WITH GRANT OPTION" : ""), deadline);
       }
       for (auto& [oid, row] : there) db.target->query("SELECT lo_unlink($1::oid)", {oid}, deadline);
     }

@@ -62,6 +62,9 @@ class PostgresStore : public Store {
   std::vector<std::string> leftovers(StoreContext&) override;
   std::string ask(StoreContext&, Side, const std::string& database, const std::string& query) override;
 
+  // Tables above this are split by ranges, so that one large table does not keep one worker busy alone. Tests make it small.
+  std::int64_t split_bytes = 256 << 20;
+
   // For the phases and the Cut.
   std::string server_address(Side side) const;   // as seen from its site, for a relay
   PgAddress address(StoreContext&, Side, const std::string& database, const std::string& keep = {});

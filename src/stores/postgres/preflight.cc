@@ -4,6 +4,7 @@
 
 #include "base/text.h"
 #include "stores/postgres/clients.h"
+#include "stores/postgres/dump.h"
 #include "stores/postgres/postgres.h"
 
 namespace rehome {
@@ -164,18 +165,17 @@ std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
   if (admin.source->major() > admin.target->major())
     f.warn("downgrade", "target", "the target (" + std::to_string(admin.target->major()) + ") is older than the source (" + std::to_string(admin.source->major()) + "): what only the newer knows is refused while copying", "prefer the same or a newer version");
 
-  for (const char* program : {"pg_dump", "pg_restore"}) {
-    int major = 0;
-    try {
-      Outcome o = run({.argv = {program, "--version"}}, Deadline::in(Millis(5000)));
-      auto at = o.out.find_first_of("0123456789");
-      if (o.ok() && at != std::string::npos) major = std::atoi(o.out.c_str() + at);
-    } catch (const Error&) {
-      // Missing: said below.
-    }
-    if (major < admin.source->major())
-      f.error(program, "this machine", major ? std::string(program) + " " + std::to_string(major) + " cannot read a source of " + std::to_string(admin.source->major()) : std::string(program) + " is not installed",
-              "install postgresql-client-" + std::to_string(admin.source->major()) + " or later where rehome runs");
+  if (PgPrograms programs = choose_pg_programs(c, admin.source->major()); programs.major) {
+    // Only what is not as everybody expects is worth a line.
+    if (programs.site || !programs.directory.empty()) f.note("pg_dump", programs.site ? std::string(side_name(*programs.site)) : "this machine", programs.says() + " is used: the one in PATH here does not read a source of " + std::to_string(admin.source->major()));
+  } else {
+    int newest = 0;
+    for (std::optional<Side> where : {std::optional<Side>(), std::optional<Side>(Side::source), std::optional<Side>(Side::target)})
+      for (const auto& p : find_pg_programs(c, where)) newest = std::max(newest, p.major);
+    std::string needed = std::to_string(admin.source->major());
+    for (const char* program : {"pg_dump", "pg_restore"})
+      f.error(program, "this machine", newest ? std::string(program) + " " + std::to_string(newest) + " is the newest here and on both sites, and cannot read a source of " + needed : std::string(program) + " is installed neither here nor on a site",
+              "install postgresql-client-" + needed + " or later where rehome runs, or on either site");
   }
   std::set<std::string> available;
   for (auto& r : admin.target->query("SELECT name FROM pg_available_extensions")) available.insert(*r[0]);

@@ -1,15 +1,18 @@
 // Schema changes while following, and copies that lose their snapshot or their slot: what is copied again is no more than what
 // must be, and in the end both sides are equal by pg_dump.
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <cstdio>
 
 #include "base/text.h"
 #include "stores/postgres/catalogue.h"
+#include "stores/postgres/dump.h"
 #include "stores/postgres/postgres.h"
 #include "stores/postgres/testing/life.h"
 #include "stores/postgres/testing/load.h"
+#include "sys/fs.h"
 
 namespace rehome {
 namespace {
@@ -185,13 +188,25 @@ TEST_P(PostgresLost, FinishedTablesStay) {
   s->exec("SET search_path = public; CREATE TABLE large(id int PRIMARY KEY, account bigint, t text); INSERT INTO large SELECT i, NULL, repeat(md5(i::text), 5) FROM generate_series(1, 60000) i; "
           "CREATE TABLE pointing(id int PRIMARY KEY, large int REFERENCES large); INSERT INTO pointing SELECT i, i FROM generate_series(1, 100) i");
   World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
-  w.deployment.limits.bandwidth = 2 << 20;
+  w.deployment.limits.bandwidth = 1 << 20;
   PostgresStore store(w.deployment.stores[0], w.deployment);
   Load load({&source, &target}, "shop", 2);
   store.prepare(w.context());
   {
     std::jthread stopper([&] {
-      system_clock().sleep(Millis(4000));
+      // Not before some are there; the large one takes longer than that.
+      Deadline deadline = Deadline::in(Millis(60000));
+      while (!deadline.passed()) {
+        system_clock().sleep(Millis(100));
+        try {
+          auto t = target.session("shop");
+          if (t->value("SELECT (SELECT count(*) FROM (SELECT 1 FROM stock.part LIMIT 1) x) + (SELECT count(*) FROM (SELECT 1 FROM stock.use LIMIT 1) x) + (SELECT count(*) FROM (SELECT 1 FROM stock.event_1 LIMIT 1) x) + "
+                       "(SELECT count(*) FROM (SELECT 1 FROM public.pointing LIMIT 1) x)") == "4")
+            break;
+        } catch (const Error&) {
+          // The schema is not there yet.
+        }
+      }
       w.cancelled = true;
     });
     EXPECT_THROW(store.copy(w.context()), Error);
@@ -282,6 +297,88 @@ TEST(PostgresLimit, SlotGoesAndIsBroughtBack) {
   s->exec("DELETE FROM public.filler WHERE id > 1000");
   switch_over(w, store, {Side::source});
   quiesced_equal(source, target);
+}
+
+// Large objects with other sizes, owners and rights, and the content of unlogged tables, come over in the pause; 13's large
+// tables are copied by ranges of their keys; and verify names the rows that differ.
+TEST(PostgresCopy, RangesRightsAndNamedRows) {
+  PgServer source(13), target(15);
+  source.session("postgres")->exec("CREATE DATABASE shop");
+  auto s = source.session("shop");
+  s->exec("SET search_path = public; CREATE ROLE reader; CREATE ROLE owner_of_objects; CREATE TABLE plain(id bigint PRIMARY KEY, t text); INSERT INTO plain SELECT i * 3 - 10000, md5(i::text) FROM generate_series(1, 20000) i; "
+          "CREATE TABLE words(w text, n int, PRIMARY KEY (w, n)); INSERT INTO words SELECT md5((i % 700)::text) || E'\\'', i FROM generate_series(1, 20000) i; CREATE TABLE bare(t text); INSERT INTO bare SELECT md5(i::text) FROM generate_series(1, 20000) i; "
+          "CREATE UNLOGGED TABLE fleeting(k int PRIMARY KEY); CREATE TABLE same(k int PRIMARY KEY); INSERT INTO same SELECT generate_series(1, 5000); SELECT lo_from_bytea(1001, repeat('a', 10000)::bytea), lo_from_bytea(1002, 'two'), lo_from_bytea(1003, 'three')");
+  s->exec("ANALYZE public.words");
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  store.split_bytes = 200 << 10;
+  begin(w, store);
+  auto t = target.session("shop");
+  for (const char* table : {"plain", "words", "bare"}) {
+    std::string sum = std::string("SELECT count(*) || ' ' || sum(hashtextextended(x::text, 0)) FROM public.") + table + " x";
+    EXPECT_EQ(s->value(sum), t->value(sum)) << table;
+  }
+  s->exec("SELECT lo_put(1001, 20000, 'longer'), lo_truncate(lo_open(1002, 131072), 1), lo_unlink(1003), lo_from_bytea(1004, 'four'); GRANT SELECT ON LARGE OBJECT 1001 TO reader; ALTER LARGE OBJECT 1002 OWNER TO owner_of_objects; "
+          "GRANT UPDATE ON LARGE OBJECT 1004 TO public; INSERT INTO public.fleeting VALUES (5)");
+  // A wrong row, one too many and one too few, as nothing but a fault makes them.
+  t->exec("SET session_replication_role = replica; BEGIN; ALTER TABLE public.plain DISABLE TRIGGER rehome_fence; UPDATE public.plain SET t = 'wrong' WHERE id = -9997; DELETE FROM public.plain WHERE id = 50000; INSERT INTO public.plain VALUES (1000000, 'more'); "
+          "ALTER TABLE public.plain ENABLE ALWAYS TRIGGER rehome_fence; COMMIT");
+  Verdict v = store.verify(w.context());
+  EXPECT_FALSE(v.equal);
+  std::vector<std::string> named;
+  for (const auto& d : v.differences) named.push_back(d.object + " " + d.what);
+  std::sort(named.begin(), named.end());
+  EXPECT_EQ(join(named, "; "), "shop: \"public\".\"plain\" (-9997) differs; shop: \"public\".\"plain\" (1000000) extra on target; shop: \"public\".\"plain\" (50000) missing on target");
+  EXPECT_NE(v.detail.dump().find("large objects"), std::string::npos) << v.detail.dump();
+  EXPECT_NE(v.detail.dump().find("in the pause"), std::string::npos);
+  t->exec("BEGIN; ALTER TABLE public.plain DISABLE TRIGGER rehome_fence; DELETE FROM public.plain WHERE id IN (-9997, 1000000); INSERT INTO public.plain VALUES (-9997, md5('1')), (50000, md5('20000')); "
+          "ALTER TABLE public.plain ENABLE ALWAYS TRIGGER rehome_fence; COMMIT");
+  EXPECT_TRUE(store.verify(w.context()).equal);
+  switch_over(w, store, {Side::source});
+  const char* objects = "SELECT string_agg(m.oid || ' ' || pg_get_userbyid(lomowner) || ' ' || md5(lo_get(m.oid)) || ' ' || coalesce(lomacl::text, '-'), ', ' ORDER BY m.oid) FROM pg_largeobject_metadata m";
+  EXPECT_EQ(s->value(objects), t->value(objects));
+  EXPECT_EQ(t->value("SELECT string_agg(k::text, ',') FROM public.fleeting"), "5");
+  quiesced_equal(source, target);
+}
+
+// Programs newer than the target write settings that it does not know; programs of a site do what those of this machine do.
+TEST(PostgresDump, NewerProgramsAndProgramsOfASite) {
+  PgServer server(15);
+  server.session("postgres")->exec("CREATE DATABASE shop");
+  auto s = server.session("shop");
+  s->exec("SET search_path = public; " + variety("storeman"));
+  World w(deployment_between(server.socket_directory(), server.socket_directory(), {"shop"}));
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  PgPrograms here = choose_pg_programs(w.context(), 15);
+  ASSERT_GE(here.major, 15);
+  EXPECT_FALSE(here.site);
+  EXPECT_EQ(choose_pg_programs(w.context(), 99).major, 0);
+  TempDir fake("rehome-newer");
+  ::chmod(fake.path().c_str(), 0755);
+  write_durably(fake.path() + "/pg_dump", "#!/bin/sh\nexec " + here.directory + "pg_dump \"$@\"\n", 0755);
+  write_durably(fake.path() + "/pg_restore", "#!/bin/sh\n" + here.directory + "pg_restore \"$@\" || exit\nsed -i '0,/^SET statement_timeout/s//SET transaction_timeout = 0;\\n&/' \"$2\"\n", 0755);
+  SchemaDump local(w.context(), store, here, Side::source, "shop", "", {"-s"});
+  SchemaDump newer(w.context(), store, {.major = 17, .directory = fake.path() + "/", .site = {}}, Side::source, "shop", "", {"-s"});
+  SchemaDump there(w.context(), store, {.major = here.major, .directory = here.directory, .site = Side::source}, Side::source, "shop", "", {"-s"});
+  EXPECT_GT(local.entries().size(), 50u);
+  std::set<int> all;
+  for (const auto& e : local.entries()) all.insert(e.id);
+  auto said = [](const SchemaDump& d) {
+    std::string text;
+    for (const auto& e : d.entries()) text += e.key + " " + e.hash + "\n";
+    return text;
+  };
+  EXPECT_EQ(said(local), said(newer));
+  EXPECT_EQ(said(local), said(there));
+  EXPECT_EQ(there.archive(), "");
+  server.session("postgres")->exec("CREATE DATABASE copy");
+  auto copy = server.session("copy");
+  std::string script = newer.script(all, *copy);
+  EXPECT_EQ(script.find("transaction_timeout"), std::string::npos);
+  EXPECT_NE(script.find("statement_timeout"), std::string::npos);
+  copy->exec(script);
+  SchemaDump copied(w.context(), store, here, Side::source, "copy", "", {"-s"});
+  EXPECT_EQ(copied.entries().size(), local.entries().size());
 }
 
 }  // namespace
