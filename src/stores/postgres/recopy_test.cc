@@ -336,7 +336,7 @@ TEST(PostgresCopy, RangesRightsAndNamedRows) {
   EXPECT_TRUE(store.verify(w.context()).equal);
   switch_over(w, store, {Side::source});
   const char* objects = "SELECT string_agg(m.oid || ' ' || pg_get_userbyid(lomowner) || ' ' || md5(lo_get(m.oid)) || ' ' || coalesce(lomacl::text, '-'), ', ' ORDER BY m.oid) FROM pg_largeobject_metadata m";
-  EXPECT_EQ(s->value(objects), t->value(objects));
+  EXPECT_EQ(source.session("shop")->value(objects), t->value(objects));   // the switch ends older sessions
   EXPECT_EQ(t->value("SELECT string_agg(k::text, ',') FROM public.fleeting"), "5");
   quiesced_equal(source, target);
 }
@@ -360,7 +360,7 @@ TEST(PostgresDump, NewerProgramsAndProgramsOfASite) {
   SchemaDump local(w.context(), store, here, Side::source, "shop", "", {"-s"});
   SchemaDump newer(w.context(), store, {.major = 17, .directory = fake.path() + "/", .site = {}}, Side::source, "shop", "", {"-s"});
   SchemaDump there(w.context(), store, {.major = here.major, .directory = here.directory, .site = Side::source}, Side::source, "shop", "", {"-s"});
-  EXPECT_GT(local.entries().size(), 50u);
+  EXPECT_GT(local.entries().size(), 40u);
   std::set<int> all;
   for (const auto& e : local.entries()) all.insert(e.id);
   auto said = [](const SchemaDump& d) {
