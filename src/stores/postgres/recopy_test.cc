@@ -194,19 +194,14 @@ TEST_P(PostgresLost, FinishedTablesStay) {
   store.prepare(w.context());
   {
     std::jthread stopper([&] {
-      // Not before some are there; the large one takes longer than that.
+      // The throttle lets each worker go on once a second: some small tables are done by then, and the large one is not.
       Deadline deadline = Deadline::in(Millis(60000));
-      while (!deadline.passed()) {
-        system_clock().sleep(Millis(100));
-        try {
-          auto t = target.session("shop");
-          if (t->value("SELECT (SELECT count(*) FROM (SELECT 1 FROM stock.part LIMIT 1) x) + (SELECT count(*) FROM (SELECT 1 FROM stock.use LIMIT 1) x) + (SELECT count(*) FROM (SELECT 1 FROM stock.event_1 LIMIT 1) x) + "
-                       "(SELECT count(*) FROM (SELECT 1 FROM public.pointing LIMIT 1) x)") == "4")
-            break;
-        } catch (const Error&) {
-          // The schema is not there yet.
-        }
-      }
+      auto copying = [&] {
+        std::lock_guard lock(w.mutex);
+        return std::any_of(w.progress.begin(), w.progress.end(), [](const Progress& p) { return p.phase == "copy"; });
+      };
+      while (!copying() && !deadline.passed()) system_clock().sleep(Millis(20));
+      system_clock().sleep(Millis(4000));
       w.cancelled = true;
     });
     EXPECT_THROW(store.copy(w.context()), Error);
@@ -215,7 +210,7 @@ TEST_P(PostgresLost, FinishedTablesStay) {
   w.deployment.limits.bandwidth = 0;
   Json done = w.facts["postgres.db.shop.done"];
   ASSERT_TRUE(done.is_array());
-  ASSERT_GT(done.size(), 3u);
+  ASSERT_GT(done.size(), 1u);
   ASSERT_EQ(done.dump().find("large"), std::string::npos) << "the test's copy was too quick: " << done.dump();
   std::string account = oid(target, "public.account");
   auto files = [&] {
