@@ -107,7 +107,8 @@ void Attempt::write_abort(Lock& lock, const std::string& reason) {
 
 bool Attempt::returning() const {
   Lock lock(mutex_);
-  return returning_until_ != 0;
+  // By the clock, and not by work(), which may at this moment wait for a unit that is ordered after the agent's own.
+  return returning_until_ != 0 && p_.clock.now() < returning_until_;
 }
 
 void Attempt::start(bool returning) {

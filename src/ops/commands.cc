@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <map>
 #include <mutex>
 #include <thread>
 
@@ -60,6 +61,35 @@ auto controlled(Run& run, Work work) -> decltype(work()) {
     throw Error(Code::conflict, "another controller took over this run meanwhile (here it ended with: " + std::string(e.what()) + ")",
                 "one at a time: rehome status shows what the other one did");
   }
+}
+
+// What may be lost with the target: the newest sample of each store's lag that reached the source's journal, in words.
+std::string last_lag(Run& run) {
+  std::map<std::string, Json> newest;
+  for (const auto& e : run.journal().of_kind("lag"))
+    if (get_string(e, "side", "") == "target") newest[get_string(e, "store", "")] = e;
+  std::vector<std::string> parts;
+  for (const auto& [store, e] : newest)
+    parts.push_back(store + " was " + human_bytes(get_int(e, "bytes", 0)) + " (" + human_duration(Millis(get_int(e, "ms", 0))) + ") behind at " + format_wall(get_int(e, "at_us", 0)));
+  Json link = run.site(Side::source).call("hello").value("link", Json::object());
+  return "what the target acknowledged and the source had not yet followed is lost: the link has been down for " + human_duration(Millis(get_int(link, "since_ms", 0))) +
+         (parts.empty() ? ", and no lag was seen before" : "; the last lag seen: " + join(parts, ", "));
+}
+
+// What the target held when it was opened by a person's word, from PROTOCOL.md.
+std::string held_in_words(const std::string& held) {
+  if (held == "STORED") return "the target had the source's decision: nothing acknowledged is missing";
+  if (held == "PREPARED") return "the target had everything up to the attempt: nothing is missing, unless the source backed out of it and served again";
+  return "the target had followed until the link went down: what the source acknowledged after that is missing";
+}
+
+// The person's word that a host is off: its name, so that no habit gives it.
+void require_confirmed(Run& run, Side gone, const std::string& confirm) {
+  const SiteConfig& site = run.deployment().site[gone];
+  std::string full = site.local ? "this machine" : site.ssh.host, host = full.substr(full.rfind('@') + 1);
+  if (!confirm.empty() && (confirm == host || confirm == full)) return;
+  throw Error(Code::usage, confirm.empty() ? "that " + host + " is off must be confirmed" : "'" + confirm + "' is not the " + std::string(side_name(gone)) + ", which is " + host,
+              "make sure that it is off and stays off, then repeat with --confirm " + shell_quote(host));
 }
 
 void begin_run(Run& run, const std::string& command) {
@@ -185,10 +215,12 @@ int reverse(const ReverseOptions& o) {
     listen(run, o.emit);
     if (run.has(Side::target))
       throw Error(Code::state, "the target's agent answers: it is not gone", "use rehome reverse");
-    Json answer = run.site(Side::source).call("force.reopen", {{"confirm", o.confirm}}, Deadline::in(Millis(120000)));
+    require_confirmed(run, Side::target, o.confirm);
+    std::string lag = last_lag(run);
+    Json answer = run.site(Side::source).call("force.reopen", {{"confirm", true}}, Deadline::in(Millis(120000)));
     run.journal().append("serves", {{"side", "source"}, {"forced", true}, {"answer", answer}});
     run.set_phase("following");
-    o.emit({{"kind", "result"}, {"what", "reverse"}, {"forced", true}, {"answer", answer}});
+    o.emit({{"kind", "result"}, {"what", "reverse"}, {"forced", true}, {"answer", answer}, {"text", lag}});
     return 0;
   }
   Run run(load_deployment(o.file), Run::Mode::control);
@@ -293,10 +325,11 @@ int resume(const ResumeOptions& o) {
     Run run(load_deployment(o.file), Run::Mode::control, true);
     listen(run, o.emit);
     if (run.has(Side::source)) throw Error(Code::state, "the source's agent answers: it is not gone", "use rehome resume");
-    Json answer = run.site(Side::target).call("force.open", {{"confirm", o.confirm}}, Deadline::in(Millis(120000)));
+    require_confirmed(run, Side::source, o.confirm);
+    Json answer = run.site(Side::target).call("force.open", {{"confirm", true}}, Deadline::in(Millis(120000)));
     run.journal().append("serves", {{"side", "target"}, {"forced", true}, {"answer", answer}});
     run.set_phase("switched");
-    o.emit({{"kind", "result"}, {"what", "resume"}, {"forced", true}, {"answer", answer}});
+    o.emit({{"kind", "result"}, {"what", "resume"}, {"forced", true}, {"answer", answer}, {"text", held_in_words(get_string(answer, "held", ""))}});
     return 0;
   }
   Run run(load_deployment(o.file), Run::Mode::control);

@@ -4,6 +4,16 @@
 namespace rehome {
 namespace {
 
+// Status 9: skipped by a condition, which systemctl itself takes for success.
+constexpr char kStart[] = R"sh(if [ -e "$1" ]; then
+  trap 'mv -f "$1.lifted" "$1"' EXIT
+  trap 'exit 1' HUP INT TERM
+  mv "$1" "$1.lifted"
+fi
+systemctl start "$2" || exit 1
+[ "$(systemctl show -p ConditionResult --value "$2")" != no ] || systemctl is-active -q "$2" || exit 9
+)sh";
+
 class SystemdService : public Service {
  public:
   explicit SystemdService(const ServiceConfig& config) : config_(config) {}
@@ -29,7 +39,16 @@ class SystemdService : public Service {
   bool running(Site& site) override {
     return site.exec({.argv = {"systemctl", "is-active", "-q", config_.on[site.side()].unit}}).ok();
   }
-  void start(Site& site) override { act(site, "start"); }
+  // Asked for before a pause, of the side that shall take over: where the start condition stands it is lifted for the start alone.
+  // Should the host die in between, its agent sets the condition again before any unit starts.
+  void start(Site& site) override {
+    const std::string& unit = config_.on[site.side()].unit;
+    Outcome o = site.exec({.argv = {"sh", "-c", kStart, "sh", site.state() + "/not-serving", unit}}, Deadline::in(config_.start_timeout));
+    if (o.ok()) return;
+    throw Error(Code::store, "systemctl start " + unit + ": " + (o.status == 9 ? "systemd skipped it, since a condition of the unit does not hold" : std::string(trim(o.err))),
+                o.status == 9 ? "systemctl status " + unit + " on that host says which" : "look at journalctl -u " + unit + " on that host")
+        .in(site.label());
+  }
   void stop(Site& site) override { act(site, "stop"); }
   Json freeze_item(Side side) const override { return {{"name", config_.name}, {"unit", config_.on[side].unit}}; }
 

@@ -16,11 +16,11 @@ sql() { local host=$1 database=$2; shift 2; pg psql "$host" 5432 -qAt -v ON_ERRO
 say() { printf '%s\n' "$*"; }
 fail() { say "FAILED: $*"; exit 1; }
 
-make_world() {
+make_world() { # [--systemd]
   world=$(hosts new)
   trap 'status=$?; stop_world; exit $status' EXIT
   trap 'exit 130' INT TERM
-  hosts up "$world" --for $$
+  hosts up "$world" --for $$ "$@"
 }
 stop_world() {
   local p
@@ -116,7 +116,9 @@ nap() { # HOST PID SECONDS OUTER
 descendants() { local c; for c in $(pgrep -P "$1"); do descendants "$c"; done; echo "$1"; }
 
 probe() { # NAME: probe writers on both sides, from admin
-  on admin "$bin/rehome-probe" --source "$(site conninfo old 5432)" --target "$(site conninfo new 5432)" --every-ms 20 \
+  # A host without power answers nothing: the probe's connection to it must end all the same.
+  local quick="keepalives_idle=1 keepalives_interval=1 keepalives_count=3 tcp_user_timeout=4000"
+  on admin "$bin/rehome-probe" --source "$(site conninfo old 5432) $quick" --target "$(site conninfo new 5432) $quick" --every-ms 20 \
     --history "$world/shared/$1.probes" >"$world/shared/$1.probe.out" 2>&1 &
   eval "${1}_pid=$!"
   background+=($!)

@@ -3,12 +3,14 @@
 # processes, home, /etc/ssh, /etc/nginx, /var/lib, /var/log, /srv, /run, /tmp and cgroups. As root.
 #
 #   hosts.sh new                          prints a fresh world directory (nothing runs yet)
-#   hosts.sh up WORLD [--for PID]         starts old, new and admin in a fresh or new directory; with --for, the world
-#                                         goes when that process does
+#   hosts.sh up WORLD [--for PID] [--systemd]   starts old, new and admin in a fresh or new directory; with --for, the
+#                                         world goes when that process does; with --systemd, the first process of old and new is
+#                                         systemd, with no units but the targets and what /etc/systemd/system there holds
 #   hosts.sh enter WORLD HOST COMMAND...  runs a command there, working directory /, HOME=/root
 #   hosts.sh path WORLD HOST /PATH        where a host's file is on this machine (not for /run and kept paths)
 #   hosts.sh pid WORLD HOST               the host's first process; fails when the host is off
 #   hosts.sh power-cut WORLD HOST         kills the first process: the host falls silent, as without power
+#   hosts.sh shutdown WORLD HOST          an orderly one, of a host with systemd; power-on boots it again
 #   hosts.sh power-on WORLD HOST          boots it again from its directories; returns after /var/lib/boot.d
 #   hosts.sh link WORLD down|up           between old and new only: admin still reaches both, and carriers stay up
 #   hosts.sh wire WORLD DELAY LOSS RATE   one-way delay in ms, loss in percent, rate in Mbit/s (0: none); or: off
@@ -58,8 +60,8 @@ in_net() { local pid; pid=$(init_of "$1" "$2"); shift 2; nsenter -t "$pid" -n --
 # under /tmp), so they start from the working directory.
 inside() {
   set -euo pipefail
-  local name=$1 fs=$2 ready=$3 init=$4 dir
-  shift 4
+  local name=$1 fs=$2 ready=$3 init=$4 host_init=$5 dir
+  shift 5
   hostname "$name"
   exec 9>"$ready"
   for dir in "$@"; do  # what must be at the same path as outside
@@ -86,13 +88,68 @@ inside() {
         { umount "$of_this_machine" && mount -t cgroup -o freezer cgroup "$of_this_machine"; } ;;
     esac
   done <<<"$(grep -E ' cgroup2? ' /proc/self/mounts)"
+  # The kernel does not boot again, so it would say that this host has not.
+  cat /proc/sys/kernel/random/uuid >./boot_id
+  mount -c --bind ./boot_id /proc/sys/kernel/random/boot_id
   mount -t tmpfs -o mode=755 tmpfs /run
   mkdir -p /run/sshd /run/lock
+  [ "$name" != admin ] || init=plain
+  [ "$init" = plain ] || mounts_for_systemd
   mount -c --rbind ./tmp /tmp
   cd /
   [ "$name" = admin ] || /usr/sbin/sshd -E /var/log/sshd.log
+  [ "$init" = plain ] || become_systemd
   echo up >&9
-  exec "$init" 9
+  exec "$host_init" 9
+}
+
+# systemd as the first process, from the host's directory. Its own units would set up a machine (udev, sysctl, the removal of what
+# is in /tmp): only targets are left of them, and no generator, which would make units of this machine's init scripts.
+mounts_for_systemd() {
+  local d
+  mkdir -p /run/machine
+  for d in /dev /etc/systemd "$(readlink -f /lib/systemd/system)" "$(readlink -f /lib/systemd/system-generators)"; do
+    stat -c %d:%i "$d" >"/run/machine/${d//\//_}"
+  done
+  mkdir -p dev units generators etc/systemd/system
+  mount -t tmpfs -o mode=755 tmpfs dev
+  mkdir dev/pts dev/shm
+  for d in null zero full random urandom tty; do touch "dev/$d"; mount --bind "/dev/$d" "dev/$d"; done
+  ln -s /proc/self/fd dev/fd
+  mount -t devpts devpts dev/pts -o newinstance,ptmxmode=666
+  ln -s pts/ptmx dev/ptmx
+  mount -t tmpfs -o mode=1777 tmpfs dev/shm
+  mount --rbind ./dev /dev
+  if [ ! -e etc/machine-id ]; then
+    cp -P /lib/systemd/system/*.target /lib/systemd/system/systemd-{poweroff,reboot,exit}.service /lib/systemd/system/*.slice units/
+    printf '[Manager]\nDefaultStandardOutput=null\nDefaultTimeoutStopSec=20s\n' >etc/systemd/system.conf
+    tr -d - </proc/sys/kernel/random/uuid >etc/machine-id
+  fi
+  mount -c --bind ./units "$(readlink -f /lib/systemd/system)"
+  mount -c --bind ./generators "$(readlink -f /lib/systemd/system-generators)"
+  mount -c --bind ./etc/systemd /etc/systemd
+  [ ! -e /etc/machine-id ] || mount -c --bind ./etc/machine-id /etc/machine-id
+  umount -R /sys/fs/cgroup
+  mount -t cgroup2 cgroup2 /sys/fs/cgroup
+}
+become_systemd() {
+  local dir
+  # Without its own directories it would start, and write into, what this machine has.
+  for dir in /dev /etc/systemd "$(readlink -f /lib/systemd/system)" "$(readlink -f /lib/systemd/system-generators)"; do
+    mountpoint -q "$dir" && [ "$(stat -c %d:%i "$dir")" != "$(cat /run/machine/"${dir//\//_}")" ] || { echo "hosts.sh: $dir is this machine's own" >&2; exit 1; }
+  done
+  # It holds the other end of the pipe until the host is up.
+  (
+    for _ in $(seq 1000); do
+      case $(systemctl is-system-running 2>/dev/null) in running | degraded) break ;; esac
+      sleep 0.05
+    done
+    touch /run/booted
+    echo booted >&9
+  ) </dev/null >/dev/null 2>&1 &
+  echo up >&9
+  exec env -i container=rehome-test PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+    /lib/systemd/systemd --system --unit=multi-user.target --log-target=null --show-status=0 9>&-
 }
 
 place_up() {  # WORLD HOST: starts it and connects it
@@ -108,8 +165,8 @@ place_up() {  # WORLD HOST: starts it and connects it
       mkdir -p "$group" 2>/dev/null && echo "$BASHPID" >"$group/cgroup.procs" || true
     done
     exec setsid unshare --net --mount --uts --ipc --pid --cgroup --fork --kill-child --mount-proc --propagation private \
-      bash -c "$(declare -f inside); read -r _ <\"\$0\"; inside \"\$@\"" "$world/$name/go" "$name" "$fs" \
-      "$world/$name/ready" "$bin/rehome-host-init" "$repository" "$bin" "$cache" "$world/shared"
+      bash -c "$(declare -f inside mounts_for_systemd become_systemd); read -r _ <\"\$0\"; inside \"\$@\"" "$world/$name/go" "$name" "$fs" \
+      "$world/$name/ready" "$(cat "$world/init" 2>/dev/null || echo plain)" "$bin/rehome-host-init" "$repository" "$bin" "$cache" "$world/shared"
   ) </dev/null >>"$world/$name/init.out" 2>&1 &
   outer=$!
   disown
@@ -233,6 +290,7 @@ up() {
     mkdir -p "$world/$name/fs/etc/nginx/sites-enabled" "$world/$name/fs/var/log/nginx" "$world/$name/fs/var/lib/nginx"
   done
   keys "$world"
+  [[ " $* " != *" --systemd "* ]] || echo systemd >"$world/init"
   for name in admin old new; do place_up "$world" "$name"; done
   if [ "${2:-}" = --for ]; then
     (exec setsid bash -c 'tail --pid="$1" -f /dev/null; exec "$0" down "$2"' "$support/hosts.sh" "$3" "$world") \
@@ -281,6 +339,19 @@ power_cut() {
   init_of "$world" "$name" >/dev/null
   # The cable first: what dies must not be able to say goodbye.
   in_net "$world" admin ip link del "l-$name"
+  place_off "$world" "$name"
+}
+
+shut_down() {
+  local world=$1 name=$2 pid i
+  pid=$(init_of "$world" "$name")
+  "$support/hosts.sh" enter "$world" "$name" systemctl --no-block poweroff 2>/dev/null
+  for i in $(seq 3000); do
+    identity "$pid" >/dev/null || break
+    sleep 0.01
+  done
+  ! identity "$pid" >/dev/null || die "$name does not shut down"
+  in_net "$world" admin ip link del "l-$name" 2>/dev/null || true
   place_off "$world" "$name"
 }
 
@@ -376,6 +447,7 @@ case $command in
   path) echo "$1/$2/fs$3" ;;
   pid) init_of "$1" "$2" ;;
   power-cut) power_cut "$@" ;;
+  shutdown) shut_down "$@" ;;
   power-on) power_on "$@" ;;
   link)
     case $2 in down | up) in_net "$1" admin ip link set t-old "$2" ;; *) die "link WORLD down|up" ;; esac ;;

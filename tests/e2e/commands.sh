@@ -1,0 +1,176 @@
+#!/usr/bin/env bash
+# The commands as a person uses them, under load: migrate; resume after a killed begin, also from the other server; Ctrl-C and a closed
+# terminal; cancel within a copy; --at, --when-ready and a stale plan; a failing write canary; and the two ways out when a host is
+# gone for good.
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+phase_is() { # PHASE SERVES
+  rehome --json status >"$world/shared/status" || true
+  python3 - "$world/shared/status" "$1" "$2" <<'P' || { cat "$world/shared/status"; fail "the run is not '$1' with the $2 serving"; }
+import json, sys
+s = json.loads(open(sys.argv[1]).readline())
+sys.exit((s["phase"], s.get("serves", "none")) != (sys.argv[2], sys.argv[3]))
+P
+}
+# Starts rehome in a session of its own, as a terminal would; its pid as its host sees it is in $world/shared/NAME.pid.
+start() { # NAME ARGUMENTS...
+  local name=$1
+  shift
+  rm -f "$world/shared/$name.pid"
+  (
+    status=0
+    on "${CONTROLLER:-new}" setsid sh -c "echo \$\$ >'$world/shared/$name.pid.new'; mv '$world/shared/$name.pid.new' '$world/shared/$name.pid'; exec '$bin/rehome' --file '$yaml' --json $*" \
+      >"$world/shared/$name.out" 2>&1 || status=$?
+    echo $status >"$world/shared/$name.status"
+  ) &
+  started=$!
+  background+=($started)
+  for _ in $(seq 200); do [ -s "$world/shared/$name.pid" ] && break; sleep 0.05; done
+}
+signal() { on "${CONTROLLER:-new}" kill "-$2" "$(cat "$world/shared/$1.pid")"; }
+said() { grep -qE "$2" "$world/shared/$1.out" || { tail -5 "$world/shared/$1.out"; fail "$1 does not say '$2'"; }; }
+when() { # NAME PATTERN: waits until it is in what NAME has said
+  for _ in $(seq 1200); do
+    if grep -qE "$2" "$world/shared/$1.out" 2>/dev/null; then return; fi
+    [ -d "/proc/$started" ] || { tail -5 "$world/shared/$1.out"; fail "$1 ended before it said '$2'"; }
+    sleep 0.05
+  done
+  fail "$1 never says '$2'"
+}
+ends() { # NAME STATUS...
+  local name=$1 got
+  shift
+  wait "$started" || true
+  got=$(cat "$world/shared/$name.status")
+  [[ " $* " == *" $got "* ]] || { tail -5 "$world/shared/$name.out"; fail "$name ended with $got and not with $*"; }
+}
+copying='"id":"copy db".*"state":"started"|"state":"started".*"id":"copy db"'
+nothing_left() { # after cancel
+  [ "$(sql new postgres "SELECT count(*) FROM pg_database WHERE datname = 'shop'")" = 0 ] || fail "the target's database is left"
+  for h in old new; do
+    [ "$(sql $h postgres "SELECT (SELECT count(*) FROM pg_replication_slots) + (SELECT count(*) FROM pg_subscription)")" = 0 ] || fail "slots or subscriptions are left on $h"
+    on $h sh -c '[ ! -e /var/lib/rehome/shop ]' || fail "state is left on $h"
+  done
+  [ "$(sql old shop "SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'rehome%'")" = 0 ] || fail "triggers are left"
+  on new sh -c 'rm -rf /srv/shop/*'
+}
+
+make_world
+both_sites -- --tables 10 --rows 2000
+# Enough to copy that a signal meets it: written at a limited rate.
+sql old shop "CREATE TABLE bulk(id int PRIMARY KEY, t text); INSERT INTO bulk SELECT g, repeat(md5(g::text), 30) FROM generate_series(1, 12000) g" >/dev/null
+sql old shop "ALTER TABLE bulk OWNER TO shop" >/dev/null
+MAX_PAUSE=8s write_yaml
+good=$world/shared/good.yaml
+cp "$yaml" "$good"
+sed -i 's/limits: {jobs: 2}/limits: {jobs: 2, bandwidth: 3MB}/' "$yaml"
+load all 20 --keep-alive
+
+say "Ctrl-C within a copy, and cancel"
+start begin begin
+when begin "$copying"
+sleep 0.5
+signal begin INT
+ends begin 130
+said begin 'resume|cancel'
+phase_is begun source
+rehome -q cancel
+nothing_left
+
+say "a closed terminal stops nothing; kill -9 within the copy; resume, from the old server"
+start begin begin
+when begin "$copying"
+signal begin HUP
+sleep 1
+[ -d "/proc/$started" ] || fail "a closed terminal ended begin"
+signal begin KILL
+ends begin 137
+phase_is begun source
+cat >"$world/shared/from-old.yaml" <<E
+$(sed -e 's/^source: .*/source: {local: true, boot: "directory:\/var\/lib\/boot.d"}/' -e 's/^target: .*/target: {ssh: root@new, boot: "directory:\/var\/lib\/boot.d"}/' "$good")
+E
+yaml=$world/shared/from-old.yaml
+CONTROLLER=old rehome -q resume
+CONTROLLER=old phase_is following source
+yaml=$good
+phase_is following source
+rehome -q verify
+
+say "a plan that is stale says which fact changed"
+rehome plan --out "$world/shared/friday.plan" >/dev/null
+sql old shop "CREATE TABLE later(id int PRIMARY KEY)" 2>"$world/shared/ddl" && fail "the schema could be changed while following"
+sed -i 's/^max_pause: 8s/max_pause: 9s/' "$yaml"
+status=0
+rehome switch --plan "$world/shared/friday.plan" >"$world/shared/stale.out" 2>&1 || status=$?
+[ $status = 9 ] || { cat "$world/shared/stale.out"; fail "switch with a stale plan ended with $status"; }
+said stale 'rehome.yaml: was "[0-9a-f]+", is "[0-9a-f]+"'
+[ "$(grep -c ': was ' "$world/shared/stale.out")" = 1 ] || { cat "$world/shared/stale.out"; fail "it names more than the fact that changed"; }
+sed -i 's/^max_pause: 9s/max_pause: 8s/' "$yaml"
+
+say "Ctrl-C while waiting for the time, and within the pause"
+start at switch --at "$(date -d '+3 minutes' +%H:%M)"
+sleep 2
+signal at INT
+ends at 130
+phase_is following source
+cat >"$world/shared/hook" <<H
+#!/bin/sh
+[ "\$1 \$2" = "after marker" ] && kill -INT "\$(cat '$world/shared/interrupted.pid')"
+exit 0
+H
+chmod 755 "$world/shared/hook"
+REHOME_FAULT_HOOK=$world/shared/hook start interrupted switch
+ends interrupted 10 130
+said interrupted "source serves as before"
+phase_is following source
+
+say "a failing write canary after the commit reverses by itself"
+cp "$good" "$world/shared/canary.yaml"
+yaml=$world/shared/canary.yaml
+sed -i 's#^checks:#checks:\n  - {name: cart, command: [/bin/false], where: target, canary: write}#' "$yaml"
+status=0
+rehome -q switch >"$world/shared/canary.out" 2>&1 || status=$?
+[ $status = 10 ] || { cat "$world/shared/canary.out"; fail "a switch with a failing write canary ended with $status"; }
+said canary "write canary cart failed"
+said canary "reversed: the source serves, nothing is lost"
+yaml=$good
+phase_is following source
+
+say "switch --when-ready and --plan waits for a long transaction"
+rehome plan --out "$world/shared/friday.plan" >/dev/null
+pg psql old 5432 -q -d shop -c "BEGIN; INSERT INTO bulk VALUES (-1, 'long'); SELECT pg_sleep(6); COMMIT" >/dev/null &
+long=$!
+sleep 2
+start ready switch --when-ready --patience 60s --plan "$world/shared/friday.plan"
+when ready "writing transaction is open since"
+wait $long
+ends ready 0
+phase_is switched target
+[ "$(sql new shop "SELECT t FROM bulk WHERE id = -1")" = long ] || fail "the long transaction's row is not on the target"
+rehome -q reverse
+
+say "the source loses its power after the commit: the target is opened by a person"
+cat >"$world/shared/hook" <<H
+#!/bin/sh
+# Cuts the link as soon as the commit may have been sent, so that it could not finish by itself.
+[ "\$1 \$2" = "after hard fence" ] || exit 0
+touch '$world/shared/asks'
+i=0; while [ ! -e '$world/shared/done' ] && [ \$i -lt 500 ]; do sleep 0.01; i=\$((i+1)); done
+H
+rm -f "$world/shared/asks" "$world/shared/done"
+REHOME_FAULT_HOOK=$world/shared/hook start gone switch
+for _ in $(seq 2000); do [ -e "$world/shared/asks" ] && break; sleep 0.01; done
+hosts power-cut "$world" old
+touch "$world/shared/done"
+wait $started || true
+finish "$all_pid" || true
+status=0
+rehome -q resume --source-is-gone >"$world/shared/noconfirm.out" 2>&1 || status=$?
+[ $status != 0 ] || fail "the target was opened without a person's word"
+rehome --json status >"$world/shared/status" || true
+host=$(python3 -c 'import json,sys; print(json.loads(open(sys.argv[1]).readline())["source"].get("missing", {}).get("message", "it is there"))' "$world/shared/status")
+[[ $host == *old* ]] || { cat "$world/shared/status"; fail "status does not say that old is missing"; }
+rehome resume --source-is-gone --confirm old >"$world/shared/forced.out" 2>&1 || { cat "$world/shared/forced.out"; fail "resume --source-is-gone"; }
+site health new >/dev/null
+sql new shop "INSERT INTO probe(side, at_us) VALUES ('new', 1)" >/dev/null || fail "the target takes no writes"
+say "every command did what it says"
