@@ -248,6 +248,8 @@ int complete(const CompleteOptions& o) {
       for (auto& store : run.stores()) store->unfence_source(run.stores_context());
       for (auto& service : run.services())
         for (Side side : {Side::source, Side::target}) service->unguard(run.site(side));
+      for (Side side : {Side::source, Side::target})
+        run.site(side).exec_ok({.argv = {"sh", "-c", "rm -f -- \"$1/not-serving\"; rmdir -- \"$1\" \"${1%/*}\" 2>/dev/null; true", "sh", run.site(side).resident_state()}});
       o.emit({{"kind", "result"}, {"what", "unfence"}, {"text", "the old side's fence is lifted"}});
       return 0;
     }

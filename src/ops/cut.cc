@@ -287,6 +287,15 @@ Json Switchover::decided(Deadline deadline) {
   }
 }
 
+// Where the outcome is unknown the journal's site is often what is lost: that must not hide what is to be said.
+void Switchover::flush_journal() {
+  try {
+    run_.journal().flush();
+  } catch (const Error&) {
+    // resume writes down what the records say.
+  }
+}
+
 void Switchover::back_out(const Error& reason) {
   // Sessions that hold soft fences go first: the agent's undo must not wait for their locks.
   for (auto& cut : cuts_) {
@@ -308,7 +317,7 @@ void Switchover::back_out(const Error& reason) {
   try {
     status = decided(Deadline::in(Millis(20000)));
   } catch (const Error& e) {
-    run_.journal().flush();
+    flush_journal();
     throw Error(Code::unknown, std::string("the attempt failed (") + reason.what() + "), and its outcome is not known: " + e.what(),
                 "the agents decide it by themselves; see status");
   }
@@ -422,7 +431,7 @@ CutResult Switchover::cut() {
   } catch (const Error& e) {
     if (committing && e.code == Code::unknown) {
       lease_.reset();
-      run_.journal().flush();
+      flush_journal();
       throw;
     }
     back_out(e);

@@ -55,6 +55,7 @@ class Switchover {
   void ask_canaries();
   void commit();
   void write_ledger();
+  void flush_journal();
   [[noreturn]] void back_out(const Error& reason);
   Json decided(Deadline deadline);
   Site& yields() { return run_.site(direction_.yields); }

@@ -86,6 +86,7 @@ void AgentSite::learn_host() {
     state_ = "/var/lib/rehome/" + name_ + "/" + side;
   else
     state_ = (facts["xdg"].empty() ? facts["home"] + "/.local/state" : facts["xdg"]) + "/rehome/" + name_ + "/" + side;
+  resident_state_ = state_;
 }
 
 std::string AgentSite::upload_program(const std::string& program, const std::string& directory) {

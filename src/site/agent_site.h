@@ -23,6 +23,8 @@ class AgentSite : public Site {
 
   Side side() const override { return side_; }
   std::string label() const override { return label_; }
+  // Where the agent of a run lives on that host, also for one that is opened in a temporary directory.
+  const std::string& resident_state() const { return resident_state_; }
   std::string state() const override { return state_; }
   std::int64_t generation() const override { return generation_; }
   void set_generation(std::int64_t g) { generation_ = g; }
@@ -63,7 +65,7 @@ class AgentSite : public Site {
   std::string name_;
   std::string label_;
   SiteConfig config_;
-  std::string state_;
+  std::string state_, resident_state_;
   std::string socket_;            // on this machine
   bool systemd_ = false;
   std::int64_t generation_ = 0;

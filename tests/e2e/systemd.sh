@@ -129,15 +129,17 @@ i=0
 while [ ! -e '$world/shared/done' ] && [ \$i -lt 1000 ]; do sleep 0.01; i=\$((i+1)); done
 H
 chmod 755 "$world/shared/hook"
+started=$SECONDS
 (
   for _ in $(seq 3000); do [ -e "$world/shared/asks" ] && break; sleep 0.01; done
   hosts power-cut "$world" old
   touch "$world/shared/done"
   sleep 1
   hosts power-on "$world" old
+  say "   old is on again after $((SECONDS - started)) s"
 ) &
 breaker=$!
-status=0 started=$SECONDS
+status=0
 REHOME_FAULT_HOOK=$world/shared/hook rehome -q switch >"$world/shared/out" 2>&1 || status=$?
 say "   after $((SECONDS - started)) s the switch ended with $status"
 wait $breaker
@@ -145,6 +147,7 @@ wait $breaker
 [ $status = 10 ] || [ $status = 16 ] || { cat "$world/shared/out"; say "status $status"; }
 [ $status != 0 ] || fail "a switch succeeded although the source lost its power before the commit"
 booted old
+[ $((SECONDS - started)) -lt 90 ] || { on old tail -40 /var/lib/rehome/shop/source/log/agent.log; say "old took long"; }
 settled old
 say "   old serves again after $((SECONDS - started)) s"
 rehome -q resume
@@ -165,6 +168,8 @@ settled new
 serves new
 not_started old
 
+finish "$first_pid" || true
+
 say "reversed"
 rehome -q reverse
 settled old
@@ -173,7 +178,6 @@ not_started new
 rehome -q switch
 settled new
 serves new
-finish "$first_pid" || true
 finish "$all_pid" || true
 mv "$world/shared/first.probes" "$world/shared/judge.probes"
 judge judge new source all

@@ -56,14 +56,15 @@ std::vector<Finding> FilesStore::preflight(StoreContext& c) {
   ask["count"] = true;
   Json source = c.source.call("files.probe", ask, Deadline::in(Millis(3'600'000)));
   ask = settings(Side::target);
-  ask["attributes"] = true;
+  // Once prepared, the tree is closed to everybody but the peer: nothing can be tried there, and nothing needs to be.
+  bool begun = !c.recall("files." + name() + ".prepared").is_null();
+  ask["attributes"] = !begun;
   Json target = c.target.call("files.probe", ask, Deadline::in(Millis(60'000)));
 
   if (!get_bool(source, "directory")) {
     add(Level::error, "missing", Side::source, "there is no such directory", "correct the store's path");
     return out;
   }
-  bool begun = !c.recall("files." + name() + ".prepared").is_null();
   if (get_bool(target, "exists") && !get_bool(target, "directory"))
     add(Level::error, "missing", Side::target, "it is not a directory", "move it away, or correct the path");
   else if (!begun && get_bool(target, "exists") && !get_bool(target, "empty", false))
