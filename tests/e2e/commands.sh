@@ -98,7 +98,6 @@ rehome -q verify
 
 say "a plan that is stale says which fact changed"
 rehome plan --out "$world/shared/friday.plan" >/dev/null
-sql old shop "CREATE TABLE later(id int PRIMARY KEY)" 2>"$world/shared/ddl" && fail "the schema could be changed while following"
 sed -i 's/^max_pause: 8s/max_pause: 9s/' "$yaml"
 status=0
 rehome switch --plan "$world/shared/friday.plan" >"$world/shared/stale.out" 2>&1 || status=$?

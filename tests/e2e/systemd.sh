@@ -144,10 +144,8 @@ REHOME_FAULT_HOOK=$world/shared/hook rehome -q switch >"$world/shared/out" 2>&1 
 say "   after $((SECONDS - started)) s the switch ended with $status"
 wait $breaker
 [ -e "$world/shared/asks" ] || { cat "$world/shared/out"; fail "the switch did not come to its pause"; }
-[ $status = 10 ] || [ $status = 16 ] || { cat "$world/shared/out"; say "status $status"; }
-[ $status != 0 ] || fail "a switch succeeded although the source lost its power before the commit"
+[ $status = 10 ] || [ $status = 16 ] || { cat "$world/shared/out"; fail "a switch whose source lost its power ended with $status"; }
 booted old
-[ $((SECONDS - started)) -lt 90 ] || { on old tail -40 /var/lib/rehome/shop/source/log/agent.log; say "old took long"; }
 settled old
 say "   old serves again after $((SECONDS - started)) s"
 rehome -q resume

@@ -330,6 +330,10 @@ place_off() {
       sleep 0.01
     done
   done
+  # A frozen cgroup that is found again by its name would be frozen after the boot.
+  for group in $(cgroups_of "$(world_id "$world")-$name"); do
+    [ ! -d "$group" ] || find "$group" -mindepth 1 -depth -type d -exec rmdir {} + 2>/dev/null || true
+  done
   rm -f "$world/$name/init.pid" "$world/$name/outer.pid"
 }
 
