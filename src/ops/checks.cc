@@ -113,12 +113,15 @@ CheckResult run_check(Run& run, const CheckConfig& check, Side side, Deadline de
   return r;
 }
 
+bool meant_for(const CheckConfig& check, Side side) {
+  return check.where == CheckConfig::Where::both || (check.where == CheckConfig::Where::source) == (side == Side::source);
+}
+
 std::vector<CheckResult> run_checks(Run& run, Side side) {
   std::vector<CheckResult> results;
   for (const auto& check : run.deployment().checks) {
     if (check.write_canary) continue;
-    bool here = check.where == CheckConfig::Where::both || (check.where == CheckConfig::Where::source) == (side == Side::source);
-    if (here) results.push_back(run_check(run, check, side, Deadline::in(check.timeout)));
+    if (meant_for(check, side)) results.push_back(run_check(run, check, side, Deadline::in(check.timeout)));
   }
   return results;
 }

@@ -15,6 +15,9 @@ struct CheckResult {
   std::string said;   // why not: status, body's beginning, value; never a secret
 };
 
+// Is this check asked of that side (its `where`)?
+bool meant_for(const CheckConfig& check, Side side);
+
 // Runs one check at one side; a check that cannot be run is a failed one that says why.
 CheckResult run_check(Run& run, const CheckConfig& check, Side side, Deadline deadline);
 // Every check that is meant for this side.

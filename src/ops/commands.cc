@@ -201,9 +201,16 @@ int switch_over(const SwitchOptions& o) {
     if (e.code != Code::check_failed || run.serves() != Side::target) throw;
     // A write canary failed after the commit: the way back is the same cut.
     run.journal().append("error", error_to_json(e));
-    CutResult back = switch_run(run, {Side::target}, true, Millis(60000));
-    emit_result(o.emit, "reverse", back);
-    throw Error(Code::backed_out, e.message + "; reversed: the source serves, nothing is lost", "mend the target, then switch again");
+    std::string also;
+    try {
+      emit_result(o.emit, "reverse", switch_run(run, {Side::target}, true, Millis(60000)));
+    } catch (const Error& back) {
+      // The same canary may fail at the source too: it serves all the same.
+      if (back.code != Code::check_failed || run.serves() != Side::source) throw;
+      run.journal().append("error", error_to_json(back));
+      also = "; there too: " + back.message;
+    }
+    throw Error(Code::backed_out, e.message + "; reversed: the source serves, nothing is lost" + also, "mend the target, then switch again");
   }
   emit_result(o.emit, "switch", result);
   return 0;

@@ -401,7 +401,7 @@ CutResult Switchover::cut() {
   canaries_.clear();
   for (auto& store : run_.stores()) cuts_.push_back(store->open_cut(run_.stores_context(), direction_));
   for (const auto& check : run_.deployment().checks) {
-    if (!check.canary || check.kind != CheckConfig::Kind::http) continue;
+    if (!check.canary || check.kind != CheckConfig::Kind::http || !meant_for(check, direction_.takes())) continue;
     // To the application itself: the site's front door leads through its gate, which still forwards to the side that yields.
     std::string application = run_.deployment().traffic.empty() ? "" : run_.deployment().traffic[0].on[direction_.takes()].application;
     canaries_.push_back(std::make_unique<HttpCanary>(takes(), check, application));
@@ -463,7 +463,7 @@ void Switchover::settle() {
     system_clock().sleep(Millis(20));
   }
   for (const auto& check : run_.deployment().checks) {
-    if (!check.write_canary) continue;
+    if (!check.write_canary || !meant_for(check, direction_.takes())) continue;
     CheckResult r = run_check(run_, check, direction_.takes(), Deadline::in(check.timeout));
     run_.journal().append("canary", {{"name", r.name}, {"ok", r.ok}, {"ms", r.ms}, {"said", r.said}, {"when", "write"}});
     if (!r.ok) throw Error(Code::check_failed, "the write canary " + r.name + " failed after the commit: " + r.said);

@@ -197,7 +197,8 @@ on old systemctl start shop.service
 [ "$(systemd_of old ActiveState shop.service)" = active ] || fail "the old side's unit does not start after --unfence-source"
 sql old shop "INSERT INTO probe(side, at_us) VALUES ('old', 1)" >/dev/null
 for h in old new; do
-  [ -z "$(on $h systemctl list-units --all --no-legend 'rehome*')" ] || fail "units of rehome are known on $h"
+  left=$(on $h systemctl list-units --all --no-legend 'rehome*')
+  [ -z "$left" ] || fail "units of rehome are known on $h: $left"
   [ -z "$(on $h sh -c 'for p in /proc/[0-9]*; do tr "\0" " " <$p/cmdline 2>/dev/null | grep -E "^[^ ]*/rehome-(agent|gate)-"; done')" ] || fail "processes of rehome are left on $h"
 done
 say "nothing is left"
