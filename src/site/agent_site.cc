@@ -171,6 +171,10 @@ void AgentSite::uninstall(bool keep_start_condition) {
   shell("i=0; while [ -e " + lock + " ] && ! flock -n " + lock + " true && [ $i -lt 200 ]; do sleep 0.05; i=$((i+1)); done; cd " +
         shell_quote(state_) + " && for f in * .[!.]*; do [ \"$f\" = not-serving ] && " + (keep_start_condition ? "continue" : "true") +
         "; rm -rf -- \"$f\"; done; cd / && rmdir " + shell_quote(state_) + " " + shell_quote(parent_path(state_)) + " 2>/dev/null; true");
+  if (!systemd_) return;
+  // Its unit ended with the status that says so, and without its file systemd takes that for a failure and remembers it.
+  std::string unit = shell_quote("rehome-" + name_ + "-" + std::string(side_name(side_)) + ".service");
+  shell("i=0; while systemctl -q is-active " + unit + " && [ $i -lt 40 ]; do sleep 0.05; i=$((i+1)); done; systemctl reset-failed " + unit + " 2>/dev/null; true");
 }
 
 Fd AgentSite::connect(Deadline deadline) const {
