@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <thread>
 
 #include "base/error.h"
 #include "base/json.h"
@@ -14,6 +15,7 @@ namespace {
 
 constexpr std::uint64_t smallest_block = 128 << 10;
 constexpr std::size_t most_fsyncs = 1000;  // past that, one syncfs
+constexpr std::size_t most_open = 128;     // files that wait for their fsync together
 
 std::uint64_t block_for(std::uint64_t size) {
   std::uint64_t block = smallest_block;
@@ -38,6 +40,22 @@ void pwrite_all(int fd, std::string_view bytes, std::uint64_t offset, std::strin
     offset += static_cast<std::uint64_t>(n);
     bytes.remove_prefix(static_cast<std::size_t>(n));
   }
+}
+
+// The error of one that failed, or 0. Several at a time: once the journal is committed an fsync is a flush of the disk's cache, and those
+// that wait together are one flush (100 files: 370 ms one after the other, 74 to 170 ms so).
+int fsync_together(const std::vector<Fd>& files) {
+  std::atomic<std::size_t> next{0};
+  std::atomic<int> error{0};
+  auto work = [&] {
+    for (std::size_t i; (i = next++) < files.size();)
+      if (::fsync(files[i].get()) != 0) error = errno;
+  };
+  std::vector<std::jthread> helpers;
+  for (std::size_t i = 1; i < std::min<std::size_t>(8, files.size() / 2); i++) helpers.emplace_back(work);
+  work();
+  helpers.clear();
+  return error;
 }
 
 bool same_kind(const struct stat& st, const Meta& m) {
@@ -513,22 +531,31 @@ void Receiver::make_durable() {
     return;
   }
   // Everything is written before the first fsync: it commits the journal for all, and the others find it done.
-  auto each = [&](const std::string& path, int flags, auto&& act) {
+  auto opened = [&](const std::string& path, int flags) {
     std::string name;
     int directory = cursor_.at(path, name);
     Fd fd(directory < 0 ? -1 : ::openat(directory, name.c_str(), flags | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
-    if (fd) act(fd.get());
-    else if (errno != ENOENT && errno != ENOTDIR && errno != ELOOP) throw errno_error(errno, "open for fsync", shown(path));
-  };
-  auto sync = [&](int fd) {
-    if (::fsync(fd) != 0) throw errno_error(errno, "fsync a file in", tree_.label());
+    if (!fd && errno != ENOENT && errno != ENOTDIR && errno != ELOOP) throw errno_error(errno, "open for fsync", shown(path));
+    return fd;
   };
   std::sort(written_.begin(), written_.end());
   written_.erase(std::unique(written_.begin(), written_.end()), written_.end());
   if (written_.size() > 1)
-    for (const auto& path : written_) each(path, O_RDONLY, [](int fd) { ::sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WRITE); });
-  for (const auto& path : written_) each(path, O_RDONLY, sync);
-  for (const auto& path : changed_directories_) each(path, O_RDONLY | O_DIRECTORY, sync);
+    for (const auto& path : written_)
+      if (Fd fd = opened(path, O_RDONLY)) ::sync_file_range(fd.get(), 0, 0, SYNC_FILE_RANGE_WRITE);
+  std::vector<Fd> some;
+  auto sync_some = [&] {
+    if (int error = fsync_together(some)) throw errno_error(error, "fsync a file in", tree_.label());
+    some.clear();
+  };
+  auto add = [&](Fd fd) {
+    if (!fd) return;
+    some.push_back(std::move(fd));
+    if (some.size() == most_open) sync_some();
+  };
+  for (const auto& path : written_) add(opened(path, O_RDONLY));
+  for (const auto& path : changed_directories_) add(opened(path, O_RDONLY | O_DIRECTORY));
+  sync_some();
 }
 
 void Receiver::on_commit(Channel& channel, bool durable) {
