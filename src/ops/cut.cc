@@ -9,11 +9,12 @@
 
 namespace rehome::ops {
 
-// Renews the lease every 500 ms on a connection of its own; the pool's connections may all be busy.
+// Renews the lease every 500 ms on a connection of its own; the pool's connections may all be busy. It stops at `until`: a controller
+// whose work is stuck, and whose threads live, must not hold a service for ever.
 class Switchover::Lease {
  public:
-  Lease(AgentSite& site, std::int64_t attempt)
-      : fd_(site.connect(Deadline::in(Millis(5000)))), generation_(site.generation()), attempt_(attempt),
+  Lease(AgentSite& site, std::int64_t attempt, Deadline until)
+      : fd_(site.connect(Deadline::in(Millis(5000)))), generation_(site.generation()), attempt_(attempt), until_(until),
         thread_([this](std::stop_token stop) { renew(stop); }) {}
   // Why the lease is over; empty while it holds.
   std::string lost() {
@@ -27,6 +28,7 @@ class Switchover::Lease {
     std::string request = dump_line({{"op", "lease.renew"}, {"gen", generation_}, {"attempt", attempt_}}) + "\n";
     while (!stop.stop_requested()) {
       try {
+        if (until_.passed()) throw Error(Code::timeout, "the pause is longer than max_pause");
         send_all(fd_, request, Deadline::in(Millis(2000)));
         auto line = reader.line(Deadline::in(Millis(2000)));
         Json answer = line ? parse_json(*line, "the answer to lease.renew") : Json::object();
@@ -42,6 +44,7 @@ class Switchover::Lease {
   }
   Fd fd_;
   std::int64_t generation_, attempt_;
+  Deadline until_;
   std::mutex mutex_;
   std::string lost_;
   std::jthread thread_;
@@ -409,7 +412,8 @@ CutResult Switchover::cut() {
   }
   attempt_ = get_int(yields().call("attempt.open"), "attempt");
   result_.attempt = attempt_;
-  lease_ = std::make_unique<Lease>(run_.site(direction_.yields), attempt_);
+  // Enough for the phase that is at work when max_pause ends; nothing is renewed for the sake of a later one.
+  lease_ = std::make_unique<Lease>(run_.site(direction_.yields), attempt_, Deadline::in(run_.deployment().max_pause + Millis(1000)));
   run_.journal().hold_back();
   pause_from_ = system_clock().now();
   pause_deadline_ = Deadline::in(run_.deployment().max_pause);

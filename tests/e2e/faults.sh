@@ -8,7 +8,7 @@ RANDOM=$seed
 say "seed $seed"
 
 IFS=';' read -r -a phases <<<"${PHASES:-hold;drain;soft fence;freeze;marker;catch up;compare;arm reverse;read canary;seal;hard fence;open}"
-everything="kill_controller kill_agent_yields kill_agent_takes cut_link stop_controller second_controller lossy_link kill_pg_yields kill_pg_takes kill_gate power_yields power_takes"
+everything="kill_controller kill_agent_yields kill_agent_takes cut_link stop_controller second_controller stuck_controller lossy_link kill_pg_yields kill_pg_takes kill_gate power_yields power_takes"
 read -r -a faults <<<"${FAULTS:-$everything}"
 
 agent_pid() { on "$1" sh -c 'for p in /proc/[0-9]*; do tr "\0" " " <$p/cmdline 2>/dev/null | grep -q "rehome-agent-[0-9a-f]* serve --state" && echo ${p#/proc/}; done' | head -1; }
@@ -26,6 +26,8 @@ breaker() { # FAULT YIELDS TAKES
     stop_controller) nap new "$(cat "$world/shared/controller.pid")" 7 "$(cat "$world/shared/command.pid")" ;;
     kill_agent_yields) on "$yields" kill -9 "$(agent_pid "$yields")" ;;
     kill_agent_takes) on "$takes" kill -9 "$(agent_pid "$takes")" ;;
+    # Its work waits in the hook, and its threads go on.
+    stuck_controller) sleep 15 ;;
     second_controller) rehome -q resume >"$world/shared/second" 2>&1 ;;
     lossy_link) hosts wire "$world" 30 5 0; (sleep 8; hosts wire "$world" off) & ;;
     cut_link) hosts link "$world" down; (sleep 6; hosts link "$world" up) & ;;
