@@ -23,7 +23,7 @@ std::string PostgresStore::key(const std::string& what, const std::string& datab
 std::string PostgresStore::secret(Side side, const std::string& database) {
   const PostgresServer& s = server(side);
   if (s.password.from == SecretRef::From::none) return {};
-  std::lock_guard lock(mutex_);
+  std::lock_guard lock(secrets_mutex_);
   auto& cached = secrets_[std::string(side_name(side)) + "/" + database];
   if (cached.empty()) cached = read_secret(s.password, s.host, s.port, database, s.user);
   return cached;

@@ -137,6 +137,7 @@ class PostgresStore : public Store {
   StoreConfig config_;
   std::string tag_;          // short hash of deployment and store: part of every name that is global to a cluster
   std::mutex mutex_;
+  std::mutex secrets_mutex_;   // its own: an address, and its password, is asked for by those who hold the other
   std::map<std::string, std::string> secrets_;
   std::map<std::string, std::vector<std::int64_t>> lock_order_;
   std::shared_ptr<PgPrograms> programs_;   // once looked for
