@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# Disks that are full: the target's (files, PostgreSQL), the one that holds the source's record, and the source's WAL. Nothing is
+# lost, the source serves, status says what is wrong, and after room is made the run goes on.
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+# A small disk at /disk/NAME, a folder of which is at the path: what fills it lies beside.
+disk() { on "$1" sh -c "mkdir -p '/tmp/disk/$4' '$2' && mount -t tmpfs -o size=$3,mode=755 tmpfs '/tmp/disk/$4' && mkdir '/tmp/disk/$4/at' && mount --bind '/tmp/disk/$4/at' '$2'"; }
+fill() { on "$1" sh -c "cat /dev/zero >'/tmp/disk/$2/filler' 2>/dev/null || true"; }
+make_room() { on "$1" rm -f "/tmp/disk/$2/filler"; }
+status_says() { # PATTERN: within 40 s
+  local i
+  for i in $(seq 40); do
+    rehome status >"$world/shared/status" 2>&1 || true
+    if grep -qiE "$1" "$world/shared/status"; then return 0; fi
+    sleep 1
+  done
+  cat "$world/shared/status"
+  fail "status does not say: $1"
+}
+follows_again() {
+  local i
+  for i in $(seq 60); do
+    if rehome status --json 2>/dev/null | python3 -c '
+import json, sys
+s = json.loads(sys.stdin.readline())["stores"]
+sys.exit(0 if s and all(v.get("following") and not v.get("trouble") for v in s.values()) else 1)'; then return 0; fi
+    sleep 1
+  done
+  rehome status || true
+  fail "it does not follow again"
+}
+
+make_world
+disk old /var/lib/rehome 24M state
+disk new /srv/shop 64M files
+disk new /var/lib/postgresql 900M pg
+both_sites -- --tables 5 --rows 500
+MAX_PAUSE=5s write_yaml
+sed -i 's/^limits: .*/limits: {jobs: 2, wal_kept: 64MB}/' "$yaml"
+
+say "the target's disk is full while files are copied"
+on old sh -c 'head -c 16M /dev/urandom >/srv/shop/large.bin'
+fill new files
+load all 20 --keep-alive
+rehome -q begin >"$world/shared/out" 2>&1 && fail "begin succeeded on a full disk"
+grep -qE "has .* free, and the source holds" "$world/shared/out" || { cat "$world/shared/out"; fail "begin does not say why"; }
+make_room new files
+rehome -q begin
+
+say "the target's files: full while it follows"
+fill new files
+on old sh -c 'head -c 1M /dev/urandom >/srv/shop/second.bin'
+status_says "no space|space left"
+rehome -q switch >"$world/shared/out" 2>&1 && fail "switch succeeded with files that cannot be sent"
+make_room new files
+follows_again
+
+say "the target's PostgreSQL: full while it follows"
+fill new pg
+sql old shop "UPDATE products SET name = name || repeat('x', 2000)" >/dev/null
+sleep 5
+rehome status >"$world/shared/status" 2>&1 || true
+make_room new pg
+pg start new 15 5432 >/dev/null 2>&1 || true
+rehome -q resume --recopy
+follows_again
+
+say "the record's disk: full at a switch"
+fill old state
+rehome -q switch >"$world/shared/out" 2>&1 && status=0 || status=$?
+make_room old state
+say "   switch ended with $status: $(tail -1 "$world/shared/out" | cut -c1-160)"
+for i in $(seq 30); do rehome -q resume >/dev/null 2>&1 && break; sleep 1; done
+[ $status != 0 ] || rehome -q reverse
+
+say "the source's WAL: a follower that stays away loses its slot, not the source its disk"
+pg stop new 15 5432
+on old sh -c 'for i in $(seq 12); do runuser -u postgres -- psql -h /run/postgresql -d shop -qc "SELECT pg_logical_emit_message(false, \$\$fill\$\$, repeat(\$\$x\$\$, 8000000))" >/dev/null; done'
+for i in $(seq 40); do
+  [ "$(sql old postgres "SELECT count(*) FROM pg_replication_slots WHERE slot_name LIKE 'rehome%f'")" = 0 ] && break
+  sleep 1
+done
+[ "$(sql old postgres "SELECT count(*) FROM pg_replication_slots WHERE slot_name LIKE 'rehome%f'")" = 0 ] || fail "the slot keeps more WAL than wal_kept"
+pg start new 15 5432
+status_says "is gone|copied again"
+rehome -q switch >"$world/shared/out" 2>&1 && fail "switch succeeded without a follower"
+rehome -q resume --recopy
+follows_again
+rehome -q verify
+# The warm shop's pool holds connections to the server that was stopped: it finds out by trying each.
+on new sh -c 'for i in $(seq 40); do curl -s -o /dev/null http://127.0.0.1:8000/health; done'
+rehome -q switch
+sleep 1
+finish "$all_pid" || true
+cat "$world/shared/all.json"
+judge all new source all
+rehome -q complete --anyway
+say "1 passed, 0 failed"
