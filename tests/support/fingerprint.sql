@@ -24,8 +24,8 @@ SELECT 'sequence', schemaname, sequencename, increment_by, min_value, max_value,
 SELECT 'extension', extname FROM pg_extension ORDER BY 2;
 SELECT 'default privileges', pg_get_userbyid(defaclrole), defaclobjtype, defaclacl::text FROM pg_default_acl ORDER BY 2, 3;
 SELECT 'large object', oid, md5(lo_get(oid)) FROM pg_largeobject_metadata ORDER BY 2;
--- Rows, those that a view shows too, whose text newer versions write differently: order does not matter, so their hashes are added up.
+-- Rows, those that a view shows too, whose text newer versions write differently (a materialized view is as old as its last refresh): order does not matter, so their hashes are added up.
 SELECT format('SELECT %L, %L, count(*), coalesce(sum((''x'' || left(md5(t::text), 15))::bit(60)::bigint::numeric), 0) FROM %s%s t', 'rows', c.oid::regclass,
               CASE WHEN c.relkind = 'r' THEN 'ONLY ' ELSE '' END, c.oid::regclass)
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
- WHERE c.relkind IN ('r', 'v', 'm') AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'rehome') AND n.nspname !~ '^pg_' ORDER BY c.oid::regclass::text \gexec
+ WHERE c.relkind IN ('r', 'v') AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'rehome') AND n.nspname !~ '^pg_' ORDER BY c.oid::regclass::text \gexec
