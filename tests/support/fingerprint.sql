@@ -6,8 +6,9 @@ SET bytea_output = hex; SET datestyle = iso; SET timezone = 'UTC'; SET extra_flo
 SELECT 'relation', n.nspname, c.relname, c.relkind, c.relpersistence, pg_get_userbyid(c.relowner), coalesce(c.relacl::text, ''), coalesce(obj_description(c.oid, 'pg_class'), '')
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE n.nspname NOT IN ('pg_catalog', 'information_schema', 'rehome') AND n.nspname !~ '^pg_' ORDER BY 2, 3, 4;
+-- From 17 on a partition says itself that its parent's column is an identity.
 SELECT 'column', a.attrelid::regclass, a.attnum - (SELECT count(*) FROM pg_attribute d WHERE d.attrelid = a.attrelid AND d.attisdropped AND d.attnum < a.attnum AND d.attnum > 0),
-       a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity, a.attgenerated, coalesce(pg_get_expr(d.adbin, d.adrelid), '')
+       a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, CASE WHEN c.relispartition THEN '' ELSE a.attidentity::text END, a.attgenerated, coalesce(pg_get_expr(d.adbin, d.adrelid), '')
   FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace LEFT JOIN pg_attrdef d ON (d.adrelid, d.adnum) = (a.attrelid, a.attnum)
  WHERE a.attnum > 0 AND NOT a.attisdropped AND c.relkind IN ('r', 'p', 'v', 'm') AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'rehome') AND n.nspname !~ '^pg_' ORDER BY 2::text, 3;
 -- From 18 on NOT NULL is a constraint of its own; the columns have told it already.
