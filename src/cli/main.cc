@@ -99,7 +99,6 @@ int main(int argc, char** argv) {
   ops::BeginOptions begin;
   c = command("begin", "connect the sites, copy everything, and follow", "  rehome begin\n  rehome begin --plan friday.plan");
   c->add_option("--plan", begin.plan, "refuse when this saved plan is stale");
-  c->add_flag("--allow-restart", begin.allow_restart, "settings that need a server restart may be changed");
   c->callback([&] { action = [&] { return ops::begin(common(begin)); }; });
 
   ops::StatusOptions status;
@@ -161,7 +160,6 @@ int main(int argc, char** argv) {
   ops::MigrateOptions migrate;
   c = command("migrate", "begin, verify and switch in one go", "  rehome migrate\n  rehome migrate --plan friday.plan");
   c->add_option("--plan", migrate.plan, "refuse when this saved plan is stale");
-  c->add_flag("--allow-restart", migrate.allow_restart, "settings that need a server restart may be changed");
   c->callback([&] { action = [&] { return ops::migrate(common(migrate)); }; });
 
   ops::ResumeOptions resume;

@@ -46,8 +46,8 @@ CheckResult judge(const CheckConfig& check, Side side, const std::string& answer
 
 }  // namespace
 
-HttpCanary::HttpCanary(Site& site, const CheckConfig& check, const std::string& address_override) : site_(site), check_(check) {
-  Url u = parse_url(check.url);
+HttpCanary::HttpCanary(const Deployment& deployment, Site& site, const CheckConfig& check, const std::string& address_override) : site_(site), check_(check) {
+  Url u = parse_url(url_at(deployment, check, site.side()));
   address_ = address_override.empty() ? u.address : address_override;
   host_ = u.host;
   path_ = u.path;
@@ -89,7 +89,7 @@ CheckResult run_check(Run& run, const CheckConfig& check, Side side, Deadline de
   try {
     switch (check.kind) {
       case CheckConfig::Kind::http:
-        return HttpCanary(run.site(side), check, "").ask(deadline);
+        return HttpCanary(run.deployment(), run.site(side), check, "").ask(deadline);
       case CheckConfig::Kind::sql: {
         for (auto& store : run.stores()) {
           if (store->name() != check.store) continue;

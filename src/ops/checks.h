@@ -26,7 +26,8 @@ std::vector<CheckResult> run_checks(Run& run, Side side);
 // An HTTP request whose connection is made ahead, so that inside the pause only the request itself costs time.
 class HttpCanary {
  public:
-  HttpCanary(Site& site, const CheckConfig& check, const std::string& address_override);
+  // `address_override`: who is asked instead of the host that the check's URL names.
+  HttpCanary(const Deployment& deployment, Site& site, const CheckConfig& check, const std::string& address_override);
   void open();                          // connects; may be called again after ask()
   CheckResult ask(Deadline deadline);
 

@@ -154,7 +154,6 @@ int begin(const BeginOptions& o) {
     if (!o.plan.empty()) refuse_stale_plan(look, o.plan);
   }
   Run run(deployment, Run::Mode::begin);
-  run.allow_restart = o.allow_restart;
   listen(run, o.emit);
   begin_run(run, "begin");
   o.emit({{"kind", "result"}, {"what", "begin"}, {"text", "both sites are connected, everything is copied and follows"}});
@@ -316,7 +315,6 @@ int migrate(const MigrateOptions& o) {
   b.file = o.file;
   b.emit = o.emit;
   b.plan = o.plan;
-  b.allow_restart = o.allow_restart;
   begin(b);
   VerifyOptions v;
   v.file = o.file;

@@ -407,7 +407,7 @@ CutResult Switchover::cut() {
     if (!check.canary || check.kind != CheckConfig::Kind::http || !meant_for(check, direction_.takes())) continue;
     // To the application itself: the site's front door leads through its gate, which still forwards to the side that yields.
     std::string application = run_.deployment().traffic.empty() ? "" : run_.deployment().traffic[0].on[direction_.takes()].application;
-    canaries_.push_back(std::make_unique<HttpCanary>(takes(), check, application));
+    canaries_.push_back(std::make_unique<HttpCanary>(run_.deployment(), takes(), check, application));
     canaries_.back()->open();
   }
   attempt_ = get_int(yields().call("attempt.open"), "attempt");

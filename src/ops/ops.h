@@ -27,7 +27,6 @@ struct PlanOptions : Common {
 };
 struct BeginOptions : Common {
   std::string plan;              // a saved plan: refused when stale
-  bool allow_restart = false;
 };
 struct StatusOptions : Common {};   // --watch is the command line's loop
 struct VerifyOptions : Common {
@@ -51,7 +50,6 @@ struct CompleteOptions : Common {
 struct CancelOptions : Common {};
 struct MigrateOptions : Common {
   std::string plan;
-  bool allow_restart = false;
 };
 struct ResumeOptions : Common {
   bool source_is_gone = false;

@@ -52,7 +52,6 @@ class Run {
   void set_phase(const std::string& phase) { journal_->set_fact("phase", phase); }
   // A later controller has taken the run over; false where no agent answers.
   bool superseded();
-  bool allow_restart = false;
 
   // What the agents have sampled of the stores' lag since the journal's last entry of it; entries without n.
   std::vector<Json> lag_samples();

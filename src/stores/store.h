@@ -112,7 +112,6 @@ struct StoreContext {
   std::function<void(const std::string& key, const Json& value)> remember;
   std::function<void(const std::string& line)> log;
   const std::atomic<bool>& cancelled;                   // looked at between pieces of work; then Error(interrupted)
-  bool allow_restart = false;                           // the person allows settings that need a server restart
 
   Site& at(Side s) const { return s == Side::source ? source : target; }
 };
