@@ -37,12 +37,7 @@ void PostgresStore::watch_wal(StoreContext& c, Side side) {
   Site& site = c.at(side);
   if (!password.empty()) {
     std::string file = site.state() + "/credentials/" + config_.name + "." + std::string(side_name(side)) + ".pgpass";
-    std::string escaped;
-    for (char ch : password) {
-      if (ch == ':' || ch == '\\') escaped += '\\';
-      escaped += ch;
-    }
-    site.call("put", {{"path", file}, {"content", "*:*:*:*:" + escaped + "\n"}, {"mode", 0600}});
+    site.call("put", {{"path", file}, {"content", passfile_line(password)}, {"mode", 0600}});
     info += " passfile=" + file;
   }
   const std::string& psql = c.deployment.site[side].psql;

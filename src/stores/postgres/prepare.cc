@@ -199,12 +199,7 @@ void PostgresStore::open_path(StoreContext& c, const std::string& database, cons
     // In a file of the server's account: in the connection string it would be in the log, pg_subscription and pg_stat_activity.
     std::string owner = c.at(flow.subscriber()).exec_ok({.argv = {"sh", "-c", "stat -c %U \"$1\"", "sh", session(c, flow.subscriber(), database)->value("SHOW data_directory")}}).out;
     std::string file = dir + "/pgpass";
-    std::string escaped;
-    for (char ch : password) {
-      if (ch == ':' || ch == '\\') escaped += '\\';
-      escaped += ch;
-    }
-    here.call("put", {{"path", file}, {"content", "*:*:*:*:" + escaped + "\n"}, {"mode", 0600}});
+    here.call("put", {{"path", file}, {"content", passfile_line(password)}, {"mode", 0600}});
     here.exec_ok({.argv = {"chown", std::string(trim(owner)), file}});
   }
 }

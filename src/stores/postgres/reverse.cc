@@ -35,12 +35,7 @@ ActionSets PostgresStore::actions(StoreContext& c, Direction d) {
     std::string password = secret(side, database);
     if (!password.empty()) {
       std::string file = config_.name + "." + std::string(side_name(side)) + ".pgpass";
-      std::string escaped;
-      for (char ch : password) {
-        if (ch == ':' || ch == '\\') escaped += '\\';
-        escaped += ch;
-      }
-      a.credentials.emplace_back(file, "*:*:*:*:" + escaped + "\n");
+      a.credentials.emplace_back(file, passfile_line(password));
       info += " passfile=" + c.at(side).state() + "/credentials/" + file;
     }
     a.argv = {program.empty() ? "psql" : program, "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-d", info};

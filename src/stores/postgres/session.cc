@@ -11,6 +11,15 @@
 
 namespace rehome {
 
+std::string passfile_line(const std::string& password) {
+  std::string escaped;
+  for (char ch : password) {
+    if (ch == ':' || ch == '\\') escaped += '\\';
+    escaped += ch;
+  }
+  return "*:*:*:*:" + escaped + "\n";
+}
+
 PgSession::PgSession(const PgAddress& address, const std::string& application, bool replication) : address_(address) {
   std::string port = std::to_string(address.port);
   const char* keys[] = {"host", "port", "user", "password", "dbname", "application_name", "connect_timeout", "replication",

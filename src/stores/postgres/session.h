@@ -37,6 +37,9 @@ class PgError : public Error {
   std::string detail;   // the server's DETAIL, whole
 };
 
+// A passfile with this password for every server, database and user: libpq's format, its escapes applied.
+std::string passfile_line(const std::string& password);
+
 class PgSession {
  public:
   // `application`: what pg_stat_activity shows; our undo finds our own sessions by it. `replication`: a walsender.
