@@ -81,7 +81,7 @@ checks:
   - {name: health, http: "http://127.0.0.1:8000/health", status: 200, canary: read}
 E
     [ -n "${NO_TRAFFIC:-}" ] || cat <<E
-  - {name: front door, http: /health, status: 200, canary: read}
+  - {name: front-door, http: /health, status: 200, canary: read}
 E
     cat <<E
 max_pause: ${MAX_PAUSE:-2s}
