@@ -68,6 +68,7 @@ Agent::Agent(AgentOptions options)
       gate_(options_.state, [this](const std::string& l) { log(l); }),
       link_({options_.state, [this] { return peer_hello(); },
              [this](const Json& j) {
+               if (j.contains("lag")) lag_.take(j["lag"]);
                if (!j.contains("record")) return;
                Record r = record_from_json(j["record"]);
                attempt_.heard(r);
@@ -188,7 +189,10 @@ void Agent::allow_services() {
 
 Json Agent::peer_hello() const {
   Json j{{"version", kAgentVersion}, {"side", side()}, {"boot_id", boot_id_}, {"pid", ::getpid()}, {"gate_told", gate_.told()}, {"hears", link_.up()}};
-  if (auto r = attempt_.record()) j["record"] = record_to_json(*r);
+  if (auto r = attempt_.record()) {
+    j["record"] = record_to_json(*r);
+    if (name_of(r->serves) == side()) j["lag"] = lag_.newest();
+  }
   return j;
 }
 

@@ -72,6 +72,12 @@ TEST(LagSeries, ThinsAndOutlivesAnAgent) {
   EXPECT_LE(again.read(0, 10).size(), 11u);
   EXPECT_EQ(get_int(again.read(0, 10).back(), "bytes"), 149);
   EXPECT_TRUE(again.read(get_int(all.back(), "at"), 10).empty());
+  // The other site's agent takes it over, each sample once.
+  LagSeries other(dir.path() + "/other.jsonl", 100, 0);
+  again.add("db", 4711, 3);
+  for (int i = 0; i < 3; i++) other.take(again.newest());
+  ASSERT_EQ(other.read(0, 10).size(), 1u);
+  EXPECT_EQ(get_int(other.read(0, 10)[0], "bytes"), 4711);
 }
 
 TEST(Agent, AChildsLagIsASampleAndNoOutput) {

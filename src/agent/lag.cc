@@ -24,15 +24,35 @@ std::vector<Json> LagSeries::lines() const {
   return all;
 }
 
+void LagSeries::write(const Json& sample) {
+  last_[get_string(sample, "store", "")] = sample;
+  std::string line = dump_line(sample) + "\n";
+  Fd f(::open(path_.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600));
+  if (f && ::write(f.get(), line.data(), line.size()) > 0 && ++count_ > most_) thin();
+}
+
 void LagSeries::add(const std::string& store, std::int64_t bytes, std::int64_t ms) {
   std::int64_t now = system_clock().wall_us();
   std::lock_guard lock(mutex_);
-  std::int64_t& last = last_us_[store];
-  if (last != 0 && now - last < every_us_) return;
-  last = now;
-  std::string line = dump_line({{"at", now}, {"store", store}, {"bytes", bytes}, {"ms", ms}}) + "\n";
-  Fd f(::open(path_.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600));
-  if (f && ::write(f.get(), line.data(), line.size()) > 0 && ++count_ > most_) thin();
+  auto last = last_.find(store);
+  if (last != last_.end() && now - get_int(last->second, "at") < every_us_) return;
+  write({{"at", now}, {"store", store}, {"bytes", bytes}, {"ms", ms}});
+}
+
+Json LagSeries::newest() const {
+  std::lock_guard lock(mutex_);
+  Json all = Json::array();
+  for (const auto& [store, sample] : last_) all.push_back(sample);
+  return all;
+}
+
+void LagSeries::take(const Json& samples) {
+  std::lock_guard lock(mutex_);
+  for (const auto& s : samples) {
+    auto last = last_.find(get_string(s, "store"));
+    if (last == last_.end() || get_int(s, "at") > get_int(last->second, "at"))
+      write({{"at", get_int(s, "at")}, {"store", get_string(s, "store")}, {"bytes", get_int(s, "bytes")}, {"ms", get_int(s, "ms")}});
+  }
 }
 
 void LagSeries::thin() {

@@ -66,11 +66,11 @@ auto controlled(Run& run, Work work) -> decltype(work()) {
 // What may be lost with the target: the newest sample of each store's lag that reached the source's journal, in words.
 std::string last_lag(Run& run) {
   std::map<std::string, Json> newest;
-  for (const auto& e : run.journal().of_kind("lag"))
-    if (get_string(e, "side", "") == "target") newest[get_string(e, "store", "")] = e;
+  const Json seen = run.site(Side::source).call("lag.read");
+  for (const auto& s : seen.at("samples")) newest[get_string(s, "store")] = s;
   std::vector<std::string> parts;
   for (const auto& [store, e] : newest)
-    parts.push_back(store + " was " + human_bytes(get_int(e, "bytes", 0)) + " (" + human_duration(Millis(get_int(e, "ms", 0))) + ") behind at " + format_wall(get_int(e, "at_us", 0)));
+    parts.push_back(store + " was " + human_bytes(get_int(e, "bytes", 0)) + " (" + human_duration(Millis(get_int(e, "ms", 0))) + ") behind at " + format_wall(get_int(e, "at")));
   Json link = run.site(Side::source).call("hello").value("link", Json::object());
   return "what the target acknowledged and the source had not yet followed is lost: the link has been down for " + human_duration(Millis(get_int(link, "since_ms", 0))) +
          (parts.empty() ? ", and no lag was seen before" : "; the last lag seen: " + join(parts, ", "));

@@ -89,6 +89,7 @@ void Switchover::store_actions() {
     add(all.open, sets.open);
     add(all.tail_takes, sets.tail_takes);
     add(all.tail_yields, sets.tail_yields);
+    for (Side side : {Side::source, Side::target}) add(all.close[side], sets.close[side]);
   }
   Json starts_y = Json::array(), freeze = Json::array();
   for (auto& service : run_.services()) {
@@ -102,6 +103,8 @@ void Switchover::store_actions() {
   set_actions(takes(), "open", all.open);
   set_actions(takes(), "tail_takes", all.tail_takes);
   set_actions(yields(), "tail_yields", all.tail_yields);
+  set_actions(yields(), "close", all.close[direction_.yields]);
+  set_actions(takes(), "close", all.close[direction_.takes()]);
   yields().call("freeze.set", {{"items", freeze}});
   yields().call("action.try", {{"set", "undo"}}, Deadline::in(Millis(60000)));
   takes().call("action.try", {{"set", "open"}}, Deadline::in(Millis(60000)));

@@ -96,6 +96,8 @@ struct ActionSets {
   std::vector<Action> undo;       // at Y: unfence
   std::vector<Action> open;       // at T: open to the application
   std::vector<Action> tail_takes; // at T, after the commit: forward followers off and dropped
+  // At either: closed for good, when its agent learns that the other one was opened by a person's word.
+  BySide<std::vector<Action>> close;
   std::vector<Action> tail_yields;// at Y, after tail_takes: old sessions ended, reverse followers on
 };
 

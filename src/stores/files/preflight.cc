@@ -122,7 +122,8 @@ std::vector<Finding> FilesStore::preflight(StoreContext& c) {
 
   Json ask_writers = settings(Side::source);
   std::vector<std::string> writers;
-  for (const auto& w : c.source.call("files.writers", ask_writers).at("writers")) {
+  const Json open_for_writing = c.source.call("files.writers", ask_writers);
+  for (const auto& w : open_for_writing.at("writers")) {
     std::string one = get_string(w, "program") + " (process " + std::to_string(get_int(w, "pid")) + ")";
     if (std::find(writers.begin(), writers.end(), one) == writers.end()) writers.push_back(one);
   }

@@ -4,6 +4,28 @@
 
 namespace rehome {
 
+namespace {
+
+// Replication carries no sequence, and a cut does; a side that followed and is opened without one starts where its rows end, or it would
+// give numbers again. A sequence that belongs to no column is moved by what an application is unlikely to have used. Nothing where
+// the follower was never on: the undo of an attempt costs no time for it.
+std::string advance_sequences(const std::string& subscription) {
+  return "DO $rehome$ DECLARE r record; at bigint; most bigint; BEGIN "
+         "IF NOT EXISTS (SELECT 1 FROM pg_subscription WHERE subname = " + pg_literal(subscription) +
+         " AND subenabled AND subdbid = (SELECT oid FROM pg_database WHERE datname = current_database())) THEN RETURN; END IF; "
+         "FOR r IN SELECT s.seqrelid::regclass AS seq, s.seqincrement AS step, s.seqmax, s.seqmin, d.refobjid::regclass AS tab, a.attname FROM pg_sequence s "
+         "JOIN pg_class c ON c.oid = s.seqrelid AND c.relpersistence <> 't' JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname <> 'rehome' "
+         "LEFT JOIN pg_depend d ON d.classid = 'pg_class'::regclass AND d.objid = s.seqrelid AND d.refclassid = 'pg_class'::regclass AND d.deptype IN ('a', 'i') AND d.refobjsubid > 0 "
+         "LEFT JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid LOOP "
+         "EXECUTE format('SELECT last_value FROM %s', r.seq) INTO at; most := at; "
+         "IF r.attname IS NULL THEN most := at + 1000 * r.step; "
+         "ELSE EXECUTE format('SELECT coalesce(CASE WHEN $2 > 0 THEN max(%1$I) ELSE min(%1$I) END, $1) FROM %2$s', r.attname, r.tab) INTO most USING at, r.step; "
+         "most := CASE WHEN r.step > 0 THEN greatest(most, at) ELSE least(most, at) END + 32 * r.step; END IF; "
+         "IF most BETWEEN r.seqmin AND r.seqmax THEN PERFORM setval(r.seq, most); END IF; END LOOP; END $rehome$;\n";
+}
+
+}  // namespace
+
 // Everything is made before the pause and only positioned inside it: creating a slot waits for every writing transaction of
 // the cluster, advancing one does not.
 void PostgresStore::prepare_reverse(StoreContext& c, Direction d) {
@@ -48,13 +70,25 @@ ActionSets PostgresStore::actions(StoreContext& c, Direction d) {
   };
   for (const auto& database : databases(c)) {
     PgFlow forward = flow(database, d.yields), reverse = flow(database, d.takes());
-    // A fence's COMMIT may still be in flight from a session of the attempt: those end first.
+    // A fence's COMMIT may still be in flight from a session of the attempt: those end first. A side that is opened again by a person's word
+    // follows the other one no more, should it come back; in an attempt that is undone that follower was never on.
     sets.undo.push_back(action(d.yields, "lift the fence", database,
+                               advance_sequences(reverse.subscription) +
+                               "SELECT format('ALTER SUBSCRIPTION %I DISABLE', subname) FROM pg_subscription WHERE subname = " + pg_literal(reverse.subscription) +
+                                   " AND subdbid = (SELECT oid FROM pg_database WHERE datname = current_database()) AND subenabled \\gexec\n" +
                                pgsql::end_fence_sessions() + ";\nBEGIN;\n" + pgsql::fence_function(false, "") + ";\n" +
                                    pgsql::ddl_function(config_.postgres.ddl == PostgresConfig::Ddl::block) + ";\nCOMMIT;",
                                true));
     sets.open.push_back(action(d.takes(), "open", database,
                                pgsql::end_fence_sessions() + ";\nBEGIN;\n" + pgsql::fence_function(false, "") + ";\n" + pgsql::ddl_function(false) + ";\nCOMMIT;", true));
+    for (Side side : {Side::source, Side::target})
+      // What was written before is stopped in its sessions, and what comes later meets the trigger.
+      sets.close[side].push_back(action(side, "close", database,
+                                        pgsql::end_fence_sessions() + ";\nBEGIN;\n" + pgsql::fence_function(true, "the " + std::string(side_name(other(side))) + " was opened by hand, and serves") + ";\n" +
+                                            pgsql::ddl_function(true) + ";\nCOMMIT;\n"
+                                            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend' "
+                                            "AND application_name NOT LIKE 'rehome%';",
+                                        false));
     std::string sub = pg_literal(forward.subscription);
     std::string this_database = " AND subdbid = (SELECT oid FROM pg_database WHERE datname = current_database())";
     sets.tail_takes.push_back(action(d.takes(), "forward follower off", database,
