@@ -82,6 +82,7 @@ std::vector<Step> begin_steps(Run& run) {
     add({.id = "traffic " + traffic->name(), .title = "lead " + traffic->name() + " through the gates",
          .run = [&run, &traffic] { traffic->prepare(run.traffic_context()); },
          .undo = [&run, &traffic] { traffic->withdraw(run.traffic_context()); }});
+  add({.id = "actions", .title = "store with both agents what they must be able to do alone", .run = [&run] { Switchover(run, {Side::source}).store_actions(); }});
   add({.id = "following", .title = "everything follows", .run = [&run] { run.set_phase("following"); }});
   return steps;
 }

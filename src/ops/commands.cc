@@ -139,14 +139,7 @@ int begin(const BeginOptions& o) {
   {
     // Before anything is installed: what would break the migration leaves both sites untouched.
     Run look(deployment, Run::Mode::look);
-    bool resident = false;
-    try {
-      Run there(deployment, Run::Mode::observe);
-      resident = there.phase() != "none";
-    } catch (const Error& e) {
-      if (e.code != Code::state) throw;
-    }
-    if (resident)
+    if (auto there = existing_run(deployment); there && there->phase() != "none")
       throw Error(Code::conflict, "a run of '" + deployment.name + "' is there already", "rehome resume continues it, rehome cancel takes it back, rehome status shows it");
     auto findings = preflight(look);
     emit_findings(o.emit, findings);
@@ -242,14 +235,7 @@ int reverse(const ReverseOptions& o) {
 
 int complete(const CompleteOptions& o) {
   if (o.unfence_source) {
-    bool there = true;
-    try {
-      Run look(load_deployment(o.file), Run::Mode::observe);
-    } catch (const Error& e) {
-      if (e.code != Code::state) throw;
-      there = false;
-    }
-    if (!there) {
+    if (!existing_run(load_deployment(o.file))) {
       Run run(load_deployment(o.file), Run::Mode::look);
       for (auto& store : run.stores()) store->unfence_source(run.stores_context());
       for (auto& service : run.services())
@@ -333,6 +319,12 @@ int resume(const ResumeOptions& o) {
     listen(run, o.emit);
     if (run.has(Side::source)) throw Error(Code::state, "the source's agent answers: it is not gone", "use rehome resume");
     require_confirmed(run, Side::source, o.confirm);
+    if (run.phase() == "none" || run.phase() == "begun")
+      throw Error(Code::state, "the target does not have everything: its first copy was never finished", "bring the source back, then rehome resume");
+    // After a cut's seal the target has all of it. Without one, what a cut would have carried over is made up for.
+    const std::string held = get_string(run.site(Side::target).call("attempt.status"), "decision");
+    if (held != "STORED" && held != "OPENED")
+      for (auto& store : run.stores()) store->make_up_for_cut(run.stores_context(), {Side::source});
     Json answer = run.site(Side::target).call("force.open", {{"confirm", true}}, Deadline::in(Millis(120000)));
     run.journal().append("serves", {{"side", "target"}, {"forced", true}, {"answer", answer}});
     run.set_phase("switched");
@@ -367,11 +359,8 @@ int resume(const ResumeOptions& o) {
 int status(const StatusOptions& o) {
   Deployment deployment = load_deployment(o.file);
   Json out{{"kind", "status"}, {"name", deployment.name}};
-  std::unique_ptr<Run> run;
-  try {
-    run = std::make_unique<Run>(deployment, Run::Mode::observe, true);
-  } catch (const Error& e) {
-    if (e.code != Code::state) throw;
+  std::unique_ptr<Run> run = existing_run(deployment, true);
+  if (!run) {
     std::string archive = newest_archive(deployment.name);
     out["phase"] = "none";
     if (!archive.empty()) out["last_journal"] = archive;
@@ -429,17 +418,14 @@ int status(const StatusOptions& o) {
 
 std::vector<Json> report_entries(const ReportOptions& o) {
   Deployment deployment = load_deployment(o.file);
-  try {
-    Run run(deployment, Run::Mode::observe, true);
-    std::vector<Json> entries = run.journal().entries();
-    for (Json& s : run.lag_samples()) {
+  if (auto run = existing_run(deployment, true)) {
+    std::vector<Json> entries = run->journal().entries();
+    for (Json& s : run->lag_samples()) {
       s["kind"] = "lag";
       s["at"] = s["at_us"];
       entries.push_back(std::move(s));
     }
     return entries;
-  } catch (const Error& e) {
-    if (e.code != Code::state) throw;
   }
   std::string archive = newest_archive(deployment.name);
   if (archive.empty()) throw Error(Code::state, "no run of '" + deployment.name + "' is there, and none is archived on this machine", "run it where the run was completed");

@@ -32,6 +32,9 @@ class Switchover {
   Switchover(Run& run, Direction direction);
   ~Switchover();
 
+  // What the agents must be able to do without a controller is stored with them, and tried. From begin on they have it: a host may be
+  // lost before any switch. Idempotent.
+  void store_actions();
   // Idempotent, outside the pause: reverse followers prepared, actions stored and tried, services warm.
   void prepare();
   // `measure`: run the micro-fence of every store (at most 3 in a row; each cancels autovacuum on the tables it locks).
@@ -45,7 +48,7 @@ class Switchover {
  private:
   class Lease;
   struct Phase;
-  void store_actions();
+  ActionSets actions();
   void start_services();
   void phase(const char* name, const std::function<void()>& work);
   void each_cut(void (Cut::*what)(Deadline));

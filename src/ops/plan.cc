@@ -27,7 +27,12 @@ Json observe_facts(Run& run) {
 Json make_plan(Run& run) {
   Json plan{{"kind", "plan"}, {"name", run.deployment().name}, {"hash", run.deployment().hash}};
   Json steps = Json::array();
-  for (const auto& step : begin_steps(run)) steps.push_back({{"id", step.id}, {"title", step.title}, {"command", "begin"}});
+  // Of a run that is there already: what of begin is done.
+  const bool begun = run.phase() != "none";
+  for (const auto& step : begin_steps(run)) {
+    steps.push_back({{"id", step.id}, {"title", step.title}, {"command", "begin"}});
+    if (begun) steps.back()["done"] = run.journal().step(step.id) == StepState::done;
+  }
   for (const char* title : {"hold new requests at the source's gate", "let requests in flight finish", "soft fence on every store", "freeze the services",
                             "marker, seen on the target", "compare", "position the reverse followers", "read canary", "seal, hard fence, record",
                             "open the target, release the gate"})
@@ -38,7 +43,7 @@ Json make_plan(Run& run) {
   reasons.push_back("hold, record, open and release: about 40 ms on hosts near each other");
   for (auto& store : run.stores()) {
     Estimate e = store->estimate(run.stores_context());
-    stores[store->name()] = {{"kind", store->kind()}, {"bytes", e.bytes}, {"objects", e.objects}, {"copy_ms", e.copy.count()}, {"pause_ms", e.pause.count()}, {"reasons", e.reasons}};
+    stores[store->name()] = {{"kind", store->kind()}, {"bytes", e.bytes}, {"objects", e.objects}, {"copy_ms", e.copy.count()}, {"pause_ms", e.pause.count()}, {"reasons", e.reasons}, {"again", e.again}};
     pause += e.pause.count();
     copy = std::max<std::int64_t>(copy, e.copy.count());
     for (const auto& r : e.reasons) reasons.push_back(store->name() + ": " + r);
@@ -70,8 +75,10 @@ void refuse_stale_plan(Run& run, const std::string& path) {
 }
 
 int plan(const PlanOptions& o) {
-  Run run(load_deployment(o.file), Run::Mode::look);
-  Json made = make_plan(run);
+  Deployment deployment = load_deployment(o.file);
+  std::unique_ptr<Run> run = existing_run(deployment);
+  if (!run) run = std::make_unique<Run>(deployment, Run::Mode::look);
+  Json made = make_plan(*run);
   if (!o.out.empty()) write_durably(o.out, made.dump(2) + "\n", 0644);
   o.emit(made);
   return 0;

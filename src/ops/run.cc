@@ -192,8 +192,9 @@ std::vector<Json> Run::lag_samples() {
 }
 
 void Run::collect_lag() {
+  const auto samples = lag_samples();   // may throw: before anything is held back
   journal_->hold_back();
-  for (const auto& s : lag_samples()) journal_->append("lag", s);
+  for (const auto& s : samples) journal_->append("lag", s);
   journal_->flush();
 }
 
@@ -220,6 +221,15 @@ std::string Run::archive() {
   for (const auto& e : journal_->entries()) text += dump_line(e) + "\n";
   write_durably(path, text);
   return path;
+}
+
+std::unique_ptr<Run> existing_run(const Deployment& deployment, bool may_miss) {
+  try {
+    return std::make_unique<Run>(deployment, Run::Mode::observe, may_miss);
+  } catch (const Error& e) {
+    if (e.code != Code::state) throw;
+    return nullptr;
+  }
 }
 
 std::string newest_archive(const std::string& name) {

@@ -76,6 +76,9 @@ class Run {
   std::vector<std::unique_ptr<Traffic>> traffic_;
 };
 
+// The run that the sites' agents keep, opened to be looked at; null where there is none.
+std::unique_ptr<Run> existing_run(const Deployment& deployment, bool may_miss = false);
+
 // The newest archived journal of this deployment, or empty: what status and report show when no run is there.
 std::string newest_archive(const std::string& name);
 

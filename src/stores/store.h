@@ -51,6 +51,7 @@ struct Estimate {
   Millis copy{0};
   Millis pause{0};                     // this store's own part of the pause
   std::vector<std::string> reasons;    // "2 large objects: copied inside the pause, about 3 ms"
+  std::vector<std::string> again;      // what resume copies again of a copy that was interrupted, and why
   Json facts = Json::object();         // what the plan was made from: flat, name -> value; compared when a plan is stale
 };
 
@@ -155,6 +156,9 @@ class Store {
 
   virtual void prepare_reverse(StoreContext&, Direction) = 0;   // disabled reverse follower; before the pause, idempotent
   virtual ActionSets actions(StoreContext&, Direction) = 0;
+  // Before the side that takes over is opened by a person's word without a cut, the other one being gone: what a cut would have
+  // carried over and can be told from this side alone. Uses this side only. Idempotent.
+  virtual void make_up_for_cut(StoreContext&, Direction) {}
   virtual std::unique_ptr<Cut> open_cut(StoreContext&, Direction) = 0;
   // Soft fence, marker, proof, let go: milliseconds it took.
   virtual Millis micro_fence(StoreContext&, Direction, Deadline) = 0;

@@ -184,13 +184,16 @@ std::vector<std::string> plan_lines(const Json& p) {
   for (const auto& s : at(p, "steps")) {
     if (str(s, "command") != command) out.push_back("  " + (command = str(s, "command")) + ":");
     std::string number = std::to_string(n++);
-    out.push_back("    " + std::string(number.size() < 2 ? 1 : 0, ' ') + number + ". " + str(s, "title"));
+    out.push_back("    " + std::string(number.size() < 2 ? 1 : 0, ' ') + number + ". " + str(s, "title") + (yes(s, "done") ? " (done)" : ""));
   }
   if (at(p, "stores").is_object()) {
     out.push_back("  stores:");
-    for (auto& [name, s] : p["stores"].items())
+    for (auto& [name, s] : p["stores"].items()) {
       out.push_back("    " + name + ": " + human_bytes(whole(s, "bytes")) + " in " + grouped(whole(s, "objects")) + (str(s, "kind") == "files" ? " files" : " rows") +
                     ", about " + human_duration(Millis(whole(s, "copy_ms"))) + " to copy");
+      for (const auto& line : at(s, "again"))
+        if (line.is_string()) out.push_back("      " + line.get<std::string>());
+    }
   }
   const Json& pause = at(p, "pause");
   out.push_back("  pause: about " + human_duration(Millis(whole(pause, "ms"))) + " of at most " + human_duration(Millis(whole(pause, "max_ms"))));

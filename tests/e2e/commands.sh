@@ -86,11 +86,9 @@ sleep 1
 signal begin KILL
 ends begin 137
 phase_is begun source
-cat >"$world/shared/from-old.yaml" <<E
-$(sed -e 's/^source: .*/source: {local: true, boot: "directory:\/var\/lib\/boot.d"}/' -e 's/^target: .*/target: {ssh: root@new, boot: "directory:\/var\/lib\/boot.d"}/' "$good")
-E
-yaml=$world/shared/from-old.yaml
-CONTROLLER=old rehome -q resume
+yaml_from_old "$good"
+CONTROLLER=old rehome resume >"$world/shared/resume.out" 2>&1 || { cat "$world/shared/resume.out"; fail "resume from the other server"; }
+! grep -q "snapshot .* is lost" "$world/shared/resume.out" || { cat "$world/shared/resume.out"; fail "the killed controller's snapshot was not used"; }
 CONTROLLER=old phase_is following source
 yaml=$good
 phase_is following source

@@ -11,11 +11,6 @@ IFS=';' read -r -a phases <<<"${PHASES:-hold;drain;soft fence;freeze;marker;catc
 everything="kill_controller kill_agent_yields kill_agent_takes cut_link stop_controller second_controller stuck_controller lossy_link kill_pg_yields kill_pg_takes kill_gate power_yields power_takes"
 read -r -a faults <<<"${FAULTS:-$everything}"
 
-agent_pid() { on "$1" sh -c 'for p in /proc/[0-9]*; do tr "\0" " " <$p/cmdline 2>/dev/null | grep -q "rehome-agent-[0-9a-f]* serve --state" && echo ${p#/proc/}; done' | head -1; }
-gate_pid() { on "$1" sh -c 'for p in /proc/[0-9]*; do tr "\0" " " <$p/cmdline 2>/dev/null | grep -q "rehome-gate-[0-9a-f]* --state" && echo ${p#/proc/}; done' | head -1; }
-pg_kill() { on "$1" sh -c 'kill -9 $(head -1 /var/lib/postgresql/15/main/postmaster.pid)'; }
-
-
 # Breaks things while a switch or a reverse is at FAULT_WHEN FAULT_PHASE. Runs beside it.
 breaker() { # FAULT YIELDS TAKES
   local fault=$1 yields=$2 takes=$3 i pid

@@ -1,7 +1,17 @@
 #!/usr/bin/env bash
-# The target's host is lost for good in the fallback window: a person says so, the source serves again and tells what the lag was. When
-# the lost host comes back all the same, it takes no writes.
+# A host is lost for good, and a person says so: the target's in the fallback window, and the source's before any switch. The other side
+# serves again and tells what may be missing. When the lost host comes back all the same, it takes no writes.
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+refuses() { # HOST: it comes to that by itself
+  local i
+  for i in $(seq 30); do
+    sleep 1
+    sql "$1" shop "INSERT INTO probe(side, at_us) VALUES ('$1', 1)" >/dev/null 2>"$world/shared/refused" || break
+  done
+  grep -q "does not serve" "$world/shared/refused" || { cat "$world/shared/refused"; fail "the host that came back takes writes"; }
+}
+
+say "the target is lost in the fallback window"
 make_world
 both_sites -- --tables 5 --rows 500
 MAX_PAUSE=5s write_yaml
@@ -14,8 +24,7 @@ finish "$all_pid"
 sleep 2
 hosts power-cut "$world" new
 # The person sits at the old server now.
-sed -e 's/^source: .*/source: {local: true, boot: "directory:\/var\/lib\/boot.d"}/' -e 's/^target: .*/target: {ssh: root@new, boot: "directory:\/var\/lib\/boot.d"}/' "$yaml" >"$world/shared/from-old.yaml"
-yaml=$world/shared/from-old.yaml
+yaml_from_old "$yaml"
 CONTROLLER=old
 sql old shop "INSERT INTO probe(side, at_us) VALUES ('old', 1)" >/dev/null 2>&1 && fail "the old side takes writes though nobody said that the new one is gone"
 rehome reverse --target-is-gone >"$world/shared/out" 2>&1 && fail "opened without a person's word"
@@ -27,11 +36,7 @@ load again 20 --keep-alive
 sleep 3
 finish "$again_pid"
 hosts power-on "$world" new
-for i in $(seq 30); do
-  sleep 1
-  sql new shop "INSERT INTO probe(side, at_us) VALUES ('new', 1)" >/dev/null 2>"$world/shared/refused" || break
-done
-grep -q "does not serve" "$world/shared/refused" || { cat "$world/shared/refused"; fail "the host that came back takes writes"; }
+refuses new
 judge all old target again -- all
 grep -qE '"failed": ?0[,}]' "$world/shared/all.verdict" || {
   cat "$world/shared/again.json" "$world/shared/again.err"
@@ -39,4 +44,32 @@ grep -qE '"failed": ?0[,}]' "$world/shared/all.verdict" || {
   on old sh -c 'tail -n 5 /var/log/nginx/*error* /var/log/shop*'
   fail "the side that was opened again does not take every order"
 }
-say "1 passed, 0 failed"
+stop_world
+world= background=() CONTROLLER=new
+
+say "the source is lost before any switch"
+make_world
+both_sites -- --tables 5 --rows 500
+MAX_PAUSE=5s write_yaml
+sql old shop "CREATE MATERIALIZED VIEW totals AS SELECT count(*) AS n FROM orders" >/dev/null
+load before 20 --keep-alive
+rehome -q begin
+sleep 3
+finish "$before_pid"
+sleep 3
+orders=$(sql old shop "SELECT count(*) FROM orders")
+hosts power-cut "$world" old
+rehome resume --source-is-gone >"$world/shared/out" 2>&1 && fail "opened without a person's word"
+rehome resume --source-is-gone --confirm old >"$world/shared/out" 2>&1 || { cat "$world/shared/out"; fail "resume --source-is-gone"; }
+cat "$world/shared/out"
+grep -q "until the link went down" "$world/shared/out" || fail "it does not say what may be missing"
+[ "$(sql new shop "SELECT n FROM totals")" = "$orders" ] || fail "the materialized view is not refreshed"
+site health new
+LOAD_TO=10.77.0.2:80 load after 20 --keep-alive
+sleep 3
+finish "$after_pid"
+hosts power-on "$world" old
+refuses old
+judge after new source after -- before
+grep -qE '"failed": ?0[,}]' "$world/shared/after.verdict" || fail "the side that was opened does not take every order"
+say "2 passed, 0 failed"

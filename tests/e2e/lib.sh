@@ -120,6 +120,20 @@ nap() { # HOST PID SECONDS OUTER
 }
 descendants() { local c; for c in $(pgrep -P "$1"); do descendants "$c"; done; echo "$1"; }
 
+# The pid inside HOST of a program of ours, by the start of its command line; nothing where it does not run.
+agent_pid() { pid_of "$1" "rehome-agent-[0-9a-f]* serve --state"; }
+gate_pid() { pid_of "$1" "rehome-gate-[0-9a-f]* --state"; }
+pid_of() { # HOST PATTERN
+  on "$1" sh -c 'for p in /proc/[0-9]*; do if tr "\0" " " 2>/dev/null <$p/cmdline | grep -q "$1"; then echo ${p#/proc/}; break; fi; done' sh "$2" 2>/dev/null || true
+}
+pg_kill() { on "$1" sh -c 'kill -9 $(head -1 /var/lib/postgresql/15/main/postmaster.pid)'; }
+
+# Makes of YAML what a person who sits at the old server writes, and $yaml that.
+yaml_from_old() { # YAML
+  sed -e 's/^source: .*/source: {local: true, boot: "directory:\/var\/lib\/boot.d"}/' -e 's/^target: .*/target: {ssh: root@new, boot: "directory:\/var\/lib\/boot.d"}/' "$1" >"$world/shared/from-old.yaml"
+  yaml=$world/shared/from-old.yaml
+}
+
 probe() { # NAME: probe writers on both sides, from admin
   # A host without power answers nothing: the probe's connection to it must end all the same.
   local quick="keepalives_idle=1 keepalives_interval=1 keepalives_count=3 tcp_user_timeout=4000"

@@ -13,9 +13,6 @@ if [ -z "${REHOME_ALL:-}${FAULTS:-}${STEPS:-}" ]; then
   steps=("${steps[$((RANDOM % ${#steps[@]}))]}")
 fi
 
-agent_pid() { on "$1" sh -c 'for p in /proc/[0-9]*; do tr "\0" " " <$p/cmdline 2>/dev/null | grep -q "rehome-agent-[0-9a-f]* serve --state" && echo ${p#/proc/}; done' 2>/dev/null | head -1; }
-kill_in() { on "$1" sh -c 'kill -9 '"$2"; }
-
 strike() { # FAULT
   local pid
   case $1 in
@@ -24,8 +21,8 @@ strike() { # FAULT
     kill_agent_source) pid=$(agent_pid old); [ -z "$pid" ] || on old kill -9 "$pid" ;;
     kill_agent_target) pid=$(agent_pid new); [ -z "$pid" ] || on new kill -9 "$pid" ;;
     cut_link) hosts link "$world" down; sleep 6; hosts link "$world" up ;;
-    kill_pg_source) on old sh -c 'kill -9 $(head -1 /var/lib/postgresql/15/main/postmaster.pid)'; sleep 1; pg start old 15 5432 ;;
-    kill_pg_target) on new sh -c 'kill -9 $(head -1 /var/lib/postgresql/15/main/postmaster.pid)'; sleep 1; pg start new 15 5432 ;;
+    kill_pg_source) pg_kill old; sleep 1; pg start old 15 5432 ;;
+    kill_pg_target) pg_kill new; sleep 1; pg start new 15 5432 ;;
     power_source) hosts power-cut "$world" old; sleep 2; hosts power-on "$world" old ;;
     power_target) hosts power-cut "$world" new; sleep 2; hosts power-on "$world" new ;;
   esac

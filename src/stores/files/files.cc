@@ -245,8 +245,7 @@ ActionSets FilesStore::actions(StoreContext& c, Direction d) {
   ActionSets sets;
   Site &y = c.at(d.yields), &t = c.at(d.takes());
   // Closed only after the commit: what is opened again here is a side whose other one is gone, by a person's word.
-  Json reopen = open, status_y = status;
-  sets.undo.push_back(ask_agent(y, name() + ": open " + config_.files.path[d.yields], reopen, status_y));
+  sets.undo.push_back(ask_agent(y, name() + ": open " + config_.files.path[d.yields], open, status));
   sets.open.push_back(ask_agent(t, name() + ": open " + config_.files.path[d.takes()], open, status));
   sets.tail_takes.push_back(ask_agent(t, name() + ": follow the new side's changes", follow));
   sets.tail_yields.push_back(ask_agent(y, name() + ": follow the old side's changes no more", untrack));

@@ -4,29 +4,44 @@
 
 namespace rehome {
 
-void PostgresStore::remove_flow(StoreContext& c, const std::string& database, const PgFlow& f) {
-  auto sub = session(c, f.subscriber(), database);
-  std::string name = pg_identifier(f.subscription);
-  if (sub->number("SELECT count(*) FROM pg_subscription WHERE subname = " + pg_literal(f.subscription) + " AND subdbid = (SELECT oid FROM pg_database WHERE datname = current_database())") > 0) {
-    sub->exec("ALTER SUBSCRIPTION " + name + " DISABLE");
-    sub->exec("ALTER SUBSCRIPTION " + name + " SET (slot_name = NONE)");
-    sub->exec("DROP SUBSCRIPTION " + name);
-  }
-  auto pub = session(c, f.publisher, database);
-  c.at(f.publisher).call("keep.drop", {{"name", f.slot}});
+void PostgresStore::drop_slots(PgSession& publisher, const std::string& which) {
   Deadline deadline = Deadline::in(Millis(10000));
   while (true) {
-    auto slot = pub->query("SELECT active_pid FROM pg_replication_slots WHERE slot_name = " + pg_literal(f.slot));
-    if (slot.empty()) break;
-    if (!slot[0][0]) {
-      pub->exec("SELECT pg_drop_replication_slot(" + pg_literal(f.slot) + ")");
-      break;
+    auto slots = publisher.query("SELECT slot_name, active_pid FROM pg_replication_slots WHERE " + which);
+    if (slots.empty()) return;
+    if (deadline.passed()) throw Error(Code::store, publisher.address().label + ": slot " + *slots[0][0] + " stays in use", "end the session that uses it, then repeat the command");
+    try {
+      for (auto& slot : slots) publisher.exec(slot[1] ? "SELECT pg_terminate_backend(" + *slot[1] + ")" : "SELECT pg_drop_replication_slot(" + pg_literal(*slot[0]) + ")");
+    } catch (const PgError& e) {
+      // Taken by a worker, or dropped by its own, in between.
+      if (e.sqlstate != "55006" && e.sqlstate != "42704") throw;
     }
-    pub->exec("SELECT pg_terminate_backend(" + *slot[0][0] + ")");
-    if (deadline.passed()) throw Error(Code::store, pub->address().label + ": slot " + f.slot + " stays in use", "end the session that uses it, then repeat the command");
     system_clock().sleep(Millis(20));
   }
-  pub->exec("DROP PUBLICATION IF EXISTS " + pg_identifier(f.publication));
+}
+
+std::string PostgresStore::synchronising_slots(PgSession& subscriber, const PgFlow& f) {
+  auto rows = subscriber.query("SELECT s.oid, c.system_identifier FROM pg_subscription s, pg_control_system() c WHERE subname = " + pg_literal(f.subscription) + " AND subdbid = (SELECT oid FROM pg_database WHERE datname = current_database())");
+  return rows.empty() ? "" : "slot_name LIKE 'pg\\_" + *rows[0][0] + "\\_sync\\_%\\_" + *rows[0][1] + "'";
+}
+
+void PostgresStore::remove_flow(StoreContext& c, const std::string& database, const PgFlow& f) {
+  auto sub = session(c, f.subscriber(), database);
+  auto pub = session(c, f.publisher, database);
+  std::string name = pg_identifier(f.subscription);
+  if (std::string syncing = synchronising_slots(*sub, f); !syncing.empty()) {
+    sub->exec("ALTER SUBSCRIPTION " + name + " DISABLE");
+    sub->exec("ALTER SUBSCRIPTION " + name + " SET (slot_name = NONE)");
+    drop_slots(*pub, syncing);
+    sub->exec("DROP SUBSCRIPTION " + name);
+  }
+  remove_publisher(c, *pub, f);
+}
+
+void PostgresStore::remove_publisher(StoreContext& c, PgSession& publisher, const PgFlow& f) {
+  c.at(f.publisher).call("keep.drop", {{"name", f.slot}});
+  drop_slots(publisher, "slot_name = " + pg_literal(f.slot));
+  publisher.exec("DROP PUBLICATION IF EXISTS " + pg_identifier(f.publication));
 }
 
 void PostgresStore::remove_objects(StoreContext& c, Side side, const std::string& database, bool keep_fence) {
@@ -95,10 +110,7 @@ std::vector<std::string> PostgresStore::abandon(StoreContext& c) {
     if (there) {
       for (Side publisher : {Side::source, Side::target}) remove_flow(c, database, flow(database, publisher));
     } else {
-      auto s = session(c, Side::source, database);
-      PgFlow f = flow(database, Side::source);
-      c.source.call("keep.drop", {{"name", f.slot}});
-      s->exec("DROP PUBLICATION IF EXISTS " + pg_identifier(f.publication));
+      remove_publisher(c, *session(c, Side::source, database), flow(database, Side::source));
     }
     remove_objects(c, Side::source, database, false);
     if (there && is_made(database)) {

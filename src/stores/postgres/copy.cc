@@ -7,6 +7,7 @@
 #include <set>
 #include <thread>
 
+#include "base/parallel.h"
 #include "base/text.h"
 #include "stores/postgres/catalogue.h"
 #include "stores/postgres/postgres.h"
@@ -77,53 +78,71 @@ std::vector<std::pair<std::string, std::string>> client_environment(const PgAddr
 
 }  // namespace
 
+PostgresStore::SnapshotState PostgresStore::snapshot_state(StoreContext& c, const std::string& database, const PgFlow& flow) {
+  Json known = c.recall(key("snapshot", database));
+  if (!known.is_string()) return {};
+  if (known == "lost") return {.is = SnapshotState::lost};
+  auto s = session(c, Side::source, database, "rehome copy");
+  if (!slot_stands(*s, flow)) return {.is = SnapshotState::lost, .why = "the slot of " + database + " is gone (it passed the limit of WAL kept, or somebody dropped it)"};
+  const Json keeps = c.source.call("keep.list");
+  for (const auto& k : keeps.at("kept")) {
+    if (get_string(k, "name") != flow.slot || !get_bool(k, "alive")) continue;
+    try {
+      s->exec("BEGIN ISOLATION LEVEL REPEATABLE READ");
+      s->exec("SET TRANSACTION SNAPSHOT " + pg_literal(known.get<std::string>()));
+      return {.is = SnapshotState::held, .name = known.get<std::string>()};
+    } catch (const PgError&) {
+      // Gone with its session.
+    }
+  }
+  Json sections = c.recall(key("sections", database)), done = c.recall(key("done", database));
+  if (!sections.is_array() || sections.empty() || !done.is_array() || done.empty())
+    return {.is = SnapshotState::lost, .why = "the snapshot of " + database + " is lost before a table was finished"};
+  std::string changed = schema_change(c, database);
+  if (!changed.empty()) return {.is = SnapshotState::lost, .why = "the snapshot of " + database + " is lost, and its schema changed meanwhile: " + changed};
+  return {.is = SnapshotState::rest};
+}
+
+PostgresStore::CopyRest PostgresStore::what_is_left(StoreContext& c, const std::string& database, PgSession& source) {
+  std::set<std::string> finished;
+  for (const Json done = c.recall(key("done", database)); const auto& d : done) finished.insert(d.get<std::string>());
+  CopyRest r;
+  std::int64_t bytes = 0;
+  for (const auto& table : tables(source)) {
+    if (table.partitioned || table.unlogged) continue;
+    if (finished.contains(table.full())) {
+      r.stay.push_back(table);
+      continue;
+    }
+    r.again.push_back(table.full());
+    bytes += table.bytes;
+  }
+  r.says = "the snapshot of " + database + " is lost; " + std::to_string(r.stay.size()) + " finished tables stay, " + std::to_string(r.again.size()) + " are copied again (" + human_bytes(bytes) + "): " + join(r.again, ", ");
+  return r;
+}
+
+std::vector<std::string> PostgresStore::left_to_copy(StoreContext& c, const std::string& database) {
+  if (c.recall(key("copied", database)) == true) return {};
+  SnapshotState snapshot = snapshot_state(c, database, flow(database, Side::source));
+  if (snapshot.is == SnapshotState::lost) return {(snapshot.why.empty() ? "the first copy of " + database + " must begin anew" : snapshot.why) + "; all tables are copied again"};
+  if (snapshot.is == SnapshotState::rest) return {what_is_left(c, database, *session(c, Side::source, database)).says};
+  return {};
+}
+
 // The walsender's connection is kept by the source's agent, so that the snapshot lives on when this process dies.
 std::string PostgresStore::hold_snapshot(StoreContext& c, const std::string& database, const PgFlow& flow) {
   std::string keep = flow.slot;
-  Json known = c.recall(key("snapshot", database));
-  if (known.is_string()) {
-    Json kept = c.source.call("keep.list");
-    bool alive = false;
-    for (const auto& k : kept.value("keeps", Json::array()))
-      alive = alive || (get_string(k, "name") == keep && get_bool(k, "alive"));
-    if (alive) {
-      try {
-        auto s = session(c, Side::source, database, "rehome copy");
-        s->exec("BEGIN ISOLATION LEVEL REPEATABLE READ");
-        s->exec("SET TRANSACTION SNAPSHOT " + pg_literal(known.get<std::string>()));
-        return known.get<std::string>();
-      } catch (const PgError&) {
-        // Gone with its session.
-      }
-    }
-    Json sections = c.recall(key("sections", database)), done = c.recall(key("done", database));
-    auto s = session(c, Side::source, database);
-    bool slot = s->number("SELECT count(*) FROM pg_replication_slots WHERE slot_name = " + pg_literal(flow.slot) + " AND wal_status IS DISTINCT FROM 'lost'") > 0;
-    if (known != "lost" && slot && sections.is_array() && !sections.empty() && done.is_array() && !done.empty()) {
-      std::string changed = schema_change(c, database);
-      if (changed.empty()) return {};
-      c.log(config_.name + ": the snapshot of " + database + " is lost, and its schema changed meanwhile: " + changed);
-    } else if (known != "lost" && !slot) {
-      c.log(config_.name + ": the snapshot of " + database + " is lost, and its slot is gone");
-    }
-  }
+  SnapshotState before = snapshot_state(c, database, flow);
+  if (before.is == SnapshotState::held) return before.name;
+  if (before.is == SnapshotState::rest) return {};
+  if (!before.why.empty()) c.log(config_.name + ": " + before.why);
   auto admin = session(c, Side::source, database);
   c.source.call("keep.drop", {{"name", keep}});
-  Deadline deadline = Deadline::in(Millis(10000));
-  while (true) {
-    auto slot = admin->query("SELECT active FROM pg_replication_slots WHERE slot_name = " + pg_literal(flow.slot));
-    if (slot.empty()) break;
-    if (*slot[0][0] == "f") {
-      // What an earlier slot held back is covered by no snapshot any more: the tables that used it start again.
-      admin->exec("SELECT pg_drop_replication_slot(" + pg_literal(flow.slot) + ")");
-      break;
-    }
-    if (deadline.passed()) throw Error(Code::store, "source: slot " + flow.slot + " is in use by another session", "end that session, then resume");
-    system_clock().sleep(Millis(50));
-  }
-  if (known.is_string()) {
+  // What an earlier slot held back is covered by no snapshot any more: the tables that used it start again.
+  drop_slots(*admin, "slot_name = " + pg_literal(flow.slot));
+  if (before.is == SnapshotState::lost) {
     // Tables finished under the lost slot cannot be followed by the new one.
-    c.log(config_.name + ": all tables of " + database + " are copied" + (known == "lost" ? "" : " again"));
+    c.log(config_.name + ": all tables of " + database + " are copied again");
     c.remember(key("done", database), Json::array());
     c.remember(key("sections", database), Json::array());
     c.remember(key("postdata_begun", database), Json());
@@ -264,6 +283,11 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
   int source_major = 0;
   std::vector<Piece> pieces;
   std::int64_t total = 0, before = 0;
+  // A table is split only where it would keep one worker busy when the others are done: a whole one is written frozen, a split one
+  // is written once more when its rows are first read.
+  std::int64_t all_bytes = 0;
+  for (const auto& t : all) all_bytes += t.partitioned || finished.contains(t.full()) ? 0 : t.bytes;
+  const std::int64_t long_one = std::max(split_bytes, static_cast<std::int64_t>(split_share * static_cast<double>(all_bytes) / std::max(1, c.deployment.limits.jobs)));
   {
     auto s = session(c, Side::source, database, "rehome copy");
     source_major = s->major();
@@ -275,7 +299,7 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
         before += t.bytes;
         continue;
       }
-      std::int64_t parts = !t.unlogged ? (t.bytes + split_bytes - 1) / split_bytes : 1;
+      std::int64_t parts = !t.unlogged && t.bytes > long_one ? (t.bytes + split_bytes - 1) / split_bytes : 1;
       // Before 14 a ctid range scans the whole table: ranges of its key then.
       if (parts > 1 && source_major < 14) {
         auto ranges = key_ranges(*s, t, parts);
@@ -312,12 +336,18 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
 
   std::mutex mutex;
   std::deque<Piece> queue(pieces.begin(), pieces.end());
-  std::optional<Error> failure;
   std::atomic<std::int64_t> moved{before};
   Throttle throttle(c.deployment.limits.bandwidth);
   Ticks reported = 0;
-  auto worker = [&] {
-    try {
+  auto require_slot = [&](PgSession& source) {
+    if (!slot_stands(source, f))
+      throw Error(Code::store, "source: the slot of " + database + " went while it was copied: it kept more WAL than limits: wal_kept allows (" + human_bytes(c.deployment.limits.wal_kept) + "), or somebody dropped it",
+                  "raise wal_kept, or copy when less is written; rehome resume begins this database's copy anew");
+  };
+  auto remember_finished = [&] { c.remember(key("done", database), Json(finished)); };
+  int workers = std::min<int>(std::max(1, c.deployment.limits.jobs), static_cast<int>(std::max<std::size_t>(1, pieces.size())));
+  try {
+    in_parallel(workers, [&](const std::atomic<bool>& failed) {
       auto from = session(c, Side::source, database, "rehome copy");
       from->exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
       from->exec("SET TRANSACTION SNAPSHOT " + pg_literal(snapshot));
@@ -328,10 +358,12 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
         Piece piece;
         {
           std::lock_guard lock(mutex);
-          if (queue.empty() || failure) return;
+          if (queue.empty() || failed) return;
           piece = queue.front();
           queue.pop_front();
         }
+        // Without it nobody could follow from this snapshot on: what is still to come would be copied in vain.
+        require_slot(*from);
         const PgTable& t = all[piece.table];
         std::string format = t.binary && same_major ? "FORMAT binary" : "FORMAT text";
         std::string columns = t.columns.empty() ? "" : " (" + t.columns + ")";
@@ -356,29 +388,24 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
         if (--open_pieces[piece.table] == 0) {
           finished.insert(t.full());
           // Small tables together: a durable journal line for each of 2,000 would cost seconds.
-          if (t.bytes > (8 << 20) || finished.size() % 50 == 0) c.remember(key("done", database), Json(finished));
+          if (t.bytes > (8 << 20) || finished.size() % 50 == 0) remember_finished();
         }
       }
-    } catch (const Error& e) {
-      std::lock_guard lock(mutex);
-      if (!failure) failure = e;
-    }
-  };
-  {
-    std::vector<std::jthread> workers;
-    int n = std::min<int>(std::max(1, c.deployment.limits.jobs), static_cast<int>(std::max<std::size_t>(1, pieces.size())));
-    for (int i = 0; i < n; i++) workers.emplace_back(worker);
+    });
+  } catch (const Error& e) {
+    remember_finished();
+    throw e.in(config_.name);
   }
-  c.remember(key("done", database), Json(finished));
-  if (failure) throw failure->in(config_.name);
+  remember_finished();
 
   c.progress({.store = config_.name, .phase = "indexes and constraints", .detail = database, .done = total, .total = total});
   restore_section(c, database, "post-data", snapshot);
   auto target = session(c, Side::target, database);
   c.progress({.store = config_.name, .phase = "analyze", .detail = database, .done = total, .total = total});
-  target->exec("ANALYZE");
+  analyze(c, database);
   record_copied_schema(c, database, snapshot);
   target->exec(pgsql::fence_function_before_switch(elsewhere));
+  require_slot(*session(c, Side::source, database));
   // The snapshot has done its work; what holds it back would keep vacuum from the source's dead rows.
   c.source.call("keep.drop", {{"name", f.slot}});
   c.remember(key("copied", database), true);
@@ -389,41 +416,41 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
 void PostgresStore::copy_rest(StoreContext& c, const std::string& database) {
   PgFlow f = flow(database, Side::source);
   c.source.call("keep.drop", {{"name", f.slot}});
-  std::set<std::string> finished;
-  for (const auto& d : c.recall(key("done", database))) finished.insert(d.get<std::string>());
   auto s = session(c, Side::source, database);
   auto t = session(c, Side::target, database, "rehome copy");
-  auto all = tables(*s);
   if (t->number("SELECT count(*) FROM pg_subscription WHERE subname = " + pg_literal(f.subscription)) == 0) {
-    std::vector<PgTable> stay;
-    std::vector<std::string> again;
-    std::int64_t bytes = 0;
+    CopyRest rest = what_is_left(c, database, *s);
     t->exec("SET session_replication_role = replica");
-    for (const auto& table : all) {
-      if (table.partitioned || table.unlogged) continue;
-      if (finished.contains(table.full())) {
-        stay.push_back(table);
-        continue;
-      }
-      again.push_back(table.full());
-      bytes += table.bytes;
-    }
-    c.log(config_.name + ": the snapshot of " + database + " is lost; " + std::to_string(stay.size()) + " finished tables stay, " + std::to_string(again.size()) + " are copied again (" + human_bytes(bytes) + "): " + join(again, ", "));
+    c.log(config_.name + ": " + rest.says);
     // Alone or together, as a foreign key asks for it.
-    if (!again.empty()) t->exec("TRUNCATE ONLY " + join(again, ", ONLY "));
+    if (!rest.again.empty()) t->exec("TRUNCATE ONLY " + join(rest.again, ", ONLY "));
     restore_section(c, database, "post-data", "", false);
     // Only the finished tables are known to the subscription when it is made.
-    publish(c, *s, f, stay);
+    publish(c, *s, f, rest.stay);
     subscribe(c, database, f, true);
   }
   synchronise(c, database);
   auto now = read_source_schema(c, database);
   finish_schema(c, database, now);
-  t->exec("ANALYZE");
+  analyze(c, database);
   c.remember(key("copied", database), true);
 }
 
+// One worker alone would be the long end of a copy. A parent's ANALYZE does its partitions too.
+void PostgresStore::analyze(StoreContext& c, const std::string& database) {
+  std::vector<std::string> names;
+  for (auto& r : session(c, Side::target, database)->query("SELECT c.oid::regclass::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind IN ('r', 'p', 'm') "
+                                                           "AND NOT c.relispartition AND c.relpersistence <> 't' AND n.nspname <> 'information_schema' ORDER BY c.relkind = 'p' DESC, pg_table_size(c.oid) DESC"))
+    names.push_back(*r[0]);
+  std::atomic<std::size_t> next{0};
+  in_parallel(c.deployment.limits.jobs, [&](const std::atomic<bool>& failed) {
+    auto s = session(c, Side::target, database);
+    for (std::size_t i; !failed && (i = next++) < names.size();) s->exec("ANALYZE " + names[i]);
+  });
+}
+
 void PostgresStore::copy(StoreContext& c) {
+  watch_wal(c, Side::source);
   for (const auto& database : databases(c)) {
     if (c.recall(key("copied", database)) == true) continue;
     copy_database(c, database);

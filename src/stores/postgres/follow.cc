@@ -25,10 +25,15 @@ void PostgresStore::follow(StoreContext& c) {
 void PostgresStore::watch_wal(StoreContext& c, Side side) {
   const PostgresServer& pg = server(side);
   const std::string ours = "slot_name LIKE 'rehome\\_" + tag_ + "\\_%'";
+  std::string limited = ours;
+  for (const auto& database : databases(c)) {
+    PgFlow f = flow(database, side);
+    if (std::string syncing = synchronising_slots(*session(c, f.subscriber(), database), f); !syncing.empty()) limited += " OR " + syncing;
+  }
   std::string script = "\\set QUIET on\n\\pset tuples_only on\n\\pset format unaligned\n"
                        "SELECT format('slot %s dropped: it kept %s bytes', slot_name, pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)) || "
                        "left(concat(pg_terminate_backend(active_pid), pg_sleep(0.2), pg_drop_replication_slot(slot_name)), 0) "
-                       "FROM pg_replication_slots WHERE " + ours + " AND pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) > " + std::to_string(c.deployment.limits.wal_kept) +
+                       "FROM pg_replication_slots WHERE (" + limited + ") AND pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) > " + std::to_string(c.deployment.limits.wal_kept) +
                        " UNION ALL SELECT format('lag " + config_.name + " %s %s', sum(pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn))::bigint, "
                        "coalesce(max(extract(epoch FROM r.replay_lag) * 1000), 0)::bigint) FROM pg_replication_slots s LEFT JOIN pg_stat_replication r ON r.pid = s.active_pid WHERE s." + ours +
                        " HAVING count(*) > 0 \\watch 5\n";

@@ -117,6 +117,10 @@ std::vector<PgTable> PostgresStore::tables(PgSession& s) {
   return found;
 }
 
+bool PostgresStore::slot_stands(PgSession& publisher, const PgFlow& f) {
+  return publisher.number("SELECT count(*) FROM pg_replication_slots WHERE slot_name = " + pg_literal(f.slot) + " AND wal_status IS DISTINCT FROM 'lost'") > 0;
+}
+
 std::vector<std::int64_t> PostgresStore::lock_order(Side side, const std::string& database) {
   std::lock_guard lock(mutex_);
   return lock_order_[std::string(side_name(side)) + "/" + database];

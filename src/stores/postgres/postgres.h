@@ -53,6 +53,7 @@ class PostgresStore : public Store {
   void recopy(StoreContext&) override;
   Verdict verify(StoreContext&) override;
   void prepare_reverse(StoreContext&, Direction) override;
+  void make_up_for_cut(StoreContext&, Direction) override;
   ActionSets actions(StoreContext&, Direction) override;
   std::unique_ptr<Cut> open_cut(StoreContext&, Direction) override;
   Millis micro_fence(StoreContext&, Direction, Deadline) override;
@@ -62,8 +63,10 @@ class PostgresStore : public Store {
   std::vector<std::string> leftovers(StoreContext&) override;
   std::string ask(StoreContext&, Side, const std::string& database, const std::string& query) override;
 
-  // Tables above this are split by ranges, so that one large table does not keep one worker busy alone. Tests make it small.
+  // Tables are split by ranges into pieces of that many bytes, where they are larger than that and than `split_share` times what one
+  // worker has to copy. Tests make both small.
   std::int64_t split_bytes = 256 << 20;
+  double split_share = 1.25;
 
   // For the phases and the Cut.
   std::string server_address(Side side) const;   // as seen from its site, for a relay
@@ -72,6 +75,8 @@ class PostgresStore : public Store {
   std::vector<std::string> databases(StoreContext&);
   PgFlow flow(const std::string& database, Side publisher) const;
   std::vector<PgTable> tables(PgSession&);
+  // The flow's slot is there, and the server still has the WAL that it asks for.
+  static bool slot_stands(PgSession& publisher, const PgFlow&);
   // Where that side's server finds the socket that leads to the other's, and the passfile for it: a directory of the agent's
   // account that the server's account may enter (the agent's state is closed to it), kept over a reboot where it can be,
   // since the listener comes back with the agent. Its name is told by the agent's state: two runs never share one.
@@ -103,11 +108,29 @@ class PostgresStore : public Store {
   void restore_section(StoreContext&, const std::string& database, const std::string& section, const std::string& snapshot, bool foreign_keys = true);
   void copy_database(StoreContext&, const std::string& database);
   void watch_wal(StoreContext&, Side);
+  // What has become of a first copy's snapshot. `rest`: it is lost, but the slot holds all that has happened since, and the
+  // finished tables stay. `lost`: the slot is of no use either, or what was copied is none, for the reason `why` (empty: known
+  // before). `none`: no copy was begun.
+  struct SnapshotState {
+    enum { none, held, rest, lost } is = none;
+    std::string name, why;
+  };
+  SnapshotState snapshot_state(StoreContext&, const std::string& database, const PgFlow&);
+  // What a copy that lost its snapshot keeps and what it copies again, and the same in words.
+  struct CopyRest {
+    std::vector<PgTable> stay;
+    std::vector<std::string> again;
+    std::string says;
+  };
+  CopyRest what_is_left(StoreContext&, const std::string& database, PgSession& source);
+  // For the plan of a run that has lost a snapshot; empty: nothing is copied twice.
+  std::vector<std::string> left_to_copy(StoreContext&, const std::string& database);
   // The name of the snapshot that goes with the flow's slot. Empty: it is lost, but the slot holds all that has happened since,
   // and the finished tables stay.
   std::string hold_snapshot(StoreContext&, const std::string& database, const PgFlow&);
   // The rest of a copy whose snapshot is lost. Interrupted, it goes on where it was.
   void copy_rest(StoreContext&, const std::string& database);
+  void analyze(StoreContext&, const std::string& database);
   void copy_whole(StoreContext&, const std::string& database, const std::string& why);
   // Brings what has changed at the source since the copy; the tables concerned are copied again. Returns why that is not
   // possible, and then the whole database must be copied; empty: done. Interrupted, it begins again with what is left.
@@ -129,6 +152,12 @@ class PostgresStore : public Store {
   void tune(StoreContext&, Side);
   void untune(StoreContext&, Side);
   void remove_flow(StoreContext&, const std::string& database, const PgFlow&);
+  // Which slots at the publisher are those of tables that the subscription is just synchronising, as SQL; empty: there is no such
+  // subscription. Their names hold its oid and its cluster's number, nothing of ours.
+  std::string synchronising_slots(PgSession& subscriber, const PgFlow&);
+  void remove_publisher(StoreContext&, PgSession& publisher, const PgFlow&);
+  // The slots of which `which` (SQL) is true go, and who uses them is ended.
+  void drop_slots(PgSession& publisher, const std::string& which);
   void remove_objects(StoreContext&, Side, const std::string& database, bool keep_fence);
   std::string secret(Side, const std::string& database);
   std::string compare_rows(StoreContext&, const std::string& database, const PgTable&, const std::string& snap_s,

@@ -246,6 +246,7 @@ Estimate PostgresStore::estimate(StoreContext& c) {
     e.objects += s->number("SELECT coalesce(sum(greatest(reltuples, 0)), 0)::bigint FROM pg_class WHERE relkind = 'r' AND relnamespace NOT IN (SELECT oid FROM pg_namespace WHERE nspname LIKE 'pg\\_%' OR nspname = 'information_schema')");
     large += s->number("SELECT count(*) FROM pg_largeobject_metadata");
     sequence_count += s->number("SELECT count(*) FROM pg_sequences");
+    for (auto& line : left_to_copy(c, database)) e.again.push_back(std::move(line));
     e.facts["schema." + database] = s->value("SELECT md5(" + pg_literal(schema) + ")");
   }
   std::int64_t rate = 40'000'000;   // rows and indexes together, seen on two shared cores

@@ -85,6 +85,7 @@ void PostgresStore::synchronise(StoreContext& c, const std::string& database) {
   auto t = session(c, Side::target, database);
   t->exec(pgsql::fence_function_before_switch("the source serves until the switch"));
   t->exec("ALTER SUBSCRIPTION " + pg_identifier(f.subscription) + " REFRESH PUBLICATION WITH (copy_data = true)");
+  watch_wal(c, Side::source);   // the slots of the tables that are copied now, too
   // Workers that fail are started again for ever; from 15 on the server counts.
   std::string failures = t->major() >= 15 ? "coalesce((SELECT x.sync_error_count FROM pg_stat_subscription_stats x WHERE x.subid = s.oid), 0)" : "0";
   std::int64_t failed_at = -1;
@@ -168,7 +169,7 @@ std::string PostgresStore::copy_changed(StoreContext& c, const std::string& data
   SchemaChange change(*t, now.entries);
   if (!change.known()) return "there is no record of what was copied";
   if (!change.obstacle().empty()) return change.obstacle();
-  if (s->number("SELECT count(*) FROM pg_replication_slots WHERE slot_name = " + pg_literal(f.slot) + " AND wal_status IS DISTINCT FROM 'lost'") == 0) return "its slot is gone";
+  if (!slot_stands(*s, f)) return "its slot is gone";
   if (t->number("SELECT count(*) FROM pg_subscription WHERE subenabled AND subname = " + pg_literal(f.subscription)) == 0) return "its follower is gone";
   auto at_source = tables(*s);
   std::set<std::string> published_now;
@@ -262,7 +263,7 @@ std::vector<std::string> PostgresStore::needs_recopy(StoreContext& c) {
     PgFlow back = flow(database, Side::target), f = flow(database, Side::source);
     auto s = session(c, Side::source, database);
     if (s->number("SELECT count(*) FROM pg_subscription WHERE subenabled AND subname = " + pg_literal(back.subscription)) > 0) continue;
-    if (s->number("SELECT count(*) FROM pg_replication_slots WHERE slot_name = " + pg_literal(f.slot) + " AND wal_status IS DISTINCT FROM 'lost'") == 0)
+    if (!slot_stands(*s, f))
       all.push_back(database + ": everything: slot " + f.slot + " is gone (it passed the limit of WAL kept, or somebody dropped it)");
     for (const auto& line : split(schema_change(c, database), '\n'))
       if (!line.empty()) all.push_back(database + ": " + line);
@@ -286,7 +287,7 @@ void PostgresStore::recopy(StoreContext& c) {
   for (const auto& database : databases(c)) {
     PgFlow f = flow(database, Side::source);
     auto s = session(c, Side::source, database);
-    bool slot = s->number("SELECT count(*) FROM pg_replication_slots WHERE slot_name = " + pg_literal(f.slot) + " AND wal_status IS DISTINCT FROM 'lost'") > 0;
+    bool slot = slot_stands(*s, f);
     if (slot && schema_change(c, database).empty()) continue;
     std::string why = slot ? copy_changed(c, database) : "its slot is gone (it passed the limit of WAL kept, or somebody dropped it)";
     if (!why.empty()) copy_whole(c, database, why);

@@ -229,7 +229,13 @@ TEST_P(PostgresLost, FinishedTablesStay) {
     system_clock().sleep(Millis(200));
   }
   s->exec("UPDATE public.large SET account = 1 WHERE id < 100; INSERT INTO public.pointing VALUES (1000, 1000); DELETE FROM public.pointing WHERE id = 5");
+  // The plan of what is left says it before it is done.
+  auto again = store.estimate(w.context()).again;
+  ASSERT_EQ(again.size(), 1u);
+  EXPECT_NE(again[0].find("finished tables stay"), std::string::npos) << again[0];
+  EXPECT_NE(again[0].find("\"public\".\"large\""), std::string::npos) << again[0];
   store.copy(w.context());
+  EXPECT_EQ(store.estimate(w.context()).again, std::vector<std::string>{});
   EXPECT_TRUE(said(w, "finished tables stay")) << join(w.lines, "\n");
   EXPECT_TRUE(said(w, "\"public\".\"large\"")) << join(w.lines, "\n");
   EXPECT_EQ(oid(target, "public.account"), account);
@@ -294,6 +300,38 @@ TEST(PostgresLimit, SlotGoesAndIsBroughtBack) {
   quiesced_equal(source, target);
 }
 
+// The limit holds while the first copy runs, too; it says so, and begins anew when asked.
+TEST(PostgresLimit, SlotGoesDuringTheCopy) {
+  PgServer source(15, {"max_wal_size = 128MB", "wal_keep_size = 0"}), target(15);
+  source.session("postgres")->exec("CREATE DATABASE shop");
+  auto s = source.session("shop");
+  s->exec("SET search_path = public; CREATE TABLE filler(id bigserial PRIMARY KEY, t text); CREATE TABLE a(id int PRIMARY KEY, t text); INSERT INTO a SELECT i, repeat(md5(i::text), 30) FROM generate_series(1, 6000) i; "
+          "CREATE TABLE b(LIKE a INCLUDING ALL); INSERT INTO b SELECT * FROM a; CREATE TABLE d(LIKE a INCLUDING ALL); INSERT INTO d SELECT * FROM a");
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  w.deployment.limits.wal_kept = 64 << 20;
+  w.deployment.limits.bandwidth = 1 << 20;
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  store.prepare(w.context());
+  std::jthread writer([&] {
+    auto own = source.session("shop");
+    for (int i = 0; i < 6; i++) own->exec("INSERT INTO public.filler(t) SELECT repeat(md5(i::text), 30) FROM generate_series(1, 15000) i");
+  });
+  try {
+    store.copy(w.context());
+    ADD_FAILURE() << "the slot was to go";
+  } catch (const Error& e) {
+    EXPECT_NE(e.message.find("wal_kept"), std::string::npos) << e.what();
+  }
+  writer.join();
+  s->exec("DELETE FROM public.filler WHERE id > 1000");
+  w.deployment.limits.bandwidth = 0;
+  begin(w, store);
+  EXPECT_TRUE(said(w, "all tables of shop are copied again")) << join(w.lines, "\n");
+  EXPECT_TRUE(store.verify(w.context()).equal);
+  store.abandon(w.context());
+  EXPECT_EQ(store.leftovers(w.context()), std::vector<std::string>{});
+}
+
 // Large objects with other sizes, owners and rights, and the content of unlogged tables, come over in the pause; 13's large
 // tables are copied by ranges of their keys; and verify names the rows that differ.
 TEST(PostgresCopy, RangesRightsAndNamedRows) {
@@ -307,6 +345,7 @@ TEST(PostgresCopy, RangesRightsAndNamedRows) {
   World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
   PostgresStore store(w.deployment.stores[0], w.deployment);
   store.split_bytes = 200 << 10;
+  store.split_share = 0;
   begin(w, store);
   auto t = target.session("shop");
   for (const char* table : {"plain", "words", "bare"}) {

@@ -24,7 +24,21 @@ std::string advance_sequences(const std::string& subscription) {
          "IF most BETWEEN r.seqmin AND r.seqmax THEN PERFORM setval(r.seq, most); END IF; END LOOP; END $rehome$;\n";
 }
 
+// Views over data that replication does not refresh.
+void refresh_views(PgSession& s) {
+  for (auto& m : s.query("SELECT quote_ident(schemaname) || '.' || quote_ident(matviewname) FROM pg_matviews WHERE ispopulated"))
+    s.exec("RESET search_path; REFRESH MATERIALIZED VIEW " + *m[0] + "; SET search_path = pg_catalog");
+}
+
 }  // namespace
+
+void PostgresStore::make_up_for_cut(StoreContext& c, Direction d) {
+  for (const auto& database : databases(c)) {
+    auto s = session(c, d.takes(), database);
+    s->exec(advance_sequences(flow(database, d.yields).subscription));
+    refresh_views(*s);
+  }
+}
 
 // Everything is made before the pause and only positioned inside it: creating a slot waits for every writing transaction of
 // the cluster, advancing one does not.
@@ -39,9 +53,7 @@ void PostgresStore::prepare_reverse(StoreContext& c, Direction d) {
       publisher->query("SELECT pg_create_logical_replication_slot(" + pg_literal(r.slot) + ", 'pgoutput')", Deadline::in(Millis(60000)));
     }
     subscribe(c, database, r, false);
-    // Views over data that replication does not refresh.
-    for (auto& m : publisher->query("SELECT quote_ident(schemaname) || '.' || quote_ident(matviewname) FROM pg_matviews WHERE ispopulated"))
-      publisher->exec("RESET search_path; REFRESH MATERIALIZED VIEW " + *m[0] + "; SET search_path = pg_catalog");
+    refresh_views(*publisher);
   }
 }
 

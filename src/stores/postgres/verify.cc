@@ -5,6 +5,7 @@
 #include <map>
 #include <thread>
 
+#include "base/parallel.h"
 #include "base/text.h"
 #include "stores/postgres/lock.h"
 
@@ -139,63 +140,52 @@ Verdict PostgresStore::verify(StoreContext& c) {
     for (const auto& table : list)
       if (!table.partitioned) queue.push_back(&table);
     std::mutex mutex;
-    std::optional<Error> failure;
     std::vector<const PgTable*> different;
     Json detail = Json::array();
     std::size_t total = queue.size(), done = 0;
-    auto worker = [&] {
-      try {
-        auto s = session(c, Side::source, database, "rehome verify"), d = session(c, Side::target, database, "rehome verify");
-        s->exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
-        s->exec("SET TRANSACTION SNAPSHOT " + pg_literal(snap_s));
-        d->exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
-        d->exec("SET TRANSACTION SNAPSHOT " + pg_literal(snap_d));
-        while (true) {
-          const PgTable* table;
-          {
-            std::lock_guard lock(mutex);
-            if (queue.empty() || failure || c.cancelled) return;
-            table = queue.front();
-            queue.pop_front();
-          }
-          Ticks from = system_clock().now();
-          std::vector<PgRow> a, b;
-          std::optional<Error> other_failure;
-          {
-            // Both servers at once.
-            std::jthread far([&] {
-              try {
-                b = d->query(table_hash_sql(*table));
-              } catch (const Error& e) {
-                other_failure = e;
-              }
-            });
-            a = s->query(table_hash_sql(*table));
-          }
-          if (other_failure) throw *other_failure;
+    in_parallel(std::max(1, c.deployment.limits.jobs), [&](const std::atomic<bool>& failed) {
+      auto s = session(c, Side::source, database, "rehome verify"), d = session(c, Side::target, database, "rehome verify");
+      s->exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
+      s->exec("SET TRANSACTION SNAPSHOT " + pg_literal(snap_s));
+      d->exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
+      d->exec("SET TRANSACTION SNAPSHOT " + pg_literal(snap_d));
+      while (true) {
+        const PgTable* table;
+        {
           std::lock_guard lock(mutex);
-          bool same = a == b;
-          if (!table->unlogged) {
-            v.compared += std::stoll(*a[0][0]);
-            if (!same) different.push_back(table);
-          }
-          if (detail.size() < 5000) {
-            Json line = {{"table", database + ": " + table->full()}, {"rows", std::stoll(*a[0][0])}, {"equal", same}, {"ms", ms_between(from, system_clock().now())}};
-            if (table->unlogged) line["copied"] = "in the pause";
-            detail.push_back(std::move(line));
-          }
-          c.progress({.store = config_.name, .phase = "verify", .detail = table->full(), .done = static_cast<std::int64_t>(++done), .total = static_cast<std::int64_t>(total), .unit = "tables"});
+          if (queue.empty() || failed || c.cancelled) return;
+          table = queue.front();
+          queue.pop_front();
         }
-      } catch (const Error& e) {
+        Ticks from = system_clock().now();
+        std::vector<PgRow> a, b;
+        std::optional<Error> other_failure;
+        {
+          // Both servers at once.
+          std::jthread far([&] {
+            try {
+              b = d->query(table_hash_sql(*table));
+            } catch (const Error& e) {
+              other_failure = e;
+            }
+          });
+          a = s->query(table_hash_sql(*table));
+        }
+        if (other_failure) throw *other_failure;
         std::lock_guard lock(mutex);
-        if (!failure) failure = e;
+        bool same = a == b;
+        if (!table->unlogged) {
+          v.compared += std::stoll(*a[0][0]);
+          if (!same) different.push_back(table);
+        }
+        if (detail.size() < 5000) {
+          Json line = {{"table", database + ": " + table->full()}, {"rows", std::stoll(*a[0][0])}, {"equal", same}, {"ms", ms_between(from, system_clock().now())}};
+          if (table->unlogged) line["copied"] = "in the pause";
+          detail.push_back(std::move(line));
+        }
+        c.progress({.store = config_.name, .phase = "verify", .detail = table->full(), .done = static_cast<std::int64_t>(++done), .total = static_cast<std::int64_t>(total), .unit = "tables"});
       }
-    };
-    {
-      std::vector<std::jthread> workers;
-      for (int i = 0; i < std::max(1, c.deployment.limits.jobs); i++) workers.emplace_back(worker);
-    }
-    if (failure) throw *failure;
+    });
     if (c.cancelled) throw Error(Code::interrupted, "stopped while comparing " + database);
     for (const PgTable* table : different) compare_rows(c, database, *table, snap_s, snap_d, v);
     v.equal = v.equal && different.empty();

@@ -17,6 +17,11 @@ int main(int argc, char** argv) {
     world.source.direct = world.target.direct = true;
     PostgresStore store(world.deployment.stores[0], world.deployment);
     Ticks from = system_clock().now();
+    std::string phase;
+    world.context().progress = [&](const Progress& p) {
+      if (p.phase != phase) std::printf("%6.1f s  %s\n", ms_between(from, system_clock().now()) / 1000, p.phase.c_str());
+      phase = p.phase;
+    };
     store.prepare(world.context());
     double prepared = ms_between(from, system_clock().now());
     store.copy(world.context());

@@ -98,7 +98,7 @@ Json LocalSite::call(const std::string& op, Json args, Deadline deadline) {
       bool alive = ::recv(fd.get(), &c, 1, MSG_PEEK | MSG_DONTWAIT) != 0;
       list.push_back({{"name", name}, {"alive", alive}});
     }
-    return {{"keeps", list}};
+    return {{"kept", list}};
   }
   if (op == "keep.drop") {
     std::lock_guard lock(mutex_);
