@@ -148,14 +148,18 @@ int main(int argc, char** argv) {
   c->callback([&] { action = [&] { return ops::reverse(common(reverse)); }; });
 
   ops::CompleteOptions complete;
-  c = command("complete", "end the run: everything of rehome gone from both sites, but the old side's fence", "  rehome complete\n  rehome complete --unfence-source");
+  c = command("complete", "end the run: everything of rehome gone from both sites, but the old side's fence", "  rehome complete\n  rehome complete --unfence-source\n  rehome complete --source-is-gone --confirm old.example.org");
   c->add_flag("--unfence-source", complete.unfence_source, "lift the old side's fence too");
   c->add_flag("--anyway", complete.anyway, "although clients still arrive at the old address");
+  c->add_flag("--source-is-gone", complete.source_is_gone, "the source is off for good: the target alone is cleaned");
+  c->add_option("--confirm", complete.confirm, "the host that you know is off");
   c->callback([&] { action = [&] { return ops::complete(common(complete)); }; });
 
   ops::CancelOptions cancel;
-  command("cancel", "before a switch: take everything back, the source never stopped serving", "  rehome cancel")
-      ->callback([&] { action = [&] { return ops::cancel(common(cancel)); }; });
+  c = command("cancel", "before a switch: take everything back, the source never stopped serving", "  rehome cancel\n  rehome cancel --target-is-gone --confirm new.example.org");
+  c->add_flag("--target-is-gone", cancel.target_is_gone, "the target is off for good: the source alone is cleaned");
+  c->add_option("--confirm", cancel.confirm, "the host that you know is off");
+  c->callback([&] { action = [&] { return ops::cancel(common(cancel)); }; });
 
   ops::MigrateOptions migrate;
   c = command("migrate", "begin, verify and switch in one go", "  rehome migrate\n  rehome migrate --plan friday.plan");
@@ -165,7 +169,7 @@ int main(int argc, char** argv) {
   ops::ResumeOptions resume;
   c = command("resume", "go on after an interruption, from any machine that reaches both sites", "  rehome resume\n  rehome resume --recopy\n  rehome resume --source-is-gone --confirm old.example.org");
   c->add_flag("--recopy", resume.recopy, "copy again what a change of the schema made necessary");
-  c->add_flag("--source-is-gone", resume.source_is_gone, "the source is off for good after the commit: open the target");
+  c->add_flag("--source-is-gone", resume.source_is_gone, "the source is off for good: open the target with what it has");
   c->add_option("--confirm", resume.confirm, "the host that you know is off");
   c->callback([&] { action = [&] { return ops::resume(common(resume)); }; });
 

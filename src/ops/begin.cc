@@ -94,6 +94,7 @@ std::vector<std::string> take_down(Run& run, Side serves, bool cancel) {
   for (auto& traffic : run.traffic()) traffic->withdraw(run.traffic_context());
   if (cancel) {
     for (auto& service : run.services()) {
+      if (!context.has(Side::target)) break;
       // Only what this run started; the journal knows.
       StepState warm = run.journal().step("warm " + service->config().name);
       if (warm == StepState::done || warm == StepState::started || warm == StepState::failed) service->stop(run.site(Side::target));
@@ -105,6 +106,7 @@ std::vector<std::string> take_down(Run& run, Side serves, bool cancel) {
   }
   for (auto& service : run.services()) {
     service->unguard(run.site(serves));
+    if (!context.has(other(serves))) continue;
     if (cancel) {
       service->unguard(run.site(other(serves)));
     } else {
@@ -112,6 +114,8 @@ std::vector<std::string> take_down(Run& run, Side serves, bool cancel) {
       left.insert(left.end(), kept.begin(), kept.end());
     }
   }
+  if (context.gone)
+    left.push_back(std::string(side_name(*context.gone)) + ": all that rehome made there, since that host is gone: should it come back, take it away by hand before it meets a client");
   return left;
 }
 
@@ -128,6 +132,8 @@ Prediction wait_until_ready(Run& run, Switchover& switchover, Millis patience, b
   // Micro-fences: at most three in a row, then none for five minutes; each cancels autovacuum on the tables it locks.
   int measured = 0;
   Deadline measure_again;
+  std::vector<std::string> last;   // what the last measurement found in the way
+  std::string said;
   while (true) {
     if (cancel_flag()) throw Error(Code::interrupted, "stopped while waiting for the moment to switch", "switch again when you like");
     Prediction p = switchover.predict(false);
@@ -137,9 +143,16 @@ Prediction wait_until_ready(Run& run, Switchover& switchover, Millis patience, b
         p = switchover.predict(true);
         if (++measured == 3) measure_again = Deadline::in(Millis(300000));
         if (p.obstacles.empty()) return p;
+        last = p.obstacles;
+      } else {
+        p.obstacles = last;
       }
     }
-    run.journal().append("message", {{"text", "not yet: " + join(p.obstacles, "; ")}});
+    // Once, not every second for a day: the lag in it changes all the time, so words are compared without their numbers.
+    std::string text = "not yet: " + join(p.obstacles, "; "), words = text;
+    std::erase_if(words, [](char ch) { return ch >= '0' && ch <= '9'; });
+    if (words != said) run.journal().append("message", {{"text", text}});
+    said = words;
     if (!when_ready || deadline.passed())
       throw Error(Code::timeout, "no switch now: " + join(p.obstacles, "; "),
                   when_ready ? "see status" : "use --when-ready to wait for the moment");

@@ -124,6 +124,34 @@ void emit_result(const Emit& emit, const std::string& what, const CutResult& r) 
   emit({{"kind", "result"}, {"what", what}, {"attempt", r.attempt}, {"pause_ms", r.pause_ms}, {"phases", r.phases}, {"ledger", r.ledger}});
 }
 
+// The run of a command that ends it. A host that a person says is gone is left out; and when the last part of such a command, which
+// takes away one agent after the other, was interrupted, the one that is left is enough.
+std::unique_ptr<Run> open_to_end(const Common& o, Side may_be_gone, bool is_gone, const std::string& confirm, const std::string& ended) {
+  auto run = std::make_unique<Run>(load_deployment(o.file), Run::Mode::control, true);
+  for (Side side : {Side::source, Side::target}) {
+    if (run->has(side) || (is_gone && side == may_be_gone)) continue;
+    if (run->missing(side)->code != Code::state || run->phase() != ended) throw *run->missing(side);
+    run->give_up(side);
+  }
+  if (is_gone) {
+    if (run->has(may_be_gone)) throw Error(Code::state, "the " + std::string(side_name(may_be_gone)) + "'s agent answers: it is not gone", "repeat without saying so");
+    require_confirmed(*run, may_be_gone, confirm);
+    run->give_up(may_be_gone);
+  }
+  run->collect_lag();
+  listen(*run, o.emit);
+  return run;
+}
+
+// The journal goes to the archive, and the agents from their hosts. Repeated, it goes on where it was.
+void end_run(Run& run, const char* command, const Emit& emit, const std::function<bool(Side)>& keeps_start_condition) {
+  const auto said = run.journal().of_kind("left");
+  std::string archived = run.archive();
+  for (Side side : {Side::source, Side::target})
+    if (run.has(side)) run.site(side).uninstall(keeps_start_condition(side));
+  emit({{"kind", "result"}, {"what", command}, {"left", said.empty() ? Json::array() : said.back().at("what")}, {"journal", archived}});
+}
+
 }  // namespace
 
 int check(const CheckOptions& o) {
@@ -246,53 +274,53 @@ int complete(const CompleteOptions& o) {
       return 0;
     }
   }
-  Run run(load_deployment(o.file), Run::Mode::control);
-  run.collect_lag();
-  listen(run, o.emit);
-  require_phase(run, {"switched", "completing"}, "complete");
+  auto opened = open_to_end(o, Side::source, o.source_is_gone, o.confirm, "completed");
+  Run& run = *opened;
   Side serving = run.serves();
-  for (auto& traffic : run.traffic()) {
-    if (o.anyway) break;
-    std::int64_t clients = traffic->from_old_address(run.traffic_context(), other(serving));
-    if (clients > 0)
-      throw Error(Code::state, std::to_string(clients) + " connections came to the " + std::string(side_name(other(serving))) + "'s address in the last minute, or are open there",
-                  "move the clients (DNS, addresses) to the " + std::string(side_name(serving)) + ", or repeat with --anyway to let them fail");
+  if (run.phase() != "completed") {
+    require_phase(run, {"switched", "completing"}, "complete");
+    if (o.source_is_gone && serving != Side::target) throw Error(Code::state, "the source served last", "rehome resume --source-is-gone opens the target first");
+    for (auto& traffic : run.traffic()) {
+      if (o.anyway || o.source_is_gone) break;
+      std::int64_t clients = traffic->from_old_address(run.traffic_context(), other(serving));
+      if (clients > 0)
+        throw Error(Code::state, std::to_string(clients) + " connections came to the " + std::string(side_name(other(serving))) + "'s address in the last minute, or are open there",
+                    "move the clients (DNS, addresses) to the " + std::string(side_name(serving)) + ", or repeat with --anyway to let them fail");
+    }
+    run.set_phase("completing");
+    auto left = take_down(run, serving, false);
+    if (o.unfence_source) {
+      for (auto& store : run.stores()) store->unfence_source(run.stores_context());
+      for (auto& service : run.services()) service->unguard(run.site(other(serving)));
+      left.clear();
+    }
+    // Nothing but the fence of the side that serves no more may be there.
+    const std::string fenced = o.unfence_source ? "nobody's" : std::string(side_name(other(serving))) + ": ";
+    Json unexpected = Json::array();
+    for (const auto& s : leftovers(run))
+      if (!s.starts_with(fenced) || !s.ends_with("(the fence)")) unexpected.push_back(s);
+    run.journal().append("left", {{"what", left}, {"unexpected", unexpected}});
+    if (!unexpected.empty())
+      throw Error(Code::store, "complete left behind: " + unexpected.dump(), "repeat rehome complete; it takes away what is still there");
+    run.set_phase("completed");
   }
-  run.set_phase("completing");
-  auto left = take_down(run, serving, false);
-  if (o.unfence_source) {
-    for (auto& store : run.stores()) store->unfence_source(run.stores_context());
-    for (auto& service : run.services()) service->unguard(run.site(other(serving)));
-    left.clear();
-  }
-  auto still = leftovers(run);
-  Json unexpected = Json::array();
-  for (const auto& s : still)
-    if (std::find_if(left.begin(), left.end(), [&](const std::string&) { return s.find("(the fence)") != std::string::npos; }) == left.end()) unexpected.push_back(s);
-  run.journal().append("left", {{"what", left}, {"unexpected", unexpected}});
-  if (!unexpected.empty())
-    throw Error(Code::store, "complete left behind: " + unexpected.dump(), "repeat rehome complete; it takes away what is still there");
-  run.set_phase("completed");
-  std::string archived = run.archive();
-  for (Side side : {Side::source, Side::target}) run.site(side).uninstall(side != serving && !o.unfence_source);
-  o.emit({{"kind", "result"}, {"what", "complete"}, {"left", left}, {"journal", archived}});
+  end_run(run, "complete", o.emit, [&](Side side) { return side != serving && !o.unfence_source; });
   return 0;
 }
 
 int cancel(const CancelOptions& o) {
-  Run run(load_deployment(o.file), Run::Mode::control);
-  run.collect_lag();
-  listen(run, o.emit);
-  if (run.phase() == "switched") throw Error(Code::state, "the target serves: cancel would lose its writes", "rehome reverse first");
-  run.site(Side::source).call("attempt.cancel", Json::object(), Deadline::in(Millis(60000)));
-  auto left = take_down(run, Side::source, true);
-  auto still = leftovers(run);
-  if (!still.empty()) throw Error(Code::store, "cancel left behind: " + join(still, "; "), "repeat rehome cancel; it takes away what is still there");
-  run.set_phase("cancelled");
-  run.journal().append("left", {{"what", left}});
-  std::string archived = run.archive();
-  for (Side side : {Side::target, Side::source}) run.site(side).uninstall(false);
-  o.emit({{"kind", "result"}, {"what", "cancel"}, {"left", left}, {"journal", archived}});
+  auto opened = open_to_end(o, Side::target, o.target_is_gone, o.confirm, "cancelled");
+  Run& run = *opened;
+  if (run.phase() != "cancelled") {
+    if (run.phase() == "switched") throw Error(Code::state, "the target serves: cancel would lose its writes", "rehome reverse first");
+    run.site(Side::source).call("attempt.cancel", Json::object(), Deadline::in(Millis(60000)));
+    auto left = take_down(run, Side::source, true);
+    auto still = leftovers(run);
+    if (!still.empty()) throw Error(Code::store, "cancel left behind: " + join(still, "; "), "repeat rehome cancel; it takes away what is still there");
+    run.journal().append("left", {{"what", left}});
+    run.set_phase("cancelled");
+  }
+  end_run(run, "cancel", o.emit, [](Side) { return false; });
   return 0;
 }
 

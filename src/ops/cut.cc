@@ -130,8 +130,10 @@ void Switchover::prepare() {
   for (auto& store : run_.stores()) {
     auto again = store->needs_recopy(run_.stores_context());
     if (!again.empty())
-      throw Error(Code::state, store->name() + " must be copied again before a switch: " + join(again, "; "),
-                  "rehome resume --recopy does it");
+      throw direction_.yields == Side::source
+          ? Error(Code::state, store->name() + " must be copied again before a switch: " + join(again, "; "), "rehome resume --recopy does it")
+          : Error(Code::state, store->name() + " was changed on the target since the switch: " + join(again, "; "),
+                  "rehome resume --recopy says what the source needs for the way back, and brings new tables there");
     FollowStatus status = store->follow_status(run_.stores_context());
     if (!status.following) throw Error(Code::state, store->name() + " does not follow: " + status.trouble, "see status, then rehome resume");
     store->prepare_reverse(run_.stores_context(), direction_);

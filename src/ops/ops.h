@@ -46,8 +46,13 @@ struct ReverseOptions : Common {
 struct CompleteOptions : Common {
   bool unfence_source = false;
   bool anyway = false;           // although clients still arrive at the old address
+  bool source_is_gone = false;
+  std::string confirm;
 };
-struct CancelOptions : Common {};
+struct CancelOptions : Common {
+  bool target_is_gone = false;
+  std::string confirm;
+};
 struct MigrateOptions : Common {
   std::string plan;
 };

@@ -154,6 +154,11 @@ void Run::make_contexts() {
       TrafficContext{deployment_, source, target, note, recall, remember, log, cancel_flag()});
 }
 
+void Run::give_up(Side side) {
+  store_context_->gone = side;
+  traffic_context_->gone = side;
+}
+
 std::string Run::phase() const {
   Json p = journal_->fact("phase");
   return p.is_string() ? p.get<std::string>() : "none";

@@ -36,6 +36,8 @@ class Run {
   const Deployment& deployment() const { return deployment_; }
   AgentSite& site(Side side);
   bool has(Side side) const { return sites_[side] != nullptr; }
+  // A person's word that this site is gone for good: commands that end the run do the other side alone.
+  void give_up(Side side);
   // Why a left-out site is missing.
   const Error* missing(Side side) const { return missing_[side].get(); }
   Journal& journal() { return *journal_; }

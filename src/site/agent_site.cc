@@ -202,7 +202,13 @@ Json AgentSite::call(const std::string& op, Json args, Deadline deadline) {
     args["gen"] = generation_;
     send_all(fd, dump_line(args) + "\n", deadline);
     Reader reader(fd);
-    auto line = reader.line(deadline);
+    std::optional<std::string> line;
+    try {
+      line = reader.line(deadline);
+    } catch (const Error& e) {
+      if (e.code == Code::timeout) throw Error(Code::timeout, "the agent has not answered " + op + " in time", "see status, then repeat the command", true);
+      throw;
+    }
     if (!line) throw Error(Code::unreachable, "the agent closed the connection during " + op, "see status, then resume", true);
     Json answer = parse_json(*line, "the agent's answer to " + op);
     {

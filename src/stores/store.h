@@ -115,7 +115,10 @@ struct StoreContext {
   std::function<void(const std::string& key, const Json& value)> remember;
   std::function<void(const std::string& line)> log;
   const std::atomic<bool>& cancelled;                   // looked at between pieces of work; then Error(interrupted)
+  // A host that a person has declared gone for good: finish, abandon and leftovers do the other side alone.
+  std::optional<Side> gone{};
 
+  bool has(Side s) const { return gone != s; }
   Site& at(Side s) const { return s == Side::source ? source : target; }
 };
 

@@ -1,6 +1,7 @@
 #include "track/follow.h"
 
 #include <fcntl.h>
+#include <sys/socket.h>
 
 #include <algorithm>
 
@@ -68,6 +69,8 @@ Follower::~Follower() {
   {
     std::lock_guard lock(mutex_);
     wake_.notify_all();
+    // A pass may be waiting for a host that has lost its power, and that wait is long.
+    if (wire_ >= 0) ::shutdown(wire_, SHUT_RDWR);
   }
   thread_.join();
   indexer_.join();
@@ -164,14 +167,27 @@ void Follower::sample_lag() {
   host_.sample_lag(store_, 0, ms);
 }
 
+void Follower::hang_up() {
+  {
+    std::lock_guard lock(mutex_);
+    wire_ = -1;
+  }
+  channel_.reset();
+  connection_.reset();
+}
+
 Channel& Follower::channel(Deadline deadline) {
   if (channel_ && channel_->readable(Millis(0))) {
     // Nothing was asked, so this is the end of the stream.
-    channel_.reset();
-    connection_.reset();
+    hang_up();
   }
   if (!channel_) {
-    connection_ = host_.open_peer({{"op", "files.apply"}, {"store", store_}}, deadline);
+    connection_ = host_.open_peer({{"op", "files.apply"}, {"store", store_}}, Deadline::in(std::min(deadline.left(), Millis(5000))));
+    {
+      std::lock_guard lock(mutex_);
+      wire_ = connection_.get();
+      if (stop_) ::shutdown(wire_, SHUT_RDWR);
+    }
     channel_.emplace(connection_.get());
     sender_->forget_names();
   }
@@ -261,8 +277,7 @@ Flushed Follower::pass(bool final, Deadline deadline, std::int64_t bandwidth) {
       if (!out.sent.failed.empty() && !final && round > 0) break;
     }
   } catch (...) {
-    channel_.reset();
-    connection_.reset();
+    hang_up();
     throw;
   }
   out.ms = ms_between(began, system_clock().now());

@@ -63,6 +63,7 @@ class Follower {
   void whole_tree(Dirty dirty, std::int64_t bandwidth, bool copy);
   std::vector<Writer> add_mapped(bool final);
   Channel& channel(Deadline deadline);
+  void hang_up();
 
   AgentHost& host_;
   Accounts& accounts_;
@@ -93,6 +94,7 @@ class Follower {
   std::int64_t sent_files_ = 0, sent_bytes_ = 0, passes_ = 0, rescans_ = 0, copy_failures_ = 0;
   double last_pass_ms_ = 0;
   Ticks clean_at_ = 0;
+  int wire_ = -1;              // connection_, for who ends this
   RsyncProgress progress_;
   std::atomic<bool> stop_{false}, index_ready_{false};
   std::thread thread_, indexer_;

@@ -140,9 +140,10 @@ void stop_if_cancelled(const TrafficContext& ctx) {
   if (ctx.cancelled) throw Error(Code::interrupted, "stopped", "rehome resume goes on, rehome cancel takes everything back");
 }
 
-void at_both(TrafficContext&, const std::function<void(Side)>& work) {
+void at_both(TrafficContext& ctx, const std::function<void(Side)>& work) {
   std::unique_ptr<Error> first;
   for (Side s : {Side::target, Side::source}) {
+    if (!ctx.has(s)) continue;
     try {
       work(s);
     } catch (const Error& e) {

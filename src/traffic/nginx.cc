@@ -99,6 +99,7 @@ class NginxTraffic : public Traffic {
   std::vector<std::string> leftovers(TrafficContext& ctx) override {
     std::vector<std::string> left;
     for (Side s : {Side::source, Side::target}) {
+      if (!ctx.has(s)) continue;
       Site& site = ctx.at(s);
       if (!there(site, manifest_path(site, t_.name))) continue;
       Json m = parse_json(get_text(site, manifest_path(site, t_.name)), "manifest.json");

@@ -97,8 +97,10 @@ class RedirectTraffic : public Traffic {
 
   std::vector<std::string> leftovers(TrafficContext& ctx) override {
     std::vector<std::string> left;
-    for (Side s : {Side::source, Side::target})
+    for (Side s : {Side::source, Side::target}) {
+      if (!ctx.has(s)) continue;
       for (const auto& rule : rules(ctx.at(s))) left.push_back(ctx.at(s).label() + ": packet filter: " + rule);
+    }
     return left;
   }
 

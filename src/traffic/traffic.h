@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -29,7 +30,10 @@ struct TrafficContext {
   std::function<void(const std::string& key, const Json& value)> remember;
   std::function<void(const std::string& line)> log;
   const std::atomic<bool>& cancelled;  // looked at between pieces of work; then Error(interrupted)
+  // A host that a person has declared gone for good: withdraw and leftovers do the other side alone.
+  std::optional<Side> gone{};
 
+  bool has(Side s) const { return gone != s; }
   Site& at(Side s) const { return s == Side::source ? source : target; }
 };
 

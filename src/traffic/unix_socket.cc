@@ -118,6 +118,7 @@ class UnixSocketTraffic : public Traffic {
   std::vector<std::string> leftovers(TrafficContext& ctx) override {
     std::vector<std::string> left;
     for (Side s : {Side::source, Side::target}) {
+      if (!ctx.has(s)) continue;
       Paths p = paths(s);
       if (ours(ctx.at(s), p)) left.push_back(ctx.at(s).label() + ": the gate's socket has the name " + p.application + "; the application's is " + p.kept);
     }

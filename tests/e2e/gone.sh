@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A host is lost for good, and a person says so: the target's in the fallback window, and the source's before any switch. The other side
-# serves again and tells what may be missing. When the lost host comes back all the same, it takes no writes.
+# serves again and tells what may be missing. When the lost host comes back all the same, it takes no writes. And a run is ended from
+# the one side that is left: cancel and complete.
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 refuses() { # HOST: it comes to that by itself
   local i
@@ -72,4 +73,45 @@ hosts power-on "$world" old
 refuses old
 judge after new source after -- before
 grep -qE '"failed": ?0[,}]' "$world/shared/after.verdict" || fail "the side that was opened does not take every order"
-say "2 passed, 0 failed"
+nothing_left() { # HOST: of rehome, but for what its application has
+  local count
+  count=$(sql "$1" shop "SELECT (SELECT count(*) FROM pg_replication_slots) + (SELECT count(*) FROM pg_subscription) + (SELECT count(*) FROM pg_publication) + (SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'rehome%') + (SELECT count(*) FROM pg_event_trigger) + (SELECT count(*) FROM pg_namespace WHERE nspname = 'rehome')")
+  [ "$count" = 0 ] || fail "$count slots, subscriptions, publications, triggers and schemas are left on $1"
+  on "$1" sh -c '[ ! -e /var/lib/rehome/shop ] && ! ls -d /var/lib/rehome-pg-* 2>/dev/null && ! grep -r 127.0.0.1:8001 /etc/nginx/sites-enabled' || fail "files of rehome are left on $1"
+  [ -z "$(agent_pid "$1")" ] || fail "an agent is left on $1"
+}
+stop_world
+world= background=()
+
+say "the target is lost before a switch: cancel from the source alone"
+make_world
+both_sites -- --tables 5 --rows 500
+MAX_PAUSE=5s write_yaml
+load here 20 --keep-alive
+rehome -q begin
+hosts power-cut "$world" new
+yaml_from_old "$yaml"
+CONTROLLER=old
+rehome cancel >"$world/shared/out" 2>&1 && fail "cancelled without the target"
+rehome cancel --target-is-gone >"$world/shared/out" 2>&1 && fail "cancelled without a person's word"
+rehome cancel --target-is-gone --confirm new >"$world/shared/out" 2>&1 || { cat "$world/shared/out"; fail "cancel --target-is-gone"; }
+grep -q "target: all that rehome made there" "$world/shared/out" || { cat "$world/shared/out"; fail "it does not say what is left"; }
+finish "$here_pid"
+nothing_left old
+judge here old target here
+grep -qE '"failed": ?0[,}]' "$world/shared/here.verdict" || fail "requests failed"
+stop_world
+world= background=() CONTROLLER=new
+
+say "the source is lost after the switch: complete from the target alone"
+make_world
+both_sites -- --tables 5 --rows 500
+MAX_PAUSE=5s write_yaml
+rehome -q begin
+rehome -q switch
+hosts power-cut "$world" old
+rehome complete --anyway >"$world/shared/out" 2>&1 && fail "completed without the source"
+rehome complete --source-is-gone --confirm old >"$world/shared/out" 2>&1 || { cat "$world/shared/out"; fail "complete --source-is-gone"; }
+nothing_left new
+sql new shop "INSERT INTO probe(side, at_us) VALUES ('new', 1)" >/dev/null || fail "the target takes no writes"
+say "4 passed, 0 failed"

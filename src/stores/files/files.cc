@@ -268,15 +268,17 @@ void FilesStore::take_down(StoreContext& c, Side side) {
 }
 
 std::vector<std::string> FilesStore::finish(StoreContext& c, Side) {
-  for (Side side : {Side::source, Side::target}) take_down(c, side);
+  for (Side side : {Side::source, Side::target})
+    if (c.has(side)) take_down(c, side);
   return {};
 }
 
 std::vector<std::string> FilesStore::abandon(StoreContext& c) {
   const std::string key = "files." + name() + ".prepared";
   Json prepared = c.recall(key);
-  for (Side side : {Side::source, Side::target}) take_down(c, side);
-  if (prepared.is_null()) return {};
+  for (Side side : {Side::source, Side::target})
+    if (c.has(side)) take_down(c, side);
+  if (prepared.is_null() || !c.has(Side::target)) return {};
   // Everything there is ours: it was empty, or not there, when prepare() began.
   const std::string& path = config_.files.path.target;
   std::vector<std::string> argv{"find", path};
@@ -291,6 +293,7 @@ std::vector<std::string> FilesStore::abandon(StoreContext& c) {
 std::vector<std::string> FilesStore::leftovers(StoreContext& c) {
   std::vector<std::string> left;
   for (Side side : {Side::source, Side::target}) {
+    if (!c.has(side)) continue;
     Json s = status(c, side);
     std::string where(side_name(side));
     if (get_string(s, "state") != "none") left.push_back(where + ": " + config_.files.path[side] + " is tracked");

@@ -26,16 +26,18 @@ std::string PostgresStore::synchronising_slots(PgSession& subscriber, const PgFl
 }
 
 void PostgresStore::remove_flow(StoreContext& c, const std::string& database, const PgFlow& f) {
-  auto sub = session(c, f.subscriber(), database);
-  auto pub = session(c, f.publisher, database);
-  std::string name = pg_identifier(f.subscription);
-  if (std::string syncing = synchronising_slots(*sub, f); !syncing.empty()) {
-    sub->exec("ALTER SUBSCRIPTION " + name + " DISABLE");
-    sub->exec("ALTER SUBSCRIPTION " + name + " SET (slot_name = NONE)");
-    drop_slots(*pub, syncing);
-    sub->exec("DROP SUBSCRIPTION " + name);
+  std::unique_ptr<PgSession> pub = c.has(f.publisher) ? session(c, f.publisher, database) : nullptr;
+  if (c.has(f.subscriber())) {
+    auto sub = session(c, f.subscriber(), database);
+    std::string name = pg_identifier(f.subscription);
+    if (std::string syncing = synchronising_slots(*sub, f); !syncing.empty()) {
+      sub->exec("ALTER SUBSCRIPTION " + name + " DISABLE");
+      sub->exec("ALTER SUBSCRIPTION " + name + " SET (slot_name = NONE)");
+      if (pub) drop_slots(*pub, syncing);
+      sub->exec("DROP SUBSCRIPTION " + name);
+    }
   }
-  remove_publisher(c, *pub, f);
+  if (pub) remove_publisher(c, *pub, f);
 }
 
 void PostgresStore::remove_publisher(StoreContext& c, PgSession& publisher, const PgFlow& f) {
@@ -82,21 +84,35 @@ std::vector<std::string> PostgresStore::finish(StoreContext& c, Side serves) {
   for (const auto& database : databases(c)) {
     for (Side publisher : {Side::source, Side::target}) remove_flow(c, database, flow(database, publisher));
     remove_objects(c, serves, database, false);
+    if (!c.has(other(serves))) continue;
     remove_objects(c, other(serves), database, true);
     auto s = session(c, other(serves), database);
     left.push_back(s->address().label + ": refusing trigger on " +
                    s->value("SELECT count(DISTINCT tgrelid) FROM pg_trigger WHERE tgname IN ('rehome_fence', 'rehome_fence_t')") + " tables (the fence)");
   }
+  take_helpers(c);
+  return left;
+}
+
+void PostgresStore::take_helpers(StoreContext& c) {
   for (Side side : {Side::source, Side::target}) {
+    if (!c.has(side)) continue;
     untune(c, side);
     c.at(side).call("child.drop", {{"name", "wal-limit-" + config_.name}});
     c.at(side).exec_ok({.argv = {"rm", "-rf", socket_directory(c, side)}});
   }
-  return left;
 }
 
 std::vector<std::string> PostgresStore::abandon(StoreContext& c) {
   std::vector<std::string> left;
+  if (!c.has(Side::target)) {
+    for (const auto& database : databases(c)) {
+      for (Side publisher : {Side::source, Side::target}) remove_flow(c, database, flow(database, publisher));
+      remove_objects(c, Side::source, database, false);
+    }
+    take_helpers(c);
+    return left;
+  }
   auto admin = session(c, Side::target, server(Side::target).admin_database);
   Json made = c.recall(key("made"));
   auto is_made = [&](const std::string& d) {
@@ -134,11 +150,7 @@ std::vector<std::string> PostgresStore::abandon(StoreContext& c) {
         left.push_back("target: role " + r.get<std::string>() + " (" + e.message + ")");
       }
     }
-  for (Side side : {Side::source, Side::target}) {
-    untune(c, side);
-    c.at(side).call("child.drop", {{"name", "wal-limit-" + config_.name}});
-    c.at(side).exec_ok({.argv = {"rm", "-rf", socket_directory(c, side)}});
-  }
+  take_helpers(c);
   return left;
 }
 
@@ -155,6 +167,7 @@ void PostgresStore::unfence_source(StoreContext& c) {
 std::vector<std::string> PostgresStore::leftovers(StoreContext& c) {
   std::vector<std::string> all;
   for (Side side : {Side::source, Side::target}) {
+    if (!c.has(side)) continue;
     auto admin = session(c, side, server(side).admin_database);
     std::string where(side_name(side));
     for (auto& r : admin->query("SELECT slot_name FROM pg_replication_slots WHERE slot_name LIKE 'rehome\\_" + tag_ + "%'")) all.push_back(where + ": slot " + *r[0]);

@@ -98,7 +98,7 @@ PostgresStore::SnapshotState PostgresStore::snapshot_state(StoreContext& c, cons
   Json sections = c.recall(key("sections", database)), done = c.recall(key("done", database));
   if (!sections.is_array() || sections.empty() || !done.is_array() || done.empty())
     return {.is = SnapshotState::lost, .why = "the snapshot of " + database + " is lost before a table was finished"};
-  std::string changed = schema_change(c, database);
+  std::string changed = schema_change(c, database, Side::source);
   if (!changed.empty()) return {.is = SnapshotState::lost, .why = "the snapshot of " + database + " is lost, and its schema changed meanwhile: " + changed};
   return {.is = SnapshotState::rest};
 }
@@ -160,7 +160,7 @@ std::string PostgresStore::hold_snapshot(StoreContext& c, const std::string& dat
     s->exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
     s->exec("SET TRANSACTION SNAPSHOT " + pg_literal(snapshot));
     std::int64_t ddl = s->number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
-    remember_schema(c, database, ddl, catalogue_fingerprint(*s));
+    remember_schema(c, database, Side::source, ddl, catalogue_fingerprint(*s));
   }
   c.remember(key("snapshot", database), snapshot);
   walsender.leave();
@@ -260,7 +260,7 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
   admin->exec("ALTER DATABASE " + pg_identifier(database) + " CONNECTION LIMIT 0");
   restore_section(c, database, "pre-data", snapshot);
   // From its first table on the target refuses its application, and everybody but the copy's own sessions, until the commit opens it.
-  const std::string elsewhere = "the source serves until the switch";
+  const std::string elsewhere = pgsql::who_serves(Side::source);
   {
     auto target = session(c, Side::target, database);
     install_fence(c, *target, Side::target, tables(*target), true);
@@ -429,7 +429,7 @@ void PostgresStore::copy_rest(StoreContext& c, const std::string& database) {
     publish(c, *s, f, rest.stay);
     subscribe(c, database, f, true);
   }
-  synchronise(c, database);
+  synchronise(c, database, Side::source);
   auto now = read_source_schema(c, database);
   finish_schema(c, database, now);
   analyze(c, database);

@@ -58,7 +58,8 @@ std::int64_t with_margin(const Sequence& q) {
 
 class PostgresCut : public Cut {
  public:
-  PostgresCut(StoreContext& c, PostgresStore& store, Direction d) : c_(c), store_(store), d_(d) {
+  // `measuring`: for the micro-fence, which carries nothing over.
+  PostgresCut(StoreContext& c, PostgresStore& store, Direction d, bool measuring) : c_(c), store_(store), d_(d), measuring_(measuring) {
     for (const auto& database : store.databases(c)) {
       auto one = std::make_unique<Database>();
       one->name = database;
@@ -115,7 +116,7 @@ class PostgresCut : public Cut {
       if (covered != "t")
         throw Error(Code::store, db.name + ": the marker is visible, but the follower's durable progress does not cover it", "try again", true);
       carry_sequences(db, deadline);
-      carry_unreplicated(db, deadline);
+      if (!measuring_) carry_unreplicated(db, deadline);
     });
   }
 
@@ -205,9 +206,8 @@ class PostgresCut : public Cut {
     }
     db.table_array += "}";
     db.ddl_at_open = s.number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
-    // The source's is known since the copy; the way back has to do with what changes from now on only.
     db.question = std::make_unique<CatalogueQuestion>(std::vector<PgSession*>{db.look[0].get(), db.look[1].get()});
-    db.fingerprint = d_.yields == Side::source ? c_.recall(store_.key("fingerprint", db.name)) : db.question->ask({});
+    db.fingerprint = c_.recall(store_.schema_key("fingerprint", db.name, d_.yields));
     db.marker->exec("SET synchronous_commit = on; SET client_min_messages = 'error'");
     db.target->exec("SET client_min_messages = 'error'");
     // Parsed and planned once, and the catalogue in this backend's cache, before the pause.
@@ -289,7 +289,8 @@ class PostgresCut : public Cut {
       // The fence on the target refuses even us: a replica role passes no ALWAYS trigger, so it is switched off and on inside one transaction.
       db.target->exec("BEGIN; ALTER TABLE " + parts[0] + " DISABLE TRIGGER rehome_fence, DISABLE TRIGGER rehome_fence_t; TRUNCATE ONLY " + parts[0], deadline);
       std::string columns = parts[1].empty() ? "" : "(" + parts[1] + ")";
-      db.fence->copy_to("COPY (SELECT " + parts[1] + " FROM ONLY " + parts[0] + ") TO STDOUT", *db.target, "COPY " + parts[0] + columns + " FROM STDIN", [&](std::int64_t) {
+      // Not by the fence's own session: that one's pulse goes on meanwhile.
+      db.marker->copy_to("COPY (SELECT " + parts[1] + " FROM ONLY " + parts[0] + ") TO STDOUT", *db.target, "COPY " + parts[0] + columns + " FROM STDIN", [&](std::int64_t) {
         if (deadline.passed()) throw Error(Code::timeout, "copying unlogged table " + parts[0] + " inside the pause took too long", "raise max_pause");
       });
       db.target->exec("ALTER TABLE " + parts[0] + " ENABLE ALWAYS TRIGGER rehome_fence, ENABLE ALWAYS TRIGGER rehome_fence_t; COMMIT", deadline);
@@ -301,14 +302,14 @@ class PostgresCut : public Cut {
   // Before the pause it is done once without the fence, so that inside it only what changed since is left; what vanishes or changes
   // under our eyes is met again there.
   void carry_large_objects(Database& db, Deadline deadline, bool fenced) {
-    if (db.fence->value("SELECT EXISTS (SELECT 1 FROM pg_largeobject_metadata)") != "t" &&
+    if (db.marker->value("SELECT EXISTS (SELECT 1 FROM pg_largeobject_metadata)") != "t" &&
         db.target->value("SELECT EXISTS (SELECT 1 FROM pg_largeobject_metadata)") != "t")
       return;
     auto hashes = [&](PgSession& s) {
       return s.query("SELECT m.oid::text, pg_get_userbyid(m.lomowner), coalesce(sum(hashtextextended(l.pageno::text || encode(l.data, 'hex'), 0)::numeric)::text, ''), coalesce(m.lomacl::text, '') "
                      "FROM pg_largeobject_metadata m LEFT JOIN pg_largeobject l ON l.loid = m.oid GROUP BY m.oid, m.lomowner, m.lomacl ORDER BY m.oid", deadline);
     };
-    auto from = hashes(*db.fence), to = hashes(*db.target);
+    auto from = hashes(*db.marker), to = hashes(*db.target);
     std::map<std::string, PgRow> there;
     for (auto& r : to) there[*r[0]] = r;
     // Many in one transaction: few flushes. Each takes a place in the lock table, so not all of them.
@@ -325,7 +326,7 @@ class PostgresCut : public Cut {
       next();
       std::string hex;
       try {
-        hex = db.fence->value("SELECT encode(lo_get($1::oid), 'hex')", {*r[0]}, deadline);
+        hex = db.marker->value("SELECT encode(lo_get($1::oid), 'hex')", {*r[0]}, deadline);
       } catch (const PgError& e) {
         if (fenced || e.sqlstate != "42704") throw;
         continue;  // removed since it was listed
@@ -335,7 +336,7 @@ class PostgresCut : public Cut {
       db.target->exec("ALTER LARGE OBJECT " + *r[0] + " OWNER TO " + pg_identifier(*r[1]), deadline);
       // Made anew it has no rights but its owner's. What the owner lacks is taken first.
       if (!r[3]->empty()) db.target->exec("REVOKE ALL ON LARGE OBJECT " + *r[0] + " FROM " + pg_identifier(*r[1]), deadline);
-      for (auto& g : db.fence->query("SELECT CASE x.grantee WHEN 0 THEN 'public' ELSE quote_ident(pg_get_userbyid(x.grantee)) END, x.privilege_type, x.is_grantable FROM pg_largeobject_metadata m, aclexplode(m.lomacl) x WHERE m.oid = $1::oid", {*r[0]}, deadline))
+      for (auto& g : db.marker->query("SELECT CASE x.grantee WHEN 0 THEN 'public' ELSE quote_ident(pg_get_userbyid(x.grantee)) END, x.privilege_type, x.is_grantable FROM pg_largeobject_metadata m, aclexplode(m.lomacl) x WHERE m.oid = $1::oid", {*r[0]}, deadline))
         db.target->exec("GRANT " + *g[1] + " ON LARGE OBJECT " + *r[0] + " TO " + *g[0] + (*g[2] == "t" ? " WITH GRANT OPTION" : ""), deadline);
     }
     for (auto& [oid, row] : there) {
@@ -348,21 +349,27 @@ class PostgresCut : public Cut {
   StoreContext& c_;
   PostgresStore& store_;
   Direction d_;
+  bool measuring_;
   std::vector<std::unique_ptr<Database>> all_;
   Json timings_ = Json::object();
   std::jthread pulse_;
 };
 
-std::unique_ptr<Cut> PostgresStore::open_cut(StoreContext& c, Direction d) { return std::make_unique<PostgresCut>(c, *this, d); }
+std::unique_ptr<Cut> PostgresStore::open_cut(StoreContext& c, Direction d) { return std::make_unique<PostgresCut>(c, *this, d, false); }
 
 Millis PostgresStore::micro_fence(StoreContext& c, Direction d, Deadline deadline) {
-  auto cut = open_cut(c, d);
+  PostgresCut cut(c, *this, d, true);
   Ticks from = system_clock().now();
-  cut->soft_fence(deadline);
-  cut->marker(deadline);
-  cut->catch_up(deadline);
-  cut->release();
-  return Millis(static_cast<std::int64_t>(ms_between(from, system_clock().now()) + 0.5));
+  cut.soft_fence(deadline);
+  cut.marker(deadline);
+  cut.catch_up(deadline);
+  cut.release();
+  double took = ms_between(from, system_clock().now());
+  // What is copied whole inside the pause would keep writers waiting for a measurement: it is estimated, as in the plan.
+  for (const auto& database : databases(c))
+    for (const auto& t : tables(*session(c, d.yields, database)))
+      if (t.unlogged && !t.partitioned) took += static_cast<double>(pause_for_unlogged(t.bytes).count());
+  return Millis(static_cast<std::int64_t>(took + 0.5));
 }
 
 }  // namespace rehome

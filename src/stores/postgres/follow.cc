@@ -31,10 +31,13 @@ void PostgresStore::watch_wal(StoreContext& c, Side side) {
     if (std::string syncing = synchronising_slots(*session(c, f.subscriber(), database), f); !syncing.empty()) limited += " OR " + syncing;
   }
   std::string script = "\\set QUIET on\n\\pset tuples_only on\n\\pset format unaligned\n"
-                       "SELECT format('slot %s dropped: it kept %s bytes', slot_name, pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)) || "
-                       "left(concat(pg_terminate_backend(active_pid), pg_sleep(0.2), pg_drop_replication_slot(slot_name)), 0) "
-                       "FROM pg_replication_slots WHERE (" + limited + ") AND pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) > " + std::to_string(c.deployment.limits.wal_kept) +
-                       " UNION ALL SELECT format('lag " + config_.name + " %s %s', sum(pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn))::bigint, "
+                       // A follower is back within 0.1 s of its end: dropped in the moment between.
+                       "DO $rehome$ DECLARE r record; BEGIN FOR r IN SELECT slot_name, pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) AS kept FROM pg_replication_slots "
+                       "WHERE (" + limited + ") AND pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) > " + std::to_string(c.deployment.limits.wal_kept) +
+                       " LOOP FOR i IN 1..1000 LOOP PERFORM pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = r.slot_name AND active; "
+                       "BEGIN PERFORM pg_drop_replication_slot(r.slot_name); RAISE WARNING 'slot % dropped: it kept % bytes', r.slot_name, r.kept; EXIT; "
+                       "EXCEPTION WHEN object_in_use THEN PERFORM pg_sleep(0.002); WHEN undefined_object THEN EXIT; END; END LOOP; END LOOP; END $rehome$ \\; "
+                       "SELECT format('lag " + config_.name + " %s %s', sum(pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn))::bigint, "
                        "coalesce(max(extract(epoch FROM r.replay_lag) * 1000), 0)::bigint) FROM pg_replication_slots s LEFT JOIN pg_stat_replication r ON r.pid = s.active_pid WHERE s." + ours +
                        " HAVING count(*) > 0 \\watch 5\n";
   std::string info = "host=" + pg.host + " port=" + std::to_string(pg.port) + " user=" + pg.user + " dbname=" + pg.admin_database + " application_name=rehome_watch";
@@ -68,17 +71,19 @@ FollowStatus PostgresStore::follow_status(StoreContext& c) {
                              "pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::bigint FROM pg_replication_slots WHERE slot_name = " + pg_literal(f.slot));
       if (slot.empty()) {
         status.following = false;
-        status.trouble = database + ": slot " + f.slot + " is gone (it passed the limit of WAL kept, or somebody dropped it): it must be copied again";
+        status.trouble = database + ": slot " + f.slot + " is gone (it passed the limit of WAL kept, or somebody dropped it): " +
+                         (publisher == Side::source ? "it must be copied again" : "there is no way back any more");
         continue;
       }
+      const std::string look = "; the log of the " + std::string(side_name(f.subscriber())) + "'s server says why";
       std::int64_t lag = std::stoll(slot[0][1].value_or("0"));
       status.lag_bytes += lag;
       auto oldest = pub->query("SELECT coalesce(max(extract(epoch FROM clock_timestamp() - xact_start) * 1000), 0)::bigint FROM pg_stat_activity WHERE backend_xid IS NOT NULL "
                                "AND datname = current_database() AND application_name NOT LIKE 'rehome%'");
       status.open_write_age_ms = std::max(status.open_write_age_ms, static_cast<std::int64_t>(std::stoll(*oldest[0][0])));
-      if (*slot[0][0] != "t") status.trouble = database + ": its follower is not connected";
+      if (*slot[0][0] != "t") status.trouble = database + ": its follower is not connected" + look;
       auto errors = sub->query("SELECT 1 FROM pg_stat_subscription WHERE subname = " + pg_literal(f.subscription) + " AND pid IS NOT NULL");
-      if (errors.empty() && status.trouble.empty()) status.trouble = database + ": the apply worker does not run; the target's server log says why";
+      if (errors.empty() && status.trouble.empty()) status.trouble = database + ": the apply worker does not run" + look;
       databases_detail[database] = {{"lag_bytes", lag}, {"wal_kept", std::stoll(slot[0][3].value_or("0"))}, {"active", *slot[0][0] == "t"}, {"publisher", side_name(publisher)}};
     }
     if (!found) {

@@ -192,6 +192,58 @@ TEST(PostgresCutTest, TimingsGrowWithTables) {
   }
 }
 
+// What a new version changes after the switch: the way back is refused until the old side has a place for every row.
+TEST(PostgresWindow, SchemaChangesAfterTheSwitch) {
+  PgServer source(15), target(15);
+  source.session("postgres")->exec("CREATE DATABASE shop");
+  source.session("shop")->exec("SET search_path = public; " + Load::schema(2));
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  store.prepare(w.context());
+  store.copy(w.context());
+  store.follow(w.context());
+  wait_until_following(w, store);
+  switch_over(w, store, {Side::source});
+  EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
+  const char* change = "CREATE TABLE public.made(id bigint PRIMARY KEY, t text); ALTER TABLE public.account ADD COLUMN note text DEFAULT 'none'";
+  auto t = target.session("shop");
+  t->exec(change);
+  t->exec("INSERT INTO public.made SELECT i, 'before' FROM generate_series(1, 1000) i; UPDATE public.account SET note = 'kept' WHERE id = 1");
+  EXPECT_FALSE(store.needs_recopy(w.context()).empty());
+  // Nobody who goes past `reverse` gets through either.
+  store.prepare_reverse(w.context(), {Side::target});
+  {
+    auto cut = store.open_cut(w.context(), {Side::target});
+    Deadline deadline = Deadline::in(Millis(10000));
+    cut->soft_fence(deadline);
+    EXPECT_THROW(cut->compare(deadline), Error);
+  }
+  try {
+    store.recopy(w.context());
+    ADD_FAILURE() << "the source has no table made";
+  } catch (const Error& e) {
+    EXPECT_NE(e.message.find("\"made\""), std::string::npos) << e.message;
+    EXPECT_NE(e.message.find("note text"), std::string::npos) << e.message;
+  }
+  auto s = source.session("shop");
+  EXPECT_THROW(s->exec(change), PgError);
+  s->exec(std::string("SET application_name = 'rehome by hand'; ") + change + "; RESET application_name");
+  store.recopy(w.context());
+  EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
+  EXPECT_THROW(s->exec("INSERT INTO public.made VALUES (-1, 'x')"), PgError) << "the old side takes writes";
+  EXPECT_THROW(s->exec("CREATE TABLE public.other()"), PgError);
+  t->exec("INSERT INTO public.made VALUES (2000, 'after')");
+  wait_until_following(w, store);
+  EXPECT_TRUE(store.verify(w.context()).equal);
+  switch_over(w, store, {Side::target});
+  quiesced_equal(source, target);
+  auto serving = source.session("shop");
+  EXPECT_EQ(serving->value("SELECT count(*) FROM public.made"), "1001");
+  EXPECT_EQ(serving->value("SELECT note FROM public.account WHERE id = 1"), "kept");
+  serving->exec("INSERT INTO public.made VALUES (3000, 'at home')");
+  EXPECT_THROW(target.session("shop")->exec("INSERT INTO public.made VALUES (-1, 'x')"), PgError) << "the table that was made in the window is not fenced";
+}
+
 INSTANTIATE_TEST_SUITE_P(Majors, PostgresLife, ::testing::Values(std::pair{15, 15}, std::pair{13, 15}, std::pair{15, 17}, std::pair{15, 18}),
                          [](const auto& p) { return std::to_string(p.param.first) + "to" + std::to_string(p.param.second); });
 

@@ -168,6 +168,8 @@ std::string fence_function_before_switch(const std::string& where) {
   return refusing_body("IF TG_OP = 'INSERT' AND (SELECT backend_type FROM pg_stat_activity WHERE pid = pg_backend_pid()) LIKE 'logical replication%' THEN RETURN NULL; END IF; ", where);
 }
 
+std::string who_serves(Side side) { return side == Side::source ? "the source serves until the switch" : "the target serves now"; }
+
 std::string fence_triggers(const PgTable& t) {
   return "CREATE TRIGGER rehome_fence BEFORE INSERT OR UPDATE OR DELETE ON " + t.full() +
          " FOR EACH STATEMENT EXECUTE FUNCTION rehome.fence(); CREATE TRIGGER rehome_fence_t BEFORE TRUNCATE ON " + t.full() +

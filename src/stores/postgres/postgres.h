@@ -83,6 +83,7 @@ class PostgresStore : public Store {
   std::string socket_directory(StoreContext&, Side);
   // The key under which a fact of this store is remembered.
   std::string key(const std::string& what, const std::string& database = {}) const;
+  std::string schema_key(const std::string& what, const std::string& database, Side) const;
   const PostgresServer& server(Side side) const { return config_.postgres.server[side]; }
   const StoreConfig& config() const { return config_; }
   // The tables that the application locks first, as fences have met them: a fence that locks in the same order meets no
@@ -138,17 +139,22 @@ class PostgresStore : public Store {
   struct SourceSchema;
   SourceSchema read_source_schema(StoreContext&, const std::string& database);
   void record_copied_schema(StoreContext&, const std::string& database, const std::string& snapshot);
-  void remember_schema(StoreContext&, const std::string& database, std::int64_t ddl, const Json& fingerprint);
-  // Every table of the source published, and copied into the target where the subscription does not know it yet; until all
+  // A side's schema as the other one has it: the source's since it was copied, the target's since the switch.
+  void remember_schema(StoreContext&, const std::string& database, Side, std::int64_t ddl, const Json& fingerprint);
+  // Every table of the publisher published, and copied to the other side where the subscription does not know it yet; until all
   // are followed.
-  void synchronise(StoreContext&, const std::string& database);
+  void synchronise(StoreContext&, const std::string& database, Side publisher);
+  // recopy in the fallback window: what was changed on the target since the switch.
+  void accept_schema(StoreContext&, const std::string& database);
+  static bool follows(PgSession& subscriber, const PgFlow&);   // its subscription is on
   // Foreign keys and materialized views: what needs all tables filled.
   void finish_schema(StoreContext&, const std::string& database, const SourceSchema&);
   // Whether the follower reaches what is written now; false when it stands still for a minute.
   bool follower_passes(StoreContext&, const std::string& database);
-  // What has changed in the source's schema since it was copied, a line each; empty: nothing.
-  std::string schema_change(StoreContext&, const std::string& database);
+  // What has changed in a side's schema since it was remembered, a line each; empty: nothing.
+  std::string schema_change(StoreContext&, const std::string& database, Side);
   const PgPrograms& programs(StoreContext&);
+  void take_helpers(StoreContext&);   // what finish and abandon have in common: settings, watchers, sockets
   void tune(StoreContext&, Side);
   void untune(StoreContext&, Side);
   void remove_flow(StoreContext&, const std::string& database, const PgFlow&);
@@ -172,6 +178,9 @@ class PostgresStore : public Store {
   std::shared_ptr<PgPrograms> programs_;   // once looked for
 };
 
+// How long unlogged tables of that size take to copy inside the pause: 50 MB/s, seen on two shared cores.
+inline Millis pause_for_unlogged(std::int64_t bytes) { return Millis(bytes / 50'000); }
+
 // SQL that several phases share.
 namespace pgsql {
 // The trigger functions' bodies. The open one lets everything through, the refusing one nothing but replication.
@@ -180,6 +189,8 @@ std::string fence_function(bool refusing, const std::string& where);
 std::string fence_function_while_copying(const std::string& where);
 // The refusing body from the copy's end to the switch: lets the server's own first copy of a table through.
 std::string fence_function_before_switch(const std::string& where);
+// For the fence's hint: "the source serves until the switch", "the target serves now".
+std::string who_serves(Side);
 // Makes both triggers of a table that has neither; several statements.
 std::string fence_triggers(const PgTable&);
 std::string ddl_function(bool refusing);

@@ -255,8 +255,8 @@ Estimate PostgresStore::estimate(StoreContext& c) {
   std::int64_t pause = 20 + table_count / 20 + sequence_count / 40;
   e.reasons.push_back(std::to_string(table_count) + " tables locked and " + std::to_string(sequence_count) + " sequences read: about " + std::to_string(pause) + " ms");
   if (unlogged) {
-    pause += unlogged / 50'000;
-    e.reasons.push_back(human_bytes(unlogged) + " in unlogged tables: copied inside the pause, about " + human_duration(Millis(unlogged / 50'000)));
+    pause += pause_for_unlogged(unlogged).count();
+    e.reasons.push_back(human_bytes(unlogged) + " in unlogged tables: copied inside the pause, about " + human_duration(pause_for_unlogged(unlogged)));
   }
   if (large) {
     pause += large / 10 + 5;

@@ -67,7 +67,7 @@ void PostgresStore::untune(StoreContext& c, Side side) {
 
 void PostgresStore::install_fence(StoreContext& c, PgSession& s, Side side, const std::vector<PgTable>& tables, bool refusing) {
   c.note("schema rehome, fence triggers, event triggers", {{"where", s.address().label}, {"tables", tables.size()}});
-  std::string where = side == Side::target ? "the source serves until the switch" : "the target serves now";
+  std::string where = pgsql::who_serves(other(side));
   s.exec("CREATE SCHEMA IF NOT EXISTS rehome; GRANT USAGE ON SCHEMA rehome TO public");
   s.exec("CREATE TABLE IF NOT EXISTS rehome.marker(token text PRIMARY KEY, at timestamptz NOT NULL DEFAULT now())");
   s.exec("CREATE TABLE IF NOT EXISTS rehome.ddl_log(n bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, at timestamptz NOT NULL DEFAULT "

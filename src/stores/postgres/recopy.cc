@@ -50,9 +50,13 @@ PostgresStore::SourceSchema PostgresStore::read_source_schema(StoreContext& c, c
   throw Error(Code::store, "source: database " + database + ": its schema changes all the time", "wait until a migration of the application is over, then try again", true);
 }
 
-void PostgresStore::remember_schema(StoreContext& c, const std::string& database, std::int64_t ddl, const Json& fingerprint) {
-  c.remember(key("ddl_seen", database), ddl);
-  c.remember(key("fingerprint", database), fingerprint);
+void PostgresStore::remember_schema(StoreContext& c, const std::string& database, Side side, std::int64_t ddl, const Json& fingerprint) {
+  c.remember(schema_key("ddl_seen", database, side), ddl);
+  c.remember(schema_key("fingerprint", database, side), fingerprint);
+}
+
+std::string PostgresStore::schema_key(const std::string& what, const std::string& database, Side side) const {
+  return key(side == Side::source ? what : what + "_target", database);
 }
 
 // At the end of a copy, while its snapshot still stands.
@@ -76,16 +80,16 @@ void PostgresStore::record_copied_schema(StoreContext& c, const std::string& dat
   t->exec("COMMIT");
 }
 
-void PostgresStore::synchronise(StoreContext& c, const std::string& database) {
-  PgFlow f = flow(database, Side::source);
-  auto s = session(c, Side::source, database);
+void PostgresStore::synchronise(StoreContext& c, const std::string& database, Side publisher) {
+  PgFlow f = flow(database, publisher);
+  auto s = session(c, publisher, database);
   auto list = tables(*s);
-  install_fence(c, *s, Side::source, list, false);
+  install_fence(c, *s, publisher, list, false);
   publish(c, *s, f, list);
-  auto t = session(c, Side::target, database);
-  t->exec(pgsql::fence_function_before_switch("the source serves until the switch"));
+  auto t = session(c, f.subscriber(), database);
+  t->exec(pgsql::fence_function_before_switch(pgsql::who_serves(publisher)));
   t->exec("ALTER SUBSCRIPTION " + pg_identifier(f.subscription) + " REFRESH PUBLICATION WITH (copy_data = true)");
-  watch_wal(c, Side::source);   // the slots of the tables that are copied now, too
+  watch_wal(c, publisher);   // the slots of the tables that are copied now, too
   // Workers that fail are started again for ever; from 15 on the server counts.
   std::string failures = t->major() >= 15 ? "coalesce((SELECT x.sync_error_count FROM pg_stat_subscription_stats x WHERE x.subid = s.oid), 0)" : "0";
   std::int64_t failed_at = -1;
@@ -94,7 +98,7 @@ void PostgresStore::synchronise(StoreContext& c, const std::string& database) {
   while (true) {
     auto r = t->query("SELECT count(*), count(*) FILTER (WHERE r.srsubstate = 'r'), " + failures + ", coalesce((SELECT string_agg(r2.srrelid::regclass::text, ', ') FROM pg_subscription_rel r2 WHERE r2.srsubid = s.oid AND r2.srsubstate IN ('i', 'd')), '') "
                       "FROM pg_subscription s JOIN pg_subscription_rel r ON r.srsubid = s.oid WHERE s.subname = " + pg_literal(f.subscription) + " GROUP BY s.oid");
-    if (r.empty()) throw Error(Code::store, "target: subscription " + f.subscription + " is gone", "rehome resume --recopy");
+    if (r.empty()) throw Error(Code::store, t->address().label + ": subscription " + f.subscription + " is gone", "rehome resume --recopy");
     std::int64_t all = std::stoll(*r[0][0]), ready = std::stoll(*r[0][1]), failed = std::stoll(*r[0][2]);
     c.progress({.store = config_.name, .phase = "synchronise", .detail = r[0][3].value_or(""), .done = ready, .total = all, .unit = "tables"});
     if (ready == all) return;
@@ -103,9 +107,9 @@ void PostgresStore::synchronise(StoreContext& c, const std::string& database) {
       failed_at = failed;
     }
     if (failed > failed_at + 20)
-      throw Error(Code::store, "target: database " + database + ": tables cannot be synchronised: " + r[0][3].value_or(""), "the target server's log says why (a free worker, slot or walsender may be missing); then resume", true);
+      throw Error(Code::store, t->address().label + ": tables cannot be synchronised: " + r[0][3].value_or(""), "that server's log says why (a free worker, slot or walsender may be missing); then resume", true);
     if (c.cancelled) throw Error(Code::interrupted, "stopped while tables of " + database + " are synchronised; they go on by themselves");
-    if (deadline.passed()) throw Error(Code::timeout, "target: database " + database + ": tables are still being synchronised", "resume", true);
+    if (deadline.passed()) throw Error(Code::timeout, t->address().label + ": tables are still being synchronised", "resume", true);
     system_clock().sleep(Millis(50));
   }
 }
@@ -170,7 +174,7 @@ std::string PostgresStore::copy_changed(StoreContext& c, const std::string& data
   if (!change.known()) return "there is no record of what was copied";
   if (!change.obstacle().empty()) return change.obstacle();
   if (!slot_stands(*s, f)) return "its slot is gone";
-  if (t->number("SELECT count(*) FROM pg_subscription WHERE subenabled AND subname = " + pg_literal(f.subscription)) == 0) return "its follower is gone";
+  if (!follows(*t, f)) return "its follower is gone";
   auto at_source = tables(*s);
   std::set<std::string> published_now;
   for (const auto& p : published(*s, f)) published_now.insert(p);
@@ -232,7 +236,7 @@ std::string PostgresStore::copy_changed(StoreContext& c, const std::string& data
       write_copied_schema(*t, now.entries, keys);
       t->exec("COMMIT");
     });
-    synchronise(c, database);
+    synchronise(c, database, Side::source);
     finish_schema(c, database, now);
     for (const auto& x : again) t->exec("ANALYZE " + x);
   } catch (const PgError& e) {
@@ -240,18 +244,18 @@ std::string PostgresStore::copy_changed(StoreContext& c, const std::string& data
     if (e.retryable) throw;
     return e.message;
   }
-  remember_schema(c, database, now.ddl, now.fingerprint);
+  remember_schema(c, database, Side::source, now.ddl, now.fingerprint);
   return {};
 }
 
-std::string PostgresStore::schema_change(StoreContext& c, const std::string& database) {
-  auto s = session(c, Side::source, database);
-  Json seen = c.recall(key("ddl_seen", database));
+std::string PostgresStore::schema_change(StoreContext& c, const std::string& database, Side side) {
+  auto s = session(c, side, database);
+  Json seen = c.recall(schema_key("ddl_seen", database, side));
   std::vector<std::string> all;
   for (auto& r : s->query("SELECT tag, object, at::text FROM rehome.ddl_log WHERE n > " + std::to_string(seen.is_number() ? seen.get<std::int64_t>() : 0) + " ORDER BY n LIMIT 50"))
     all.push_back(*r[0] + " " + r[1].value_or("") + " at " + *r[2]);
   // What the event trigger did not see.
-  std::string differs = catalogue_difference(c.recall(key("fingerprint", database)), catalogue_fingerprint(*s));
+  std::string differs = catalogue_difference(c.recall(schema_key("fingerprint", database, side)), catalogue_fingerprint(*s));
   if (!differs.empty() && all.empty()) all.push_back("changed while the event trigger was off: " + differs);
   return join(all, "\n");
 }
@@ -259,13 +263,12 @@ std::string PostgresStore::schema_change(StoreContext& c, const std::string& dat
 std::vector<std::string> PostgresStore::needs_recopy(StoreContext& c) {
   std::vector<std::string> all;
   for (const auto& database : databases(c)) {
-    // Once the target serves there is nothing to be copied from the source.
-    PgFlow back = flow(database, Side::target), f = flow(database, Side::source);
+    PgFlow f = flow(database, Side::source);
     auto s = session(c, Side::source, database);
-    if (s->number("SELECT count(*) FROM pg_subscription WHERE subenabled AND subname = " + pg_literal(back.subscription)) > 0) continue;
-    if (!slot_stands(*s, f))
+    const bool window = follows(*s, flow(database, Side::target));
+    if (!window && !slot_stands(*s, f))
       all.push_back(database + ": everything: slot " + f.slot + " is gone (it passed the limit of WAL kept, or somebody dropped it)");
-    for (const auto& line : split(schema_change(c, database), '\n'))
+    for (const auto& line : split(schema_change(c, database, window ? Side::target : Side::source), '\n'))
       if (!line.empty()) all.push_back(database + ": " + line);
   }
   return all;
@@ -283,16 +286,64 @@ void PostgresStore::copy_whole(StoreContext& c, const std::string& database, con
   copy_database(c, database);
 }
 
+bool PostgresStore::follows(PgSession& subscriber, const PgFlow& f) {
+  return subscriber.number("SELECT count(*) FROM pg_subscription WHERE subenabled AND subname = " + pg_literal(f.subscription)) > 0;
+}
+
+// In the fallback window the schema of the old side is a person's to change: which of a new version's changes the old one can
+// live with, nobody else knows. Every row of the serving side must have its place there; then new tables are copied and followed.
+void PostgresStore::accept_schema(StoreContext& c, const std::string& database) {
+  const std::string changed = schema_change(c, database, Side::target);
+  if (changed.empty()) return;
+  auto s = session(c, Side::source, database), t = session(c, Side::target, database);
+  const std::int64_t ddl = t->number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
+  const Json fingerprint = catalogue_fingerprint(*t);
+  auto columns = [&](PgSession& at) {
+    std::set<std::string> all;
+    for (const auto& x : tables(at)) {
+      all.insert("table " + x.full());
+      for (auto& r : at.query("SELECT quote_ident(attname) || ' ' || format_type(atttypid, atttypmod) FROM pg_attribute WHERE attnum > 0 AND NOT attisdropped AND attgenerated = '' AND attrelid = " + std::to_string(x.oid)))
+        all.insert(x.full() + "." + *r[0]);
+    }
+    return all;
+  };
+  std::vector<std::string> missing;
+  for (const auto there = columns(*s); const auto& x : columns(*t))
+    if (!there.contains(x)) missing.push_back(x);
+  if (!missing.empty())
+    throw Error(Code::state, database + ": the source has no place for rows of the target: " + first_few(missing) + " (changed on the target: " + join(split(changed, '\n'), "; ") + ")",
+                "make the same change on the source, where SET application_name = 'rehome by hand' lets a superuser do so, or undo it on the target; then rehome resume --recopy");
+  c.log(config_.name + ": " + database + ": changed on the target since the switch, and the source's own business from here on: " + join(split(changed, '\n'), "; "));
+  const std::string where = pgsql::who_serves(Side::target);
+  // A table that was made there by hand is closed like the others.
+  install_fence(c, *s, Side::source, tables(*s), true);
+  auto close = [&] { s->exec("BEGIN; " + pgsql::fence_function(true, where) + "; " + pgsql::ddl_function(true) + "; COMMIT"); };
+  try {
+    synchronise(c, database, Side::target);
+  } catch (const Error&) {
+    if (!s->broken()) close();
+    throw;
+  }
+  close();
+  remember_schema(c, database, Side::target, ddl, fingerprint);
+}
+
 void PostgresStore::recopy(StoreContext& c) {
+  bool window = false;
   for (const auto& database : databases(c)) {
     PgFlow f = flow(database, Side::source);
     auto s = session(c, Side::source, database);
+    if (follows(*s, flow(database, Side::target))) {
+      window = true;
+      accept_schema(c, database);
+      continue;
+    }
     bool slot = slot_stands(*s, f);
-    if (slot && schema_change(c, database).empty()) continue;
+    if (slot && schema_change(c, database, Side::source).empty()) continue;
     std::string why = slot ? copy_changed(c, database) : "its slot is gone (it passed the limit of WAL kept, or somebody dropped it)";
     if (!why.empty()) copy_whole(c, database, why);
   }
-  follow(c);
+  if (!window) follow(c);
 }
 
 }  // namespace rehome

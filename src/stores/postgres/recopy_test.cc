@@ -300,6 +300,26 @@ TEST(PostgresLimit, SlotGoesAndIsBroughtBack) {
   quiesced_equal(source, target);
 }
 
+// A follower that is connected and an old transaction that keeps the WAL: its slot goes all the same.
+TEST(PostgresLimit, SlotGoesUnderItsFollower) {
+  PgServer source(15, {"max_wal_size = 128MB", "wal_keep_size = 0"}), target(15);
+  source.session("postgres")->exec("CREATE DATABASE shop");
+  auto s = source.session("shop"), old = source.session("shop");
+  s->exec("CREATE TABLE public.filler(id bigserial PRIMARY KEY, t text)");
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  w.deployment.limits.wal_kept = 64 << 20;
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  begin(w, store);
+  old->exec("BEGIN; INSERT INTO public.filler(t) VALUES ('old')");
+  for (int i = 0; i < 6; i++) s->exec("INSERT INTO public.filler(t) SELECT repeat(md5(i::text), 30) FROM generate_series(1, 15000) i");
+  Deadline deadline = Deadline::in(Millis(20000));
+  std::string slots = "SELECT count(*) FROM pg_replication_slots WHERE slot_name LIKE 'rehome%'";
+  while (s->value(slots) != "0" && !deadline.passed()) system_clock().sleep(Millis(50));
+  EXPECT_EQ(s->value(slots), "0");
+  old->exec("ROLLBACK");
+  store.abandon(w.context());
+}
+
 // The limit holds while the first copy runs, too; it says so, and begins anew when asked.
 TEST(PostgresLimit, SlotGoesDuringTheCopy) {
   PgServer source(15, {"max_wal_size = 128MB", "wal_keep_size = 0"}), target(15);

@@ -1,5 +1,6 @@
 // The way back, and what the agents must be able to do without a controller: stored psql scripts.
 #include "base/text.h"
+#include "stores/postgres/catalogue.h"
 #include "stores/postgres/postgres.h"
 
 namespace rehome {
@@ -53,6 +54,8 @@ void PostgresStore::prepare_reverse(StoreContext& c, Direction d) {
       publisher->query("SELECT pg_create_logical_replication_slot(" + pg_literal(r.slot) + ", 'pgoutput')", Deadline::in(Millis(60000)));
     }
     subscribe(c, database, r, false);
+    // What the target's schema is when it begins to serve: the way back is for that one.
+    if (d.yields == Side::source) remember_schema(c, database, Side::target, publisher->number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log"), catalogue_fingerprint(*publisher));
     refresh_views(*publisher);
   }
 }
