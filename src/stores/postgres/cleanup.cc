@@ -178,7 +178,10 @@ std::vector<std::string> PostgresStore::leftovers(StoreContext& c) {
       for (auto& r : s->query("SELECT pubname FROM pg_publication WHERE pubname LIKE 'rehome\\_" + tag_ + "%'")) all.push_back(where + ": " + database + ": publication " + *r[0]);
       for (auto& r : s->query("SELECT evtname FROM pg_event_trigger WHERE evtname LIKE 'rehome\\_%'")) all.push_back(where + ": " + database + ": event trigger " + *r[0]);
       auto fence = s->number("SELECT count(DISTINCT tgrelid) FROM pg_trigger WHERE tgname IN ('rehome_fence', 'rehome_fence_t')");
-      if (fence) all.push_back(where + ": " + database + ": refusing trigger on " + std::to_string(fence) + " tables (the fence)");
+      if (fence)
+        all.push_back(where + ": " + database + ": refusing trigger on " + std::to_string(fence) + " tables (the fence)");
+      else if (s->number("SELECT count(*) FROM pg_namespace WHERE nspname = 'rehome'") > 0)
+        all.push_back(where + ": " + database + ": schema rehome");
     }
     if (c.at(side).exec({.argv = {"test", "-e", socket_directory(c, side)}}).ok()) all.push_back(where + ": " + socket_directory(c, side));
   }

@@ -46,7 +46,8 @@ void PostgresStore::tune(StoreContext& c, Side side) {
   auto s = session(c, side, server(side).admin_database);
   // After a blip of the link an apply worker waits wal_retrieve_retry_interval (5 s) before it tries again: longer than any pause.
   if (c.recall(key("tuned." + std::string(side_name(side)))).is_null()) {
-    bool ours = s->number("SELECT count(*) FROM pg_file_settings WHERE name = 'wal_retrieve_retry_interval' AND sourcefile LIKE '%auto.conf'") == 0;
+    // Another store of this cluster, or another run, may have set it already: what it sets is not what was there before.
+    bool ours = s->number("SELECT count(*) FROM pg_file_settings WHERE name = 'wal_retrieve_retry_interval' AND sourcefile LIKE '%auto.conf' AND setting <> '100ms'") == 0;
     c.note("wal_retrieve_retry_interval = 100ms", {{"where", std::string(side_name(side))}, {"was", s->value("SHOW wal_retrieve_retry_interval")}, {"undo", "ALTER SYSTEM RESET"}});
     c.remember(key("tuned." + std::string(side_name(side))), ours ? Json("reset") : Json(s->value("SHOW wal_retrieve_retry_interval")));
   }
