@@ -141,8 +141,8 @@ warning${T}postgres.client_on_target${T}target.*psql \(process [0-9]+${T}point i
 warning${T}postgres.unit_on_target${T}unit worker.service.*/var/lib/worker.env.*10.77.0.1${T}target's own server
 error${T}files.space${T}target: /srv/small${T}room
 error${T}files.inodes${T}target: /srv/small${T}inodes
-error${T}files.mount${T}source: /srv/data.*/srv/data/inner${T}exclude
-warning${T}files.owners${T}target.*plain${T}useradd
+error${T}files.mount${T}source: /srv/data.*/srv/data/inner${T}exclude .*/inner.*as a store instead of the tree
+warning${T}files.owners${T}target.*plain${T}useradd.*owner: number
 error${T}files.rsync${T}target${T}install
 error${T}agent.supervisor${T}source${T}boot: to cron
 error${T}agent.supervisor${T}target${T}directory:

@@ -101,7 +101,8 @@ std::vector<Finding> FilesStore::preflight(StoreContext& c) {
         excluded = excluded || (e.size() > 1 && e[0] == '/' && point == f.path[side] + (e.back() == '/' ? e.substr(0, e.size() - 1) : e));
       if (!excluded)
         add(Level::error, "mount", side, "another file system is mounted at " + point + ", inside the tree",
-            "make it a store of its own, and exclude it here (exclude: [\"" + point.substr(std::min(point.size(), f.path[side].size())) + "\"])");
+            "exclude it (exclude: [\"" + point.substr(std::min(point.size(), f.path[side].size())) +
+                "\"]) and move it by other means; or name each directory of the tree as a store instead of the tree, and this one too: stores may not lie inside each other");
     }
   }
   std::string obstacle = get_string(source, "watch_obstacle", "");
@@ -114,10 +115,10 @@ std::vector<Finding> FilesStore::preflight(StoreContext& c) {
     auto groups = missing_accounts(c.target, "group", source.value("groups", Json::array()));
     if (!users.empty())
       add(Level::warning, "owners", Side::target, "users that own files on the source are missing here: " + listed(users) + "; their files keep the number",
-          "make these users first (useradd --system), or set owner_by_name: false");
+          "make these users first (useradd --system), or set owner: number");
     if (!groups.empty())
       add(Level::warning, "owners", Side::target, "groups that own files on the source are missing here: " + listed(groups) + "; their files keep the number",
-          "make these groups first (groupadd --system), or set owner_by_name: false");
+          "make these groups first (groupadd --system), or set owner: number");
   }
 
   Json ask_writers = settings(Side::source);
