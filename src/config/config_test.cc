@@ -41,6 +41,12 @@ Deployment good(const std::string& text) {
   return d;
 }
 
+// The address, host and path of a check, and the PROXY header's version.
+std::string asked(const Deployment& d, const CheckConfig& check, Side side, bool past_gate = false) {
+  HttpPlace p = http_place(d, check, side, past_gate);
+  return p.address + " " + p.host + p.path + (p.proxy_protocol ? " v" + std::to_string(p.proxy_protocol) : "");
+}
+
 TEST(Config, TheExampleOfTheManualIsRead) {
   Deployment d;
   try {
@@ -58,7 +64,8 @@ TEST(Config, TheExampleOfTheManualIsRead) {
   EXPECT_EQ(d.stores[0].postgres.server.target.port, 5433);
   EXPECT_EQ(d.stores[0].postgres.server.source.os_user, "postgres");
   EXPECT_EQ(d.stores[1].files.exclude, (std::vector<std::string>{"/cache/", "*.tmp"}));
-  EXPECT_EQ(url_at(d, d.checks[0], Side::target), "http://127.0.0.1/health");
+  EXPECT_EQ(asked(d, d.checks[0], Side::target), "127.0.0.1:80 127.0.0.1/health");
+  EXPECT_EQ(asked(d, d.checks[0], Side::target, true), "127.0.0.1:8000 127.0.0.1/health");
   EXPECT_TRUE(d.checks[0].canary);
   EXPECT_TRUE(d.checks[1].write_canary);
   EXPECT_EQ(d.max_pause, Millis(500));
@@ -136,8 +143,8 @@ TEST(Config, EverythingCanBeSaid) {
   EXPECT_TRUE(d.checks[0].canary && d.checks[0].write_canary);
   EXPECT_EQ(d.checks[0].where, CheckConfig::Where::target);
   EXPECT_EQ(d.checks[0].timeout, Millis(1000));
-  EXPECT_EQ(url_at(d, d.checks[1], Side::source), "http://a/ping");
-  EXPECT_EQ(url_at(d, d.checks[1], Side::target), "https://b:8/ping");
+  EXPECT_EQ(asked(d, d.checks[1], Side::source), "a:80 a/ping");
+  EXPECT_EQ(asked(d, d.checks[1], Side::target), "b:8 b:8/ping");
   EXPECT_EQ(d.checks[2].kind, CheckConfig::Kind::sql);
   EXPECT_EQ(d.checks[2].expect, "1");
   EXPECT_EQ(d.checks[3].command.size(), 2u);
@@ -158,6 +165,54 @@ TEST(Config, DefaultsAreThoseOfADistribution) {
   EXPECT_EQ(other_way.link.ssh.host, "new");
   Deployment with_password = good(kHead + "stores: [{name: d, postgres: {databases: all, password: {env: P}}}]\n");
   EXPECT_EQ(with_password.stores[0].postgres.server.target.os_user, "");
+}
+
+TEST(Config, ACanaryGoesToTheApplicationThatItsUrlNames) {
+  Deployment d = good(kHead + kStores + R"(traffic:
+  - {name: shop, nginx: {files: [/n], application: "127.0.0.1:8000", gate: "127.0.0.1:8001", front: "http://shop.example/health"}, proxy_protocol: true}
+  - {name: api, gate: {listen: "0.0.0.0:9000", application: "[::1]:9001", target: {application: "127.0.0.1:9101"}}, proxy_protocol: v2}
+  - {name: bare, gate: {listen: "127.0.0.1:7001", application: "0.0.0.0:7000", take: redirect}, proxy_protocol: v1}
+checks:
+  - {name: path, http: "/ready?x=1", canary: read}
+  - {name: front, http: "http://shop.example/a#b", canary: read}
+  - {name: application, http: "http://localhost:8000", canary: read}
+  - {name: second, http: "http://127.0.0.1:9000/a", canary: read}
+  - {name: second-itself, http: "http://127.0.0.1:9101?q"}
+  - {name: other, http: "http://127.0.0.1:5000/a", canary: read}
+  - {name: redirected, http: "http://127.0.0.1:7000/"}
+  - {name: v6, http: "http://[::1]/", canary: read}
+)");
+  auto at = [&](std::size_t i, bool past_gate, Side side = Side::target) { return asked(d, d.checks[i], side, past_gate); };
+  EXPECT_EQ(at(0, true), "127.0.0.1:8000 shop.example/ready?x=1 v1");
+  EXPECT_EQ(at(0, false), "shop.example:80 shop.example/ready?x=1");
+  EXPECT_EQ(at(1, true), "127.0.0.1:8000 shop.example/a v1");
+  EXPECT_EQ(at(2, true), "127.0.0.1:8000 localhost:8000/ v1");
+  EXPECT_EQ(at(2, false), "localhost:8000 localhost:8000/ v1");
+  EXPECT_EQ(at(3, true), "127.0.0.1:9101 127.0.0.1:9000/a v2");
+  EXPECT_EQ(at(3, true, Side::source), "[::1]:9001 127.0.0.1:9000/a v2");
+  EXPECT_EQ(at(3, false), "127.0.0.1:9000 127.0.0.1:9000/a");
+  EXPECT_EQ(at(4, false), "127.0.0.1:9101 127.0.0.1:9101/?q v2");
+  EXPECT_EQ(at(5, true), "127.0.0.1:5000 127.0.0.1:5000/a");
+  EXPECT_EQ(at(6, false), "127.0.0.1:7000 127.0.0.1:7000/");
+  EXPECT_EQ(at(7, true), "[::1]:80 [::1]/");
+}
+
+TEST(Config, AnAnswerNeedNotBeExpected) {
+  Deployment d = good(kHead + kDb + "checks:\n  - {name: a, sql: select 1, store: db, database: shop}\n  - {name: b, sql: select 1, store: db, database: shop, expect: \"\"}\n");
+  EXPECT_FALSE(d.checks[0].expect);
+  EXPECT_EQ(d.checks[1].expect, "");
+}
+
+TEST(Config, ColdServicesHaveATimeThatIsAdded) {
+  const std::string services = "services:\n  - {name: a, systemd: a.service, warm: false}\n  - {name: b, systemd: b.service}\n  - {name: c, systemd: c.service, warm: false, start_time: 300ms}\n";
+  Deployment d = good(kHead + kStores + services + "max_pause: 3s\n");
+  EXPECT_EQ(cold_start_time(d), Millis(2300));
+  ASSERT_EQ(cold_starts(d).size(), 2u);
+  EXPECT_EQ(cold_starts(d)[1], "c is not warm: it starts inside the pause, after the decision, for about 300 ms (start_time)");
+  EXPECT_EQ(problems_of(kHead + kStores + services),
+            std::vector<std::string>{"7:1: the services that are not warm take 2.3 s (start_time) to start inside the pause, and max_pause is 1.0 s: no switch would be tried"});
+  EXPECT_EQ(problems_of(kHead + kStores + "services:\n  - {name: a, systemd: a.service, start_time: 1s}\n"),
+            std::vector<std::string>{"8:35: 'start_time' has no effect: a warm service starts before the pause; it belongs to warm: false"});
 }
 
 struct Broken {
@@ -226,7 +281,7 @@ TEST(Config, EveryMistakeIsToldWithItsPlace) {
         "8:92: start_timeout is a duration and needs a unit (ms, s, min, h) -> 30s or 30ms", "9:44: a service is run by systemd on both sites or by commands on both"}},
       {kHead + kStores + "traffic:\n  - name: w\n    nginx: {files: [a.conf], application: 8000, gate: \"127.0.0.1:8001\", front: 127.0.0.1/health}\n",
        {"9:21: each of files must be an absolute path, not 'a.conf' -> /a.conf", "9:43: application must be host:port or unix:/path, not the number 8000 -> 127.0.0.1:8000",
-        "9:80: front must be a URL that starts with http:// or https://, not '127.0.0.1/health' -> http://127.0.0.1/health"}},
+        "9:80: front must be a URL that starts with http://, not '127.0.0.1/health' -> http://127.0.0.1/health"}},
       {kHead + kStores + "traffic:\n  - {name: w, nginx: {gate: \"a:1\", application: \"a:1\"}, max_waiting: 0, longer_requests: cutt, proxy_protocol: v3, accept_proxy: true, refuse_with: 404}\n  - {name: g, gate: {listen: \"a:2\", take: unix_socket}}\n",
        {"8:22: nginx needs 'files' on the source: the configuration files that name the application", "8:22: 'gate' and 'application' are one address on the source: a:1",
         "8:22: nginx needs 'files' on the target: the configuration files that name the application", "8:22: 'gate' and 'application' are one address on the target: a:1",
@@ -242,6 +297,15 @@ TEST(Config, EveryMistakeIsToldWithItsPlace) {
         "10:37: no store is called 'bd' -> db", "11:5: the check needs 'database': store 'db' has more than one", "12:51: store 'db' does not move database 'shp' -> shop",
         "13:29: 'status' belongs to a check with 'http'", "13:50: canary must be read or write, not 'writes' -> write", "14:12: two checks are called 'f'; the first is in line 13",
         "14:41: a canary runs at the site that takes over, so 'where: source' would never run it -> where: both"}},
+      {kHead + kDb + "traffic:\n  - {name: w, gate: {listen: \"127.0.0.1:81\", application: \"0.0.0.0:80\", take: redirect, front: \"https://127.0.0.1/\"}}\n"
+                     "checks:\n  - {name: a, http: \"https://h/\"}\n  - {name: b, http: \"http://h:x/\"}\n  - {name: c, http: \"http://127.0.0.1/\", canary: [write, read]}\n"
+                     "  - {name: d, command: [x], canary: read}\n  - {name: e, sql: select 1, store: db, database: shop, canary: read, timeout: 31s}\n",
+       {"8:96: front must start with http://: rehome speaks no TLS; for https use a check with 'command' that runs curl",
+        "10:21: http must start with http://: rehome speaks no TLS; for https use a check with 'command' that runs curl", "11:21: http must be a URL whose port is a number, not 'http://h:x/'",
+        "12:58: canary: read cannot be asked of 'w': the application's own address leads to the gate there, and that waits in the pause; canary: write asks right after it",
+        "13:37: canary: read is for http only: inside the pause nothing else is asked, since programs and sessions start too slowly; without it the check runs before the switch, with canary: write right after it",
+        "14:65: canary: read is for http only: inside the pause nothing else is asked, since programs and sessions start too slowly; without it the check runs before the switch, with canary: write right after it",
+        "14:80: timeout must be from 1 ms to 30.0 s, not 31.0 s"}},
       {kHead + kStores + "checks:\n  - {name: c, sql: select 1, store: f}\n", {"8:37: store 'f' is no database; sql asks a postgres store"}},
       {kHead + kStores + "max_pause: 500\ndrain_deadline: soon\nlimits: {wal_kept: 10XB, bandwidth: 1kB, jobs: 0.5, job: 1}\n",
        {"7:12: max_pause is a duration and needs a unit (ms, s, min, h) -> 500s or 500ms", "8:17: drain_deadline must be a duration like 500ms, 10s or 5min, not 'soon'",

@@ -94,6 +94,7 @@ struct ServiceConfig {
   enum class Runtime { systemd, command } runtime = Runtime::command;
   BySide<ServiceSide> on;
   bool warm = true;                  // the target's starts before the pause
+  Millis start_time{2000};           // where it is not warm: what its start is expected to add to the pause
   Millis start_timeout{30000};
 };
 
@@ -124,10 +125,11 @@ struct CheckConfig {
   std::string name;
   enum class Kind { http, sql, command } kind = Kind::http;
   enum class Where { source, target, both } where = Where::both;
-  std::string url;                   // a path alone ("/health") is asked for at the site's own front door: url_at()
+  std::string url;                   // a path alone ("/health") is asked for at the site's own front door: http_place()
   int status = 200;
   std::string body;                  // a substring; empty: any
-  std::string store, database, sql, expect;
+  std::string store, database, sql;
+  std::optional<std::string> expect; // what sql must answer; none: anything but an error
   std::vector<std::string> command;
   Millis timeout{5000};
   bool canary = false;               // also run inside the pause (read) ...
@@ -155,7 +157,20 @@ struct Deployment {
   Limits limits;
 };
 
-// Where an http check asks at this site: its URL, or its path at the host of the site's first known front door.
-std::string url_at(const Deployment& d, const CheckConfig& check, Side side);
+// What the services that are not warm are expected to add to a pause: they start one after the other. And the same in words.
+Millis cold_start_time(const Deployment& d);
+std::vector<std::string> cold_starts(const Deployment& d);
+
+// Where an HTTP check asks at a site.
+struct HttpPlace {
+  std::string address;      // host:port or unix:/path, to connect to
+  std::string host, path;   // of the request
+  int proxy_protocol = 0;   // version of the PROXY header that is expected there; 0: none
+};
+// The check's URL, or its path at the site's first front door. `past_gate`: at the application behind it instead, where
+// traffic_of() knows one: the gate leads to the side that serves.
+HttpPlace http_place(const Deployment& d, const CheckConfig& check, Side side, bool past_gate);
+// The traffic entry whose application, gate or front door the check's URL names by host and port, in this order; null: none.
+const TrafficConfig* traffic_of(const Deployment& d, const CheckConfig& check, Side side);
 
 }  // namespace rehome

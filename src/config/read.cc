@@ -27,8 +27,8 @@ std::string sha256_hex(std::string_view text) {
   return hex;
 }
 
-template <class T>
-void set(T& into, const std::optional<T>& value) {
+template <class T, class V>
+void set(T& into, const std::optional<V>& value) {
   if (value) into = *value;
 }
 void set(int& into, const std::optional<std::int64_t>& value) {
@@ -72,6 +72,9 @@ class Reader {
     set(d_.drain_deadline, y_.duration(m.take("drain_deadline"), "drain_deadline", Millis(0), Millis(3600'000)));
     limits(m.take("limits"));
     m.done();
+    if (Millis cold = cold_start_time(d_); cold > d_.max_pause && mistakes() == 0)
+      y_.problem(m.key_mark("services"), "the services that are not warm take " + human_duration(cold) + " (start_time) to start inside the pause, and max_pause is " +
+                                             human_duration(d_.max_pause) + ": no switch would be tried");
     same_place(m);
   }
 
@@ -396,6 +399,8 @@ class Reader {
       y_.problem(m.key_mark(m.has("command") ? "command" : "target"),
                  "source and target are one service: both sites are the same machine, and both use the pid_file '" + s.on.source.pid_file + "'");
     set(s.warm, y_.boolean(m.take("warm"), "warm"));
+    set(s.start_time, y_.duration(m.take("start_time"), "start_time", Millis(0), Millis(3600'000)));
+    if (s.warm && m.has("start_time")) y_.problem(m.key_mark("start_time"), "'start_time' has no effect: a warm service starts before the pause; it belongs to warm: false");
     set(s.start_timeout, y_.duration(m.take("start_timeout"), "start_timeout", Millis(100), Millis(3600'000)));
     m.done();
     d_.services.push_back(std::move(s));
@@ -526,13 +531,30 @@ class Reader {
     } else if (canary.IsDefined()) {
       kinds.push_back(canary);
     }
-    for (const auto& k : kinds)
-      if (auto v = y_.choice(k, "canary", {"read", "write"})) (*v == "read" ? c.canary : c.write_canary) = true;
+    for (const auto& k : kinds) {
+      auto v = y_.choice(k, "canary", {"read", "write"});
+      if (v) (*v == "read" ? c.canary : c.write_canary) = true;
+      if (v && *v == "read" && !kind.empty()) read_canary(k, kind, c);
+    }
     if ((c.canary || c.write_canary) && c.where == CheckConfig::Where::source)
       y_.problem(canary, "a canary runs at the site that takes over, so 'where: source' would never run it", "where: both");
-    set(c.timeout, y_.duration(m.take("timeout"), "timeout", Millis(1), Millis(3600'000)));
+    // The store itself waits no longer for a statement.
+    set(c.timeout, y_.duration(m.take("timeout"), "timeout", Millis(1), Millis(kind == "sql" ? 30'000 : 3600'000)));
     m.done();
     d_.checks.push_back(std::move(c));
+  }
+
+  void read_canary(const YAML::Node& n, const std::string& kind, const CheckConfig& c) {
+    if (kind != "http") {
+      y_.problem(n, "canary: read is for http only: inside the pause nothing else is asked, since programs and sessions start too slowly; "
+                    "without it the check runs before the switch, with canary: write right after it");
+      return;
+    }
+    if (c.url.empty()) return;
+    const TrafficConfig* t = traffic_of(d_, c, Side::target);
+    if (t && t->take != TrafficConfig::Take::listen)
+      y_.problem(n, "canary: read cannot be asked of '" + t->name + "': the application's own address leads to the gate there, and that waits in the pause; "
+                    "canary: write asks right after it");
   }
 
   void http_url(const YAML::Node& n, CheckConfig& c) {
@@ -606,14 +628,18 @@ class Reader {
 
 }  // namespace
 
-std::string url_at(const Deployment& d, const CheckConfig& check, Side side) {
-  if (!check.url.starts_with("/")) return check.url;
-  for (const auto& t : d.traffic) {
-    const std::string& front = t.on[side].front;
-    if (front.empty()) continue;
-    return front.substr(0, front.find_first_of("/?#", front.find("://") + 3)) + check.url;
-  }
-  return check.url;
+Millis cold_start_time(const Deployment& d) {
+  Millis all{0};
+  for (const auto& s : d.services)
+    if (!s.warm) all += s.start_time;
+  return all;
+}
+
+std::vector<std::string> cold_starts(const Deployment& d) {
+  std::vector<std::string> words;
+  for (const auto& s : d.services)
+    if (!s.warm) words.push_back(s.name + " is not warm: it starts inside the pause, after the decision, for about " + human_duration(s.start_time) + " (start_time)");
+  return words;
 }
 
 Deployment read_deployment(const std::string& file, const std::string& text, std::vector<ConfigProblem>& problems) {

@@ -75,7 +75,8 @@ TEST(Schema, BothAcceptWhatIsRight) {
       more("max_pause: 1.5 s\nlimits: {wal_kept: 20000000, bandwidth: 1 MiB}"), more("services: []\ntraffic: []\nchecks: []"),
       more("services: [{name: s, source: {systemd: a.service}, target: {systemd: b.service}}]"),
       more("traffic: [{name: t, gate: {source: {listen: \"a:1\", application: \"b:1\"}, target: {listen: \"a:2\", application: \"b:2\"}}}]"),
-      check("sql: select 1, store: d, expect: true"), check("http: \"http://x\", canary: [], body: 5"),
+      check("sql: select 1, store: d, expect: true"), check("http: \"http://x\", canary: [], body: 5"), check("http: \"http://[::1]:80\", canary: [read, write]"), check("sql: select 1, store: d, canary: write"),
+      check("command: [x], canary: [write]"), more("services: [{name: s, systemd: s.service, warm: false, start_time: 500ms}]"),
   };
   auto by_reader = read(files), by_schema = judged(files);
   for (std::size_t i = 0; i < files.size(); i++) {
@@ -110,7 +111,8 @@ TEST(Schema, BothRefuseWhatIsWrong) {
       more("traffic: [{name: t, gate: {listen: \"a:1\", application: \"a:2\"}, longer_requests: wait}]"),
       more("traffic: [{name: t, gate: {listen: \"a:1\", application: \"a:2\"}, proxy_protocol: v3}]"), more("traffic: [{name: t, gate: {listen: \"a:1\", application: \"a:2\"}, refuse_with: 503}]"),
       more("traffic: [{name: t, nginx: {files: [/a], gate: \"a:1\", application: \"a:2\"}, accept_proxy: true}]"),
-      check("http: ftp://x"), check("http: \"http://u:p@x\""), check("http: \"http://x\", status: 99"), check("http: \"http://x\", sql: y"), check("sql: x"), check("sql: x, store: d, status: 200"),
+      check("http: ftp://x"), check("http: \"https://x\""), check("http: \"http://x:y/\""), check("sql: x, store: d, canary: read"), check("command: [x], canary: [write, read]"),
+      more("traffic: [{name: t, gate: {listen: \"a:1\", application: \"a:2\", front: \"https://a/\"}}]"), more("services: [{name: s, systemd: s.service, warm: false, start_time: 5}]"), check("http: \"http://u:p@x\""), check("http: \"http://x\", status: 99"), check("http: \"http://x\", sql: y"), check("sql: x"), check("sql: x, store: d, status: 200"),
       check("command: x"), check("command: [x], expect: 1"), check("http: \"http://x\", canary: maybe"), check("http: \"http://x\", where: here"), check("http: \"http://x\", timeout: 5"),
       check("http: \"http://x\", body: [a]"), more("max_pause: 5"), more("max_pause: fast"), more("limits: {jobs: 0}"), more("limits: {jobs: 1.5}"), more("limits: {wal_kept: much}"), more("limits: []"),
   };
@@ -125,7 +127,8 @@ TEST(Schema, BothRefuseWhatIsWrong) {
 TEST(Schema, OnlyTheReaderSeesWhatDoesNotFitTogether) {
   std::vector<std::string> files{
       "name: a\nsource: local\ntarget: local\n" + kStores, "name: a\nsource: {ssh: h}\ntarget: {ssh: i}\n" + kStores, kHead + "stores: [{name: f, files: {path: /a}}, {name: f, files: {path: /b}}]",
-      check("sql: x, store: e"), check("sql: x, store: d, database: y"), check("http: /x"), more("traffic: [{name: t, gate: {listen: \"a:1\"}}]"),
+      check("sql: x, store: e"), check("sql: x, store: d, database: y"), check("http: /x"), more("traffic: [{name: t, gate: {listen: \"a:1\"}}]"), more("services: [{name: s, systemd: s.service, warm: false}]"),
+      more("services: [{name: s, systemd: s.service, start_time: 1s}]"), check("sql: x, store: d, timeout: 31s"),
       store("postgres: {databases: all, host: h, os_user: x}"), check("command: [x, --password=y]"),
   };
   auto by_reader = read(files), by_schema = judged(files);

@@ -296,11 +296,19 @@ std::optional<std::string> YamlText::address(const YAML::Node& n, const std::str
 std::optional<std::string> YamlText::url(const YAML::Node& n, const std::string& what) {
   auto s = text(n, what);
   if (!s) return s;
-  static const std::regex form(R"(https?://([^/?#@\s]*@)?[^/?#@\s]+([/?#]\S*)?)");
+  static const std::regex form(R"(https?://([^/?#@\s]*@)?([^/?#@\s]+)([/?#]\S*)?)");
   std::smatch m;
   if (!std::regex_match(*s, m, form)) {
-    problem(n, what + " must be a URL that starts with http:// or https://, not '" + *s + "'",
+    problem(n, what + " must be a URL that starts with http://, not '" + *s + "'",
             s->find("://") == std::string::npos && s->front() != '/' ? "http://" + *s : "");
+    return std::nullopt;
+  }
+  if (std::string host = m[2]; host.rfind(':') != std::string::npos && !host.ends_with(']') && !std::regex_match(host, std::regex(R"(.+:\d{1,5})"))) {
+    problem(n, what + " must be a URL whose port is a number, not '" + *s + "'");
+    return std::nullopt;
+  }
+  if (s->starts_with("https")) {
+    problem(n, what + " must start with http://: rehome speaks no TLS; for https use a check with 'command' that runs curl");
     return std::nullopt;
   }
   if (m[1].matched) {

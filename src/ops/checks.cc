@@ -3,25 +3,22 @@
 #include <charconv>
 
 #include "base/text.h"
+#include "gate/proxy.h"
 
 namespace rehome::ops {
 namespace {
 
-struct Url {
-  std::string address, host, path;
-};
+// The gate gives the application such a header with each connection, so that it waits for one. It names this host.
+std::string proxy_header(int version) {
+  const std::string line = "PROXY TCP4 127.0.0.1 127.0.0.1 65535 80\r\n";
+  return version == 0 ? "" : version == 1 ? line : proxy_version_2(line);
+}
 
-Url parse_url(const std::string& url) {
-  std::string_view rest = url;
-  if (!rest.starts_with("http://"))
-    throw Error(Code::config, "'" + url + "' is not an http:// address", "for https use a command check with curl");
-  rest.remove_prefix(7);
-  auto slash = rest.find('/');
-  Url u;
-  u.host = rest.substr(0, slash);
-  u.path = slash == std::string_view::npos ? "/" : std::string(rest.substr(slash));
-  u.address = u.host.find(':') == std::string::npos || u.host.ends_with(']') ? u.host + ":80" : u.host;
-  return u;
+// The store's session reads only, and knows nothing of the check's time: both are settings that a message may change for its own
+// statements. What nobody expects may be no value at all.
+std::string statements(const CheckConfig& check) {
+  return "SET statement_timeout = " + std::to_string(check.timeout.count()) + "; " + (check.write_canary ? "SET transaction_read_only = off; " : "") + check.sql +
+         (check.expect ? "" : "\n; SELECT ''");
 }
 
 CheckResult judge(const CheckConfig& check, Side side, const std::string& answer) {
@@ -46,22 +43,19 @@ CheckResult judge(const CheckConfig& check, Side side, const std::string& answer
 
 }  // namespace
 
-HttpCanary::HttpCanary(const Deployment& deployment, Site& site, const CheckConfig& check, const std::string& address_override) : site_(site), check_(check) {
-  Url u = parse_url(url_at(deployment, check, site.side()));
-  address_ = address_override.empty() ? u.address : address_override;
-  host_ = u.host;
-  path_ = u.path;
-}
+HttpCanary::HttpCanary(const Deployment& deployment, Site& site, const CheckConfig& check, bool past_gate)
+    : site_(site), check_(check), place_(http_place(deployment, check, site.side(), past_gate)) {}
 
-void HttpCanary::open() { fd_ = site_.open_relay(address_); }
+void HttpCanary::open() { fd_ = site_.open_relay(place_.address); }
 
-CheckResult HttpCanary::ask(Deadline deadline) {
+CheckResult HttpCanary::ask(Deadline most) {
+  Deadline deadline = Deadline::in(most.left(check_.timeout));
   Ticks from = system_clock().now();
   CheckResult r{.name = check_.name, .side = site_.side()};
   try {
     if (!fd_) open();
     // HTTP/1.0: the end of the connection is the end of the answer, and nothing is chunked.
-    send_all(fd_, "GET " + path_ + " HTTP/1.0\r\nHost: " + host_ + "\r\nUser-Agent: rehome\r\nConnection: close\r\n\r\n", deadline);
+    send_all(fd_, proxy_header(place_.proxy_protocol) + "GET " + place_.path + " HTTP/1.0\r\nHost: " + place_.host + "\r\nUser-Agent: rehome\r\nConnection: close\r\n\r\n", deadline);
     Reader reader(fd_);
     std::string answer;
     try {
@@ -83,24 +77,33 @@ CheckResult HttpCanary::ask(Deadline deadline) {
   return r;
 }
 
-CheckResult run_check(Run& run, const CheckConfig& check, Side side, Deadline deadline) {
+CheckResult ask_sql(Store& store, StoreContext& context, const CheckConfig& check, Side side) {
+  Ticks from = system_clock().now();
+  CheckResult r{.name = check.name, .side = side};
+  try {
+    std::string value = store.ask(context, side, check.database, statements(check));
+    r.ok = !check.expect || value == *check.expect;
+    if (!r.ok) r.said = "answered '" + value.substr(0, 120) + "' instead of '" + *check.expect + "'";
+  } catch (const Error& e) {
+    r.said = e.what();
+  }
+  r.ms = ms_between(from, system_clock().now());
+  return r;
+}
+
+CheckResult run_check(Run& run, const CheckConfig& check, Side side) {
   Ticks from = system_clock().now();
   CheckResult r{.name = check.name, .side = side};
   try {
     switch (check.kind) {
       case CheckConfig::Kind::http:
-        return HttpCanary(run.deployment(), run.site(side), check, "").ask(deadline);
-      case CheckConfig::Kind::sql: {
-        for (auto& store : run.stores()) {
-          if (store->name() != check.store) continue;
-          std::string value = store->ask(run.stores_context(), side, check.database, check.sql);
-          r.ok = value == check.expect;
-          if (!r.ok) r.said = "answered '" + value.substr(0, 120) + "' instead of '" + check.expect + "'";
-        }
+        return HttpCanary(run.deployment(), run.site(side), check, false).ask(Deadline::in(check.timeout));
+      case CheckConfig::Kind::sql:
+        for (auto& store : run.stores())
+          if (store->name() == check.store) return ask_sql(*store, run.stores_context(), check, side);
         break;
-      }
       case CheckConfig::Kind::command: {
-        Outcome o = run.site(side).exec({.argv = check.command}, deadline);
+        Outcome o = run.site(side).exec({.argv = check.command}, Deadline::in(check.timeout));
         r.ok = o.ok();
         if (!r.ok) r.said = "status " + std::to_string(o.status) + ": " + std::string(trim(o.err)).substr(0, 200);
         break;
@@ -121,7 +124,7 @@ std::vector<CheckResult> run_checks(Run& run, Side side) {
   std::vector<CheckResult> results;
   for (const auto& check : run.deployment().checks) {
     if (check.write_canary) continue;
-    if (meant_for(check, side)) results.push_back(run_check(run, check, side, Deadline::in(check.timeout)));
+    if (meant_for(check, side)) results.push_back(run_check(run, check, side));
   }
   return results;
 }

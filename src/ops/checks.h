@@ -19,22 +19,24 @@ struct CheckResult {
 bool meant_for(const CheckConfig& check, Side side);
 
 // Runs one check at one side; a check that cannot be run is a failed one that says why.
-CheckResult run_check(Run& run, const CheckConfig& check, Side side, Deadline deadline);
+CheckResult run_check(Run& run, const CheckConfig& check, Side side);
+// One of SQL, in a session of its own; a write canary may write.
+CheckResult ask_sql(Store& store, StoreContext& context, const CheckConfig& check, Side side);
 // Every check that is meant for this side.
 std::vector<CheckResult> run_checks(Run& run, Side side);
 
 // An HTTP request whose connection is made ahead, so that inside the pause only the request itself costs time.
 class HttpCanary {
  public:
-  // `address_override`: who is asked instead of the host that the check's URL names.
-  HttpCanary(const Deployment& deployment, Site& site, const CheckConfig& check, const std::string& address_override);
-  void open();                          // connects; may be called again after ask()
-  CheckResult ask(Deadline deadline);
+  // `past_gate`: at the application, where the check's URL leads through the gate. Throws nothing that the reader lets through.
+  HttpCanary(const Deployment& deployment, Site& site, const CheckConfig& check, bool past_gate);
+  void open();                      // connects; may be called again after ask()
+  CheckResult ask(Deadline most);   // within the check's own timeout, too
 
  private:
   Site& site_;
   CheckConfig check_;
-  std::string address_, host_, path_;
+  HttpPlace place_;
   Fd fd_;
 };
 

@@ -173,6 +173,9 @@ Prediction Switchover::predict(bool measure) {
       ms += static_cast<double>(took.count());
     }
   }
+  // After the commit, so that max_pause cannot back out of it: it must be counted before.
+  ms += static_cast<double>(cold_start_time(run_.deployment()).count());
+  for (auto& why : cold_starts(run_.deployment())) p.reasons.push_back(std::move(why));
   if (gated()) {
     const Deployment& d = run_.deployment();
     Json status = yields().call("gate", {{"request", {{"op", "status"}, {"older_than_ms", drain_time(d).count()}}}});
@@ -414,10 +417,9 @@ CutResult Switchover::cut() {
   canaries_.clear();
   for (auto& store : run_.stores()) cuts_.push_back(store->open_cut(run_.stores_context(), direction_));
   for (const auto& check : run_.deployment().checks) {
-    if (!check.canary || check.kind != CheckConfig::Kind::http || !meant_for(check, direction_.takes())) continue;
+    if (!check.canary || !meant_for(check, direction_.takes())) continue;
     // To the application itself: the site's front door leads through its gate, which still forwards to the side that yields.
-    std::string application = run_.deployment().traffic.empty() ? "" : run_.deployment().traffic[0].on[direction_.takes()].application;
-    canaries_.push_back(std::make_unique<HttpCanary>(run_.deployment(), takes(), check, application));
+    canaries_.push_back(std::make_unique<HttpCanary>(run_.deployment(), takes(), check, true));
     canaries_.back()->open();
   }
   attempt_ = get_int(yields().call("attempt.open"), "attempt");
@@ -478,7 +480,7 @@ void Switchover::settle() {
   }
   for (const auto& check : run_.deployment().checks) {
     if (!check.write_canary || !meant_for(check, direction_.takes())) continue;
-    CheckResult r = run_check(run_, check, direction_.takes(), Deadline::in(check.timeout));
+    CheckResult r = run_check(run_, check, direction_.takes());
     run_.journal().append("canary", {{"name", r.name}, {"ok", r.ok}, {"ms", r.ms}, {"said", r.said}, {"when", "write"}});
     if (!r.ok) throw Error(Code::check_failed, "the write canary " + r.name + " failed after the commit: " + r.said);
   }

@@ -48,8 +48,8 @@ Json make_plan(Run& run) {
     copy = std::max<std::int64_t>(copy, e.copy.count());
     for (const auto& r : e.reasons) reasons.push_back(store->name() + ": " + r);
   }
-  for (auto& service : run.services())
-    if (!service->config().warm) reasons.push_back(service->config().name + " is not warm: it starts inside the pause");
+  pause += cold_start_time(run.deployment()).count();
+  for (const auto& why : cold_starts(run.deployment())) reasons.push_back(why);
   Json traffic = Json::object();
   for (auto& t : run.traffic()) traffic[t->name()] = t->plan_notes();
   plan["stores"] = stores;

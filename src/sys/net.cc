@@ -138,6 +138,14 @@ std::string Address::text() const {
   return (host.find(':') == std::string::npos ? host : "[" + host + "]") + ":" + std::to_string(port);
 }
 
+bool reach_the_same(const Address& a, const Address& b) {
+  if (a.is_unix() || b.is_unix()) return a.path == b.path;
+  auto here = [](const std::string& host) {
+    return host == "localhost" || host == "0.0.0.0" || host == "*" || host == "::" || host == "::1" || host.empty() ? std::string("127.0.0.1") : host;
+  };
+  return a.port == b.port && here(a.host) == here(b.host);
+}
+
 Fd listen_on(const Address& where, unsigned mode, int backlog) {
   Address bind_to = where;
   if (where.is_unix()) bind_to.path = where.path + ".new";

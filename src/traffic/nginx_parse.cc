@@ -166,10 +166,7 @@ bool nginx_reaches(std::string_view address, std::string_view scheme, const Addr
   } catch (const Error&) {
     return false;
   }
-  auto here = [](const std::string& host) {
-    return host == "localhost" || host == "0.0.0.0" || host == "*" || host == "::" || host == "::1" || host.empty() ? std::string("127.0.0.1") : host;
-  };
-  return a.port == application.port && here(a.host) == here(application.host);
+  return reach_the_same(a, application);
 }
 
 NginxFiles split_nginx_dump(std::string_view dump) {

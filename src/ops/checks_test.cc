@@ -1,0 +1,145 @@
+// The deployment's checks against a real listener and a real PostgreSQL.
+#include "ops/checks.h"
+
+#include <gtest/gtest.h>
+
+#include <thread>
+
+#include "stores/postgres/testing/local_site.h"
+#include "stores/postgres/testing/pg_server.h"
+#include "stores/registry.h"
+
+namespace rehome::ops {
+namespace {
+
+using testing::PgServer;
+using testing::World;
+
+// Answers one request after `delay`, and keeps what came before the answer.
+class OneAnswer {
+ public:
+  explicit OneAnswer(Millis delay = Millis(0))
+      : listener_(listen_on(Address::parse("127.0.0.1:0"))), port(local_port(listener_)), thread_([this, delay] {
+          auto fd = accept_from(listener_, Deadline::in(Millis(10000)));
+          if (!fd) return;
+          Reader in(*fd);
+          try {
+            for (auto line = in.line(Deadline::in(Millis(10000))); line; line = in.line(Deadline::in(Millis(10000)))) {
+              received += *line + "\n";
+              if (received.ends_with("close\r\n\r\n")) break;
+            }
+            system_clock().sleep(delay);
+            send_all(*fd, "HTTP/1.0 200 OK\r\n\r\nok");
+          } catch (const Error&) {
+            // The one who asked has left.
+          }
+        }) {}
+  std::string seen() { return thread_.join(), received; }
+
+ private:
+  Fd listener_;
+
+ public:
+  const std::uint16_t port;
+  std::string received;
+
+ private:
+  std::jthread thread_;
+};
+
+Deployment with_application(std::uint16_t port, int proxy_protocol) {
+  Deployment d;
+  TrafficConfig first, second;
+  first.on.source.application = first.on.target.application = "127.0.0.1:1";
+  second.on.source.application = second.on.target.application = "127.0.0.1:" + std::to_string(port);
+  second.on.source.front = second.on.target.front = "http://front.example:8080/health";
+  second.proxy_protocol = proxy_protocol;
+  d.traffic = {first, second};
+  CheckConfig check;
+  check.name = "health";
+  check.url = "http://front.example:8080/ready";
+  check.body = "ok";
+  d.checks = {check};
+  return d;
+}
+
+CheckResult canary(World& w, Millis most = Millis(5000)) {
+  HttpCanary canary(w.deployment, w.target, w.deployment.checks[0], true);
+  canary.open();
+  return canary.ask(Deadline::in(most));
+}
+
+TEST(Checks, ACanaryAsksTheSecondApplicationAsItsGateWould) {
+  for (int version : {0, 1, 2}) {
+    OneAnswer application;
+    World w(with_application(application.port, version));
+    CheckResult r = canary(w);
+    EXPECT_TRUE(r.ok) << r.said;
+    std::string seen = application.seen();
+    const std::string request = "GET /ready HTTP/1.0\r\nHost: front.example:8080\r\n";
+    auto at = seen.find(request);
+    ASSERT_NE(at, std::string::npos) << seen;
+    const std::string headers[] = {"", "PROXY TCP4 127.0.0.1 127.0.0.1 65535 80\r\n",
+                                   std::string("\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\x7f\0\0\1\x7f\0\0\1\xff\xff\0\x50", 28)};
+    EXPECT_EQ(seen.substr(0, at), headers[version]);
+  }
+}
+
+TEST(Checks, TheTimeoutHoldsInsideThePauseToo) {
+  OneAnswer application(Millis(3000));
+  World w(with_application(application.port, 0));
+  w.deployment.checks[0].timeout = Millis(100);
+  CheckResult r = canary(w);
+  EXPECT_FALSE(r.ok);
+  EXPECT_LT(r.ms, 2000);
+}
+
+struct Sql : ::testing::Test {
+  Sql() : server(15), w(testing::deployment_between(server.socket_directory(), server.socket_directory(), {"shop"})) {
+    server.session("postgres")->exec("CREATE DATABASE shop");
+    server.session("shop")->exec("CREATE TABLE public.orders(id int)");
+    stores = make_stores(w.deployment);
+  }
+  CheckResult ask(const std::string& sql, std::optional<std::string> expect, bool write = false, Millis timeout = Millis(5000)) {
+    CheckConfig c;
+    c.name = "orders";
+    c.kind = CheckConfig::Kind::sql;
+    c.store = "db", c.database = "shop", c.sql = sql, c.expect = expect, c.write_canary = write, c.timeout = timeout;
+    return ask_sql(*stores[0], w.context(), c, Side::target);
+  }
+  std::int64_t orders() { return server.session("shop")->number("SELECT count(*) FROM public.orders"); }
+  PgServer server;
+  World w;
+  std::vector<std::unique_ptr<Store>> stores;
+};
+
+TEST_F(Sql, AnyAnswerWillDoWhereNoneIsExpected) {
+  for (const char* sql : {"SELECT 42", "SELECT 42;", "SELECT id FROM public.orders", "SELECT 1, 2 -- two"}) {
+    CheckResult r = ask(sql, std::nullopt);
+    EXPECT_TRUE(r.ok) << sql << ": " << r.said;
+  }
+  EXPECT_FALSE(ask("SELECT id FROM nothing", std::nullopt).ok);
+  EXPECT_TRUE(ask("SELECT 42", "42").ok);
+  EXPECT_EQ(ask("SELECT 42", "").said, "answered '42' instead of ''");
+}
+
+TEST_F(Sql, OnlyAWriteCanaryWrites) {
+  CheckResult r = ask("INSERT INTO public.orders VALUES (1)", std::nullopt);
+  EXPECT_FALSE(r.ok);
+  EXPECT_NE(r.said.find("read-only"), std::string::npos) << r.said;
+  r = ask("INSERT INTO public.orders VALUES (1) RETURNING id", "1", true);
+  EXPECT_TRUE(r.ok) << r.said;
+  r = ask("INSERT INTO public.orders VALUES (2)", std::nullopt, true);
+  EXPECT_TRUE(r.ok) << r.said;
+  EXPECT_EQ(orders(), 2);
+}
+
+TEST_F(Sql, TheTimeoutEndsTheStatement) {
+  CheckResult r = ask("SELECT pg_sleep(20)", std::nullopt, false, Millis(200));
+  EXPECT_FALSE(r.ok);
+  EXPECT_NE(r.said.find("timeout"), std::string::npos) << r.said;
+  EXPECT_LT(r.ms, 10000);
+}
+
+}  // namespace
+}  // namespace rehome::ops
