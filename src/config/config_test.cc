@@ -4,8 +4,10 @@
 #include <sys/stat.h>
 
 #include <cstdlib>
+#include <map>
 
 #include "base/error.h"
+#include "base/text.h"
 #include "sys/fs.h"
 
 namespace rehome {
@@ -70,6 +72,43 @@ TEST(Config, TheExampleOfTheManualIsRead) {
   EXPECT_TRUE(d.checks[1].write_canary);
   EXPECT_EQ(d.max_pause, Millis(500));
   EXPECT_EQ(d.limits.wal_kept, 20'000'000'000);
+}
+
+// Each of them is put where its section says, into a file that has what it refers to.
+TEST(Config, EveryExampleOfTheManualIsRead) {
+  const std::map<std::string, std::string> rest{
+      {"stores", "stores:\n- {name: db, postgres: {databases: [shop]}}\n"},
+      {"traffic", "traffic:\n- {name: web, gate: {application: \"127.0.0.1:80\", listen: \"127.0.0.1:81\", front: \"http://127.0.0.1/\"}}\n"}};
+  std::string section, block;
+  bool inside = false;
+  int read = 0;
+  for (const auto& line : split(read_file(REHOME_DOCS "/CONFIG.md"), '\n')) {
+    if (line.starts_with("## ")) section = line.substr(3);
+    if (line.starts_with("```")) {
+      EXPECT_EQ(line, inside ? "```" : "```yaml");
+      inside = !inside;
+      if (inside) continue;
+      std::string list(trim(section));
+      std::erase(list, '`');
+      if (block.starts_with("postgres:")) {
+        std::string indented;
+        for (const auto& l : split(block, '\n')) indented += "  " + l + "\n";
+        block = "stores:\n- name: d\n" + indented;
+      } else if (block.starts_with("- ")) {
+        block = list + ":\n" + block;
+      }
+      std::string text = block;
+      for (const auto& [key, value] : rest)
+        if (!("\n" + block).starts_with("\n" + key + ":") && !block.starts_with("name:")) text += value;
+      if (!text.starts_with("name:")) text = (block.starts_with("source:") ? "name: shop\n" : kHead) + text;
+      good(text);
+      read++;
+      block.clear();
+    } else if (inside) {
+      block += line + "\n";
+    }
+  }
+  EXPECT_GE(read, 10);
 }
 
 TEST(Config, TheHashIsSha256OfTheFile) {

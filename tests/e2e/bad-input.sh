@@ -106,6 +106,20 @@ refused "an unknown command" 2 "swich|subcommand" -- swich
 but 's/os_user: postgres/user: postgres, password: secret/'
 refused "a password in the file" 3 "case.yaml:[0-9]+:[0-9]+" "env" -- begin
 
+say "the examples of --help"
+mkdir "$world/shared/nothing"
+examples=0
+for command in check plan begin status verify switch reverse complete cancel migrate resume report; do
+  while read -r line; do
+    status=0
+    (cd "$world/shared/nothing" && eval "'$bin/rehome'${line#rehome}") >"$world/shared/example" 2>&1 </dev/null || status=$?
+    [ $status = 3 ] || { cat "$world/shared/example"; fail "'$line' ended with $status where there is no rehome.yaml"; }
+    examples=$((examples + 1))
+  done < <("$bin/rehome" $command --help | sed -n 's/^  \(rehome .*\)/\1/p')
+done
+[ $examples -ge 25 ] || fail "only $examples examples"
+say "ok  $examples examples"
+
 say "passwords"
 but 's#host: /run/postgresql, os_user: postgres#host: 127.0.0.1, password: {env: MOVER_PASSWORD}#'
 refused "no such variable" 4 "MOVER_PASSWORD is not set" "shell that starts rehome" -- begin

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The commands as a person uses them, under load: migrate; resume after a killed begin, also from the other server; Ctrl-C and a closed
-# terminal; cancel within a copy; --at, --when-ready and a stale plan; a failing write canary; and the two ways out when a host is
-# gone for good.
+# terminal; cancel within a copy; --at, --when-ready and a stale plan; the price of a cold service; write canaries; and the two ways
+# out when a host is gone for good.
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 phase_is() { # PHASE SERVES
@@ -133,7 +133,23 @@ said canary "reversed: the source serves, nothing is lost"
 yaml=$good
 phase_is following source
 
+say "a cold service's start is in the plan and in the prediction"
+yaml=$world/shared/cold.yaml
+# Nothing that it answers can be checked before it runs.
+sed -e 's/^    warm: true/    warm: false\n    start_time: 8s/' -e '/^checks:/d' -e '/canary: read/d' "$good" >"$yaml"
+rehome --json plan >"$world/shared/plan.out"
+python3 - "$world/shared/plan.out" <<'P'
+import json, sys
+pause = [e for e in map(json.loads, open(sys.argv[1])) if e.get("kind") == "plan"][-1]["pause"]
+sys.exit(f"the plan leaves the start out: {pause}" if pause["ms"] < 8000 or not any("start_time" in r for r in pause["reasons"]) else 0)
+P
+rehome -q switch >"$world/shared/cold.out" 2>&1 && fail "a switch began whose predicted pause is too long"
+said cold "predicted pause of [89].* is above max_pause"
+phase_is following source
+
 say "switch --when-ready and --plan waits for a long transaction"
+yaml=$world/shared/sql.yaml
+sed "s#^checks:#checks:\n  - {name: any, sql: select id from public.bulk limit 0, store: db}\n  - {name: sell, sql: \"insert into public.bulk values (-2, 'canary')\", store: db, where: target, canary: write}#" "$good" >"$yaml"
 rehome plan --out "$world/shared/friday.plan" >/dev/null
 pg psql old 5432 -q -d shop -c "BEGIN; INSERT INTO bulk VALUES (-1, 'long'); SELECT pg_sleep(6); COMMIT" >/dev/null &
 long=$!
@@ -144,6 +160,8 @@ wait $long
 ends ready 0
 phase_is switched target
 [ "$(sql new shop "SELECT t FROM bulk WHERE id = -1")" = long ] || fail "the long transaction's row is not on the target"
+[ "$(sql new shop "SELECT t FROM bulk WHERE id = -2")" = canary ] || fail "the write canary in SQL wrote nothing"
+yaml=$good
 rehome -q reverse
 
 say "the source loses its power after the commit: the target is opened by a person"
