@@ -337,14 +337,15 @@ TEST(Config, EveryMistakeIsToldWithItsPlace) {
         "13:29: 'status' belongs to a check with 'http'", "13:50: canary must be read or write, not 'writes' -> write", "14:12: two checks are called 'f'; the first is in line 13",
         "14:41: a canary runs at the site that takes over, so 'where: source' would never run it -> where: both"}},
       {kHead + kDb + "traffic:\n  - {name: w, gate: {listen: \"127.0.0.1:81\", application: \"0.0.0.0:80\", take: redirect, front: \"https://127.0.0.1/\"}}\n"
-                     "checks:\n  - {name: a, http: \"https://h/\"}\n  - {name: b, http: \"http://h:x/\"}\n  - {name: c, http: \"http://127.0.0.1/\", canary: [write, read]}\n"
+                     "checks:\n  - {name: a, http: \"https://h/\"}\n  - {name: b, http: \"http://h:x/\"}\n  - {name: big, http: \"http://127.0.0.1:70000/\", canary: read}\n  - {name: c, http: \"http://127.0.0.1/\", canary: [write, read]}\n"
                      "  - {name: d, command: [x], canary: read}\n  - {name: e, sql: select 1, store: db, database: shop, canary: read, timeout: 31s}\n",
        {"8:96: front must start with http://: rehome speaks no TLS; for https use a check with 'command' that runs curl",
-        "10:21: http must start with http://: rehome speaks no TLS; for https use a check with 'command' that runs curl", "11:21: http must be a URL whose port is a number, not 'http://h:x/'",
-        "12:58: canary: read cannot be asked of 'w': the application's own address leads to the gate there, and that waits in the pause; canary: write asks right after it",
-        "13:37: canary: read is for http only: inside the pause nothing else is asked, since programs and sessions start too slowly; without it the check runs before the switch, with canary: write right after it",
-        "14:65: canary: read is for http only: inside the pause nothing else is asked, since programs and sessions start too slowly; without it the check runs before the switch, with canary: write right after it",
-        "14:80: timeout must be from 1 ms to 30.0 s, not 31.0 s"}},
+        "10:21: http must start with http://: rehome speaks no TLS; for https use a check with 'command' that runs curl", "11:21: http must be a URL whose port is a number up to 65535, not 'http://h:x/'",
+        "12:23: http must be a URL whose port is a number up to 65535, not 'http://127.0.0.1:70000/'",
+        "13:58: canary: read cannot be asked of 'w': the application's own address leads to the gate there, and that waits in the pause; canary: write asks right after it",
+        "14:37: canary: read is for http only: inside the pause nothing else is asked, since programs and sessions start too slowly; without it the check runs before the switch, with canary: write right after it",
+        "15:65: canary: read is for http only: inside the pause nothing else is asked, since programs and sessions start too slowly; without it the check runs before the switch, with canary: write right after it",
+        "15:80: timeout must be from 1 ms to 30.0 s, not 31.0 s"}},
       {kHead + kStores + "checks:\n  - {name: c, sql: select 1, store: f}\n", {"8:37: store 'f' is no database; sql asks a postgres store"}},
       {kHead + kStores + "max_pause: 500\ndrain_deadline: soon\nlimits: {wal_kept: 10XB, bandwidth: 1kB, jobs: 0.5, job: 1}\n",
        {"7:12: max_pause is a duration and needs a unit (ms, s, min, h) -> 500s or 500ms", "8:17: drain_deadline must be a duration like 500ms, 10s or 5min, not 'soon'",

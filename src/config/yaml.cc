@@ -303,9 +303,13 @@ std::optional<std::string> YamlText::url(const YAML::Node& n, const std::string&
             s->find("://") == std::string::npos && s->front() != '/' ? "http://" + *s : "");
     return std::nullopt;
   }
-  if (std::string host = m[2]; host.rfind(':') != std::string::npos && !host.ends_with(']') && !std::regex_match(host, std::regex(R"(.+:\d{1,5})"))) {
-    problem(n, what + " must be a URL whose port is a number, not '" + *s + "'");
-    return std::nullopt;
+  if (std::string host = m[2]; host.find(':') != std::string::npos && !host.ends_with(']')) {
+    try {
+      Address::parse(host);
+    } catch (const Error&) {
+      problem(n, what + " must be a URL whose port is a number up to 65535, not '" + *s + "'");
+      return std::nullopt;
+    }
   }
   if (s->starts_with("https")) {
     problem(n, what + " must start with http://: rehome speaks no TLS; for https use a check with 'command' that runs curl");
