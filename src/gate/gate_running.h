@@ -15,6 +15,7 @@
 
 #include "base/error.h"
 #include "gate/gate.h"
+#include "sys/testing/free_port.h"
 #include "sys/fs.h"
 
 namespace rehome::testing {
@@ -33,7 +34,6 @@ inline bool eventually(const std::function<bool()>& condition) {
   return condition();
 }
 
-inline std::uint16_t free_port() { return local_port(listen_on(loopback(0))); }
 
 // Reads until the end; "<reset>" is appended when the end was not clean.
 inline std::string read_to_end(const Fd& fd) {

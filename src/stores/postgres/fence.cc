@@ -326,7 +326,9 @@ class PostgresCut : public Cut {
       next();
       std::string hex;
       try {
-        hex = db.marker->value("SELECT encode(lo_get($1::oid), 'hex')", {*r[0]}, deadline);
+        // lo_get takes the lock of a writer, which the fence keeps from everybody else: its own session, between two beats of its pulse.
+        std::lock_guard alive(db.fence_mutex);
+        hex = db.fence->value("SELECT encode(lo_get($1::oid), 'hex')", {*r[0]}, deadline);
       } catch (const PgError& e) {
         if (fenced || e.sqlstate != "42704") throw;
         continue;  // removed since it was listed

@@ -47,7 +47,6 @@ std::string read_chunks(Reader& in, Deadline deadline) {
 
 }  // namespace
 
-std::uint16_t free_port() { return local_port(listen_on(Address::parse("127.0.0.1:0"))); }
 
 Sessions::~Sessions() {
   for (auto& s : sessions_) s.thread.join();

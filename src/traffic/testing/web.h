@@ -14,10 +14,10 @@
 #include "sys/fs.h"
 #include "sys/net.h"
 #include "sys/process.h"
+#include "sys/testing/free_port.h"
 
 namespace rehome::testing {
 
-std::uint16_t free_port();
 
 // Threads of which the finished ones are joined as others are added.
 class Sessions {
