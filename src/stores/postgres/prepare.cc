@@ -40,6 +40,40 @@ std::string locale_provider(PgSession& from, PgSession& to, const std::string& d
   return to.major() >= 15 ? " LOCALE_PROVIDER libc" : "";
 }
 
+// Settings that are lists are stored as a list of identifiers, quoted where they must be; as one literal a list of two would be
+// one strange name, and written as it is stored an empty name would be refused. So each is a literal of its own, as pg_dump does it
+// (its variable_is_guc_list_quote names the settings).
+std::string setting_value(const std::string& setting, const std::string& stored) {
+  static const std::set<std::string> lists{"local_preload_libraries", "search_path", "session_preload_libraries", "shared_preload_libraries", "temp_tablespaces", "unix_socket_directories"};
+  if (!lists.contains(setting)) return pg_literal(stored);
+  std::vector<std::string> values;
+  for (std::size_t i = 0; i < stored.size();) {
+    if (stored[i] == ',' || stored[i] == ' ') {
+      i++;
+      continue;
+    }
+    std::string value;
+    if (stored[i] == '"') {
+      for (i++; i < stored.size() && (stored[i] != '"' || (i + 1 < stored.size() && stored[i + 1] == '"')); i++) {
+        if (stored[i] == '"') i++;
+        value += stored[i];
+      }
+      i++;
+    } else {
+      while (i < stored.size() && stored[i] != ',' && stored[i] != ' ') value += stored[i++];
+    }
+    values.push_back(pg_literal(value));
+  }
+  return values.empty() ? pg_literal("") : join(values, ", ");
+}
+
+// " SET name TO value" of a stored "name=value".
+std::string set_clause(const std::string& stored) {
+  auto eq = stored.find('=');
+  std::string setting = stored.substr(0, eq);
+  return " SET " + pg_identifier(setting) + " TO " + setting_value(setting, stored.substr(eq + 1));
+}
+
 }  // namespace
 
 void PostgresStore::tune(StoreContext& c, Side side) {
@@ -250,38 +284,46 @@ void PostgresStore::restore_roles(StoreContext& c) {
   if (!config_.postgres.roles) return;
   auto from = session(c, Side::source, server(Side::source).admin_database);
   auto to = session(c, Side::target, server(Side::target).admin_database);
-  std::vector<std::string> there;
-  for (auto& r : to->query("SELECT rolname FROM pg_roles")) there.push_back(*r[0]);
-  auto known = [&](const std::string& r) { return std::find(there.begin(), there.end(), r) != there.end(); };
+  // A verifier is as good as a password to who wants to guess it, and a statement is judged for the log as it arrives: what keeps
+  // it out must have been said before. What is not loaded takes its setting for a name of nobody's.
+  to->exec("SET log_statement = 'none'; SET log_min_duration_statement = -1; SET log_min_duration_sample = -1; SET log_transaction_sample_rate = 0; SET log_duration = off; "
+           "SET log_min_error_statement = 'panic'; SET pg_stat_statements.track = 'none'; SET pg_stat_statements.track_utility = off; SET pgaudit.log = 'none'");
   Json made = c.recall(key("roles"));
   if (!made.is_array()) made = Json::array();
+  std::set<std::string> there, known;
+  for (auto& r : to->query("SELECT rolname FROM pg_roles")) there.insert(*r[0]);
+  // Those that were there before the run keep what they have. One that an interrupted try has made may lack anything.
+  for (const auto& r : there)
+    if (std::find(made.begin(), made.end(), Json(r)) == made.end()) known.insert(r);
   auto rows = from->query(
       "SELECT rolname, rolsuper, rolinherit, rolcreaterole, rolcreatedb, rolcanlogin, rolreplication, rolbypassrls, rolconnlimit, rolpassword, "
       "rolvaliduntil FROM pg_authid WHERE rolname NOT LIKE 'pg\\_%' ORDER BY oid");
   for (auto& r : rows) {
-    if (known(*r[0])) continue;
+    if (known.contains(*r[0])) continue;
+    bool again = there.contains(*r[0]);
     auto flag = [&](std::size_t i, const char* word) { return std::string(*r[i] == "t" ? " " : " NO") + word; };
-    std::string sql = "CREATE ROLE " + pg_identifier(*r[0]) + flag(1, "SUPERUSER") + flag(2, "INHERIT") + flag(3, "CREATEROLE") +
+    std::string sql = (again ? "ALTER ROLE " : "CREATE ROLE ") + pg_identifier(*r[0]) + flag(1, "SUPERUSER") + flag(2, "INHERIT") + flag(3, "CREATEROLE") +
                       flag(4, "CREATEDB") + flag(5, "LOGIN") + flag(6, "REPLICATION") + flag(7, "BYPASSRLS") + " CONNECTION LIMIT " + *r[8];
     if (r[10]) sql += " VALID UNTIL " + pg_literal(*r[10]);
-    c.note("role " + *r[0], {{"where", "target"}, {"undo", "stays, when it owns something"}});
-    made.push_back(*r[0]);
-    c.remember(key("roles"), made);
-    to->exec(sql);
-    if (r[9]) {
-      // The stored verifier, not a password; still nothing for a log.
-      to->exec("BEGIN; SET LOCAL log_statement = 'none'; SET LOCAL log_min_duration_statement = -1; SET LOCAL log_min_error_statement = 'panic'; "
-               "ALTER ROLE " + pg_identifier(*r[0]) + " PASSWORD " + pg_literal(*r[9]) + "; COMMIT");
+    if (!again) {
+      c.note("role " + *r[0], {{"where", "target"}, {"undo", "stays, when it owns something"}});
+      if (std::find(made.begin(), made.end(), Json(*r[0])) == made.end()) made.push_back(*r[0]);
+      c.remember(key("roles"), made);
     }
+    to->exec(sql);
+    // The stored verifier, not a password.
+    if (r[9]) to->exec("ALTER ROLE " + pg_identifier(*r[0]) + " PASSWORD " + pg_literal(*r[9]));
   }
-  for (auto& r : from->query("SELECT b.rolname, m.rolname, a.admin_option FROM pg_auth_members a JOIN pg_roles b ON b.oid = a.roleid JOIN pg_roles m "
-                             "ON m.oid = a.member WHERE m.rolname NOT LIKE 'pg\\_%'"))
-    to->exec("GRANT " + pg_identifier(*r[0]) + " TO " + pg_identifier(*r[1]) + (*r[2] == "t" ? " WITH ADMIN OPTION" : ""));
-  for (auto& r : from->query("SELECT r.rolname, unnest(s.setconfig) FROM pg_db_role_setting s JOIN pg_roles r ON r.oid = s.setrole WHERE s.setdatabase = 0")) {
-    if (known(*r[0])) continue;
-    auto eq = r[1]->find('=');
-    to->exec("ALTER ROLE " + pg_identifier(*r[0]) + " SET " + pg_identifier(r[1]->substr(0, eq)) + " TO " + pg_literal(r[1]->substr(eq + 1)));
+  // Who granted it is us there, so several grants of one membership become the sum of them.
+  bool options = from->major() >= 16 && to->major() >= 16;
+  for (auto& r : from->query(std::string("SELECT b.rolname, m.rolname, bool_or(a.admin_option)") + (options ? ", bool_or(a.inherit_option), bool_or(a.set_option)" : "") +
+                             " FROM pg_auth_members a JOIN pg_roles b ON b.oid = a.roleid JOIN pg_roles m ON m.oid = a.member WHERE m.rolname NOT LIKE 'pg\\_%' GROUP BY 1, 2")) {
+    auto is = [&](std::size_t i) { return std::string(*r[i] == "t" ? "TRUE" : "FALSE"); };
+    to->exec("GRANT " + pg_identifier(*r[0]) + " TO " + pg_identifier(*r[1]) +
+             (options ? " WITH ADMIN " + is(2) + ", INHERIT " + is(3) + ", SET " + is(4) : *r[2] == "t" ? " WITH ADMIN OPTION" : ""));
   }
+  for (auto& r : from->query("SELECT r.rolname, unnest(s.setconfig) FROM pg_db_role_setting s JOIN pg_roles r ON r.oid = s.setrole WHERE s.setdatabase = 0"))
+    if (!known.contains(*r[0])) to->exec("ALTER ROLE " + pg_identifier(*r[0]) + set_clause(*r[1]));
   to->take_notices();
 }
 
@@ -304,12 +346,7 @@ void PostgresStore::create_database(StoreContext& c, const std::string& database
   }
   for (auto& s : from->query("SELECT coalesce(r.rolname, ''), unnest(s.setconfig) FROM pg_db_role_setting s LEFT JOIN pg_roles r ON r.oid = s.setrole "
                              "WHERE s.setdatabase = " + *r[5])) {
-    auto eq = s[1]->find('=');
-    std::string value = s[1]->substr(eq + 1), setting = s[1]->substr(0, eq);
-    // Lists like search_path are stored as they are written in SQL.
-    bool list = setting == "search_path" || setting == "temp_tablespaces" || setting == "session_preload_libraries" || setting == "local_preload_libraries";
-    to->exec((s[0]->empty() ? "ALTER DATABASE " + pg_identifier(database) : "ALTER ROLE " + pg_identifier(*s[0]) + " IN DATABASE " + pg_identifier(database)) +
-             " SET " + pg_identifier(setting) + " TO " + (list ? value : pg_literal(value)));
+    to->exec((s[0]->empty() ? "ALTER DATABASE " + pg_identifier(database) : "ALTER ROLE " + pg_identifier(*s[0]) + " IN DATABASE " + pg_identifier(database)) + set_clause(*s[1]));
   }
   // Rights on the database itself are not in a dump of one database.
   for (auto& g : from->query("SELECT CASE WHEN x.grantee = 0 THEN 'public' ELSE quote_ident(pg_get_userbyid(x.grantee)) END, x.privilege_type, x.is_grantable FROM "
