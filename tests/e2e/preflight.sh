@@ -121,7 +121,7 @@ error${T}postgres.max_logical_replication_workers${T}target${T}ALTER SYSTEM SET 
 error${T}postgres.max_worker_processes${T}target${T}ALTER SYSTEM SET max_worker
 error${T}postgres.max_locks_per_transaction${T}source: database bad${T}max_locks_per_transaction = [0-9]+, then restart
 error${T}postgres.prepared${T}source.*left over${T}ROLLBACK PREPARED
-note${T}postgres.keyless${T}database bad.*tables without a primary key${T}
+note${T}postgres.keyless${T}database bad.*tables without a usable replica identity${T}
 error${T}postgres.identity_full${T}database bad.*keyless_json.*json${T}primary key
 warning${T}postgres.unlogged${T}database bad.*1 unlogged${T}logged
 warning${T}postgres.large_objects${T}database bad.*1 large object${T}plan

@@ -50,9 +50,8 @@ void PostgresStore::remove_objects(StoreContext& c, Side side, const std::string
   auto s = session(c, side, database);
   s->exec("SET client_min_messages = 'error'");
   s->exec("DROP EVENT TRIGGER IF EXISTS rehome_ddl; DROP EVENT TRIGGER IF EXISTS rehome_drop");
-  // Put back only what this run changed; tables that were FULL before are not in the list.
-  Json full = c.recall(key("full", database));
-  auto list = tables(*s);
+  // Put back only what this run changed, and nobody since.
+  const Json identities = c.recall(key("identity", database));
   auto bounded = [&](const std::string& sql) {
     pg_retry_locks(Deadline::in(Millis(120000)), [&] {
       try {
@@ -63,11 +62,9 @@ void PostgresStore::remove_objects(StoreContext& c, Side side, const std::string
       }
     });
   };
-  if (full.is_array())
-    for (const auto& t : full) {
-      std::string table = t.get<std::string>();
-      if (s->value("SELECT to_regclass(" + pg_literal(table) + ") IS NOT NULL") == "t") bounded("ALTER TABLE " + table + " REPLICA IDENTITY DEFAULT");
-    }
+  for (const auto& [table, was] : identities.items())
+    if (s->number("SELECT count(*) FROM pg_class WHERE oid = to_regclass(" + pg_literal(table) + ") AND relreplident = 'f'") > 0)
+      bounded("ALTER TABLE " + table + " REPLICA IDENTITY " + was.get<std::string>());
   if (keep_fence) {
     // What refuses must not depend on what goes.
     s->exec("DROP FUNCTION IF EXISTS rehome.ddl(); DROP TABLE IF EXISTS rehome.ddl_log; DROP TABLE IF EXISTS rehome.marker");

@@ -85,11 +85,14 @@ PgFlow PostgresStore::flow(const std::string& database, Side publisher) const {
 }
 
 std::vector<PgTable> PostgresStore::tables(PgSession& s) {
-  // Extension members are made by CREATE EXTENSION. Binary COPY only for types whose wire form has not changed since 13 and
+  // A deferrable key identifies no row, and an identity whose index is gone is none (and cannot be said again). Extension members are made by CREATE EXTENSION. Binary COPY only for types whose wire form has not changed since 13 and
   // that hold no oid of a catalogue row.
   auto rows = s.query(R"(
     SELECT n.nspname, c.relname, c.oid, pg_table_size(c.oid), c.relkind = 'p', c.relpersistence = 'u',
-           EXISTS (SELECT 1 FROM pg_index i WHERE i.indrelid = c.oid AND (i.indisprimary OR i.indisreplident)),
+           EXISTS (SELECT 1 FROM pg_index i WHERE i.indrelid = c.oid AND (i.indisprimary OR i.indisreplident) AND i.indisvalid AND i.indimmediate),
+           CASE WHEN c.relreplident = 'f' OR EXISTS (SELECT 1 FROM pg_index i WHERE i.indrelid = c.oid AND i.indisvalid AND i.indimmediate
+               AND (c.relreplident = 'd' AND i.indisprimary OR c.relreplident = 'i' AND i.indisreplident)) THEN ''
+             WHEN c.relreplident = 'd' THEN 'DEFAULT' ELSE 'NOTHING' END,
            (SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) FROM pg_attribute a
              WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''),
            NOT EXISTS (SELECT 1 FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
@@ -110,8 +113,9 @@ std::vector<PgTable> PostgresStore::tables(PgSession& s) {
     t.partitioned = *r[4] == "t";
     t.unlogged = *r[5] == "t";
     t.has_key = *r[6] == "t";
-    t.columns = r[7].value_or("");
-    t.binary = *r[8] == "t";
+    t.identity = *r[7];
+    t.columns = r[8].value_or("");
+    t.binary = *r[9] == "t";
     found.push_back(std::move(t));
   }
   return found;

@@ -21,7 +21,8 @@ struct PgTable {
   std::int64_t oid = 0, bytes = 0;
   bool partitioned = false;    // a parent without rows of its own
   bool unlogged = false;
-  bool has_key = false;        // a primary key, or a replica identity index
+  bool has_key = false;        // a primary key or a replica identity index by which a follower finds a row
+  std::string identity;        // what REPLICA IDENTITY comes to where a published table's rows could not be changed; empty: they can
   std::string columns;         // quoted, without generated ones
   bool binary = false;         // every type's binary form is the same on all majors
   std::string full() const { return pg_identifier(schema) + "." + pg_identifier(name); }

@@ -64,11 +64,15 @@ void check_server(PgSession& s, Side side, std::size_t databases, Findings& f) {
 void check_database(PgSession& s, const std::vector<PgTable>& tables, Findings& f) {
   std::string where = "source: database " + s.address().database;
   std::string ids;
-  std::int64_t keyless = 0;
-  for (const auto& t : tables)
-    if (!t.partitioned && !t.unlogged && !t.has_key) ids += (keyless++ ? "," : "") + std::to_string(t.oid);
-  if (keyless) {
-    f.note("keyless", where, std::to_string(keyless) + " tables without a primary key: they get REPLICA IDENTITY FULL for the run; updates of large ones are slow to follow");
+  std::int64_t unidentified = 0;
+  for (const auto& t : tables) {
+    if (t.partitioned || t.unlogged) continue;
+    if (!t.identity.empty()) unidentified++;
+    if (!t.has_key) ids += (ids.empty() ? "" : ",") + std::to_string(t.oid);
+  }
+  if (unidentified)
+    f.note("keyless", where, std::to_string(unidentified) + " tables without a usable replica identity (no primary key, a deferrable one, or REPLICA IDENTITY NOTHING): they get FULL for the run; updates of large ones are slow to follow");
+  if (!ids.empty()) {
     auto bad = s.query("SELECT DISTINCT quote_ident(n.nspname) || '.' || quote_ident(c.relname) || '.' || quote_ident(a.attname) || ' (' || format_type(t.oid, NULL) || ')' FROM pg_class c "
                        "JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped JOIN pg_type t ON t.oid = a.atttypid "
                        "WHERE c.oid IN (" + ids + ") AND t.typtype = 'b' AND NOT EXISTS (SELECT 1 FROM pg_opclass o JOIN pg_am m ON m.oid = o.opcmethod WHERE m.amname IN ('btree', 'hash') AND o.opcdefault "

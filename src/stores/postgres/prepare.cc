@@ -165,15 +165,14 @@ std::vector<PgTable> PostgresStore::unfenced(PgSession& s, const std::vector<PgT
 }
 
 void PostgresStore::publish(StoreContext& c, PgSession& s, const PgFlow& flow, const std::vector<PgTable>& tables) {
-  // A keyless table's UPDATEs fail on the publisher from the moment it is published: FULL comes first.
+  // Where nothing identifies a row, its UPDATEs fail on the publisher from the moment the table is published: FULL comes first.
   for (const auto& t : tables) {
-    if (t.partitioned || t.unlogged || t.has_key) continue;
-    if (s.value("SELECT relreplident FROM pg_class WHERE oid = " + std::to_string(t.oid)) == "f") continue;
-    c.note("replica identity full", {{"where", s.address().label}, {"object", t.full()}, {"undo", "REPLICA IDENTITY DEFAULT"}});
-    Json list = c.recall(key("full", s.address().database));
-    if (!list.is_array()) list = Json::array();
-    if (std::find(list.begin(), list.end(), Json(t.full())) == list.end()) list.push_back(t.full());
-    c.remember(key("full", s.address().database), list);
+    if (t.partitioned || t.unlogged || t.identity.empty()) continue;
+    c.note("replica identity full", {{"where", s.address().label}, {"object", t.full()}, {"undo", "REPLICA IDENTITY " + t.identity}});
+    Json was = c.recall(key("identity", s.address().database));
+    if (!was.is_object()) was = Json::object();
+    was[t.full()] = t.identity;
+    c.remember(key("identity", s.address().database), was);
     bounded(s, "ALTER TABLE " + t.full() + " REPLICA IDENTITY FULL");
   }
   c.note("publication " + flow.publication, {{"where", s.address().label}, {"undo", "DROP PUBLICATION"}});
