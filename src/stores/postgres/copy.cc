@@ -107,6 +107,7 @@ PostgresStore::CopyRest PostgresStore::what_is_left(StoreContext& c, const std::
   std::set<std::string> finished;
   for (const Json done = c.recall(key("done", database)); const auto& d : done) finished.insert(d.get<std::string>());
   CopyRest r;
+  std::vector<std::string> names;
   std::int64_t bytes = 0;
   for (const auto& table : tables(source)) {
     if (table.partitioned || table.unlogged) continue;
@@ -114,10 +115,11 @@ PostgresStore::CopyRest PostgresStore::what_is_left(StoreContext& c, const std::
       r.stay.push_back(table);
       continue;
     }
-    r.again.push_back(table.full());
+    r.again.push_back(table);
+    names.push_back(table.full());
     bytes += table.bytes;
   }
-  r.says = "the snapshot of " + database + " is lost; " + std::to_string(r.stay.size()) + " finished tables stay, " + std::to_string(r.again.size()) + " are copied again (" + human_bytes(bytes) + "): " + join(r.again, ", ");
+  r.says = "the snapshot of " + database + " is lost; " + std::to_string(r.stay.size()) + " finished tables stay, " + std::to_string(r.again.size()) + " are copied again (" + human_bytes(bytes) + "): " + join(names, ", ");
   return r;
 }
 
@@ -299,7 +301,7 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
         before += t.bytes;
         continue;
       }
-      std::int64_t parts = !t.unlogged && t.bytes > long_one ? (t.bytes + split_bytes - 1) / split_bytes : 1;
+      std::int64_t parts = !t.unlogged && !t.extension && t.bytes > long_one ? (t.bytes + split_bytes - 1) / split_bytes : 1;
       // Before 14 a ctid range scans the whole table: ranges of its key then.
       if (parts > 1 && source_major < 14) {
         auto ranges = key_ranges(*s, t, parts);
@@ -369,9 +371,9 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
         std::string columns = t.columns.empty() ? "" : " (" + t.columns + ")";
         std::string out = t.columns.empty() ? "COPY (SELECT FROM ONLY " + t.full() + piece.range + ") TO STDOUT (" + format + ")"
                                             : "COPY (SELECT " + t.columns + " FROM ONLY " + t.full() + piece.range + ") TO STDOUT (" + format + ")";
-        std::string in = "COPY " + t.full() + columns + " FROM STDIN (" + format + (piece.whole ? ", FREEZE" : "") + ")";
+        std::string in = "COPY " + t.full() + columns + " FROM STDIN (" + format + (piece.whole && !t.extension ? ", FREEZE" : "") + ")";
         to->exec("BEGIN");
-        if (piece.whole) to->exec("TRUNCATE ONLY " + t.full());
+        if (piece.whole) to->exec(pgsql::empty_table(t));
         from->copy_to(out, *to, in, [&](std::int64_t bytes) {
           throttle.spend(bytes);
           std::int64_t now_moved = moved += bytes;
@@ -423,7 +425,14 @@ void PostgresStore::copy_rest(StoreContext& c, const std::string& database) {
     t->exec("SET session_replication_role = replica");
     c.log(config_.name + ": " + rest.says);
     // Alone or together, as a foreign key asks for it.
-    if (!rest.again.empty()) t->exec("TRUNCATE ONLY " + join(rest.again, ", ONLY "));
+    std::vector<std::string> names;
+    for (const auto& table : rest.again) {
+      if (table.extension)
+        t->exec(pgsql::empty_table(table));
+      else
+        names.push_back(table.full());
+    }
+    if (!names.empty()) t->exec("TRUNCATE ONLY " + join(names, ", ONLY "));
     restore_section(c, database, "post-data", "", false);
     // Only the finished tables are known to the subscription when it is made.
     publish(c, *s, f, rest.stay);

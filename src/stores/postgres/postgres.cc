@@ -85,8 +85,9 @@ PgFlow PostgresStore::flow(const std::string& database, Side publisher) const {
 }
 
 std::vector<PgTable> PostgresStore::tables(PgSession& s) {
-  // A deferrable key identifies no row, and an identity whose index is gone is none (and cannot be said again). Extension members are made by CREATE EXTENSION. Binary COPY only for types whose wire form has not changed since 13 and
-  // that hold no oid of a catalogue row.
+  // A deferrable key identifies no row, and an identity whose index is gone is none (and cannot be said again). Extension
+  // members are made by CREATE EXTENSION, and only those that it calls configuration hold what people wrote. Binary COPY only for
+  // types whose wire form has not changed since 13 and that hold no oid of a catalogue row.
   auto rows = s.query(R"(
     SELECT n.nspname, c.relname, c.oid, pg_table_size(c.oid), c.relkind = 'p', c.relpersistence = 'u',
            EXISTS (SELECT 1 FROM pg_index i WHERE i.indrelid = c.oid AND (i.indisprimary OR i.indisreplident) AND i.indisvalid AND i.indimmediate),
@@ -97,11 +98,11 @@ std::vector<PgTable> PostgresStore::tables(PgSession& s) {
              WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''),
            NOT EXISTS (SELECT 1 FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
              WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND t.oid NOT IN
-              (16,17,18,20,21,23,25,700,701,1042,1043,1082,1083,1114,1184,1186,1266,1700,2950,114,3802,19))
-      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+              (16,17,18,20,21,23,25,700,701,1042,1043,1082,1083,1114,1184,1186,1266,1700,2950,114,3802,19)), x.config
+      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace, LATERAL (SELECT EXISTS (SELECT 1 FROM pg_extension e WHERE c.oid = ANY (e.extconfig)) AS config) x
      WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't'
        AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'rehome') AND n.nspname NOT LIKE 'pg\_toast%'
-       AND NOT EXISTS (SELECT 1 FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e')
+       AND (x.config OR NOT EXISTS (SELECT 1 FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e'))
      ORDER BY 4 DESC, 1, 2)");
   std::vector<PgTable> found;
   for (auto& r : rows) {
@@ -116,6 +117,7 @@ std::vector<PgTable> PostgresStore::tables(PgSession& s) {
     t.identity = *r[7];
     t.columns = r[8].value_or("");
     t.binary = *r[9] == "t";
+    t.extension = *r[10] == "t";
     found.push_back(std::move(t));
   }
   return found;
@@ -173,6 +175,8 @@ std::string fence_function_before_switch(const std::string& where) {
 }
 
 std::string who_serves(Side side) { return side == Side::source ? "the source serves until the switch" : "the target serves now"; }
+
+std::string empty_table(const PgTable& t) { return (t.extension ? "DELETE FROM ONLY " : "TRUNCATE ONLY ") + t.full(); }
 
 std::string fence_triggers(const PgTable& t) {
   return "CREATE TRIGGER rehome_fence BEFORE INSERT OR UPDATE OR DELETE ON " + t.full() +

@@ -24,6 +24,7 @@ struct PgTable {
   bool has_key = false;        // a primary key or a replica identity index by which a follower finds a row
   std::string identity;        // what REPLICA IDENTITY comes to where a published table's rows could not be changed; empty: they can
   std::string columns;         // quoted, without generated ones
+  bool extension = false;      // its configuration: CREATE EXTENSION makes the table, maybe with rows, and what people added are rows to move
   bool binary = false;         // every type's binary form is the same on all majors
   std::string full() const { return pg_identifier(schema) + "." + pg_identifier(name); }
 };
@@ -120,8 +121,7 @@ class PostgresStore : public Store {
   SnapshotState snapshot_state(StoreContext&, const std::string& database, const PgFlow&);
   // What a copy that lost its snapshot keeps and what it copies again, and the same in words.
   struct CopyRest {
-    std::vector<PgTable> stay;
-    std::vector<std::string> again;
+    std::vector<PgTable> stay, again;
     std::string says;
   };
   CopyRest what_is_left(StoreContext&, const std::string& database, PgSession& source);
@@ -192,6 +192,8 @@ std::string fence_function_while_copying(const std::string& where);
 std::string fence_function_before_switch(const std::string& where);
 // For the fence's hint: "the source serves until the switch", "the target serves now".
 std::string who_serves(Side);
+// For a session with session_replication_role = replica. Extensions come with their foreign keys, which TRUNCATE minds.
+std::string empty_table(const PgTable&);
 // Makes both triggers of a table that has neither; several statements.
 std::string fence_triggers(const PgTable&);
 std::string ddl_function(bool refusing);

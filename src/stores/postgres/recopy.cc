@@ -232,7 +232,11 @@ std::string PostgresStore::copy_changed(StoreContext& c, const std::string& data
       std::set<int> ids = change.to_restore(*t, keys);
       change.restore(*t, *now.dump, ids);
       // Closed in the transaction that makes them.
-      for (const auto& x : unfenced(*t, tables(*t))) t->exec(pgsql::fence_triggers(x));
+      t->exec("SET LOCAL session_replication_role = replica");
+      for (const auto& x : unfenced(*t, tables(*t))) {
+        if (x.extension) t->exec(pgsql::empty_table(x));   // the source's rows come, and it has those of CREATE EXTENSION too
+        t->exec(pgsql::fence_triggers(x));
+      }
       write_copied_schema(*t, now.entries, keys);
       t->exec("COMMIT");
     });
