@@ -189,22 +189,17 @@ std::string fence_function_while_copying(const std::string& where) {
   return refusing_body("IF current_setting('application_name') = 'rehome copy' AND (SELECT rolsuper FROM pg_roles WHERE rolname = session_user) THEN RETURN NULL; END IF; ", where);
 }
 
-// Recorded: what was changed, and by whom. Our own work and temporary objects are not the application's schema.
+// Recorded or refused: what was changed, and by whom. Our own work, temporary objects and what changes no schema are not meant.
 std::string ddl_function(bool refusing) {
-  std::string head =
-      "CREATE OR REPLACE FUNCTION rehome.ddl() RETURNS event_trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog AS "
-      "$rehome$ DECLARE r record; BEGIN IF current_setting('application_name') LIKE 'rehome%' THEN RETURN; END IF; ";
-  if (refusing)
-    return head +
-           "RAISE EXCEPTION USING ERRCODE = 'read_only_sql_transaction', MESSAGE = 'this database is being moved: no change of its schema', "
-           "HINT = 'rehome status says when it is over'; END $rehome$";
-  return head +
+  const std::string refuse = "RAISE EXCEPTION USING ERRCODE = 'read_only_sql_transaction', MESSAGE = 'this database is being moved: no change of its schema', "
+                             "HINT = 'rehome status says when it is over'; ";
+  return "CREATE OR REPLACE FUNCTION rehome.ddl() RETURNS event_trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog AS "
+         "$rehome$ DECLARE r record; BEGIN IF current_setting('application_name') LIKE 'rehome%' THEN RETURN; END IF; "
          "IF TG_EVENT = 'sql_drop' THEN FOR r IN SELECT * FROM pg_event_trigger_dropped_objects() LOOP "
-         "IF NOT r.is_temporary AND r.original THEN INSERT INTO rehome.ddl_log(tag, object) VALUES (TG_TAG, r.object_identity); END IF; END LOOP; "
+         "IF NOT r.is_temporary AND r.original THEN " + (refusing ? refuse : "INSERT INTO rehome.ddl_log(tag, object) VALUES (TG_TAG, r.object_identity); ") + "END IF; END LOOP; "
          "ELSE FOR r IN SELECT * FROM pg_event_trigger_ddl_commands() LOOP "
-         "IF r.schema_name IS DISTINCT FROM 'pg_temp' AND r.object_type NOT IN ('publication', 'subscription') "
-         "AND r.command_tag NOT IN ('REFRESH MATERIALIZED VIEW', 'CREATE TABLE AS', 'REINDEX') OR r.command_tag = 'CREATE TABLE AS' AND r.schema_name IS DISTINCT FROM 'pg_temp' THEN "
-         "INSERT INTO rehome.ddl_log(tag, object) VALUES (r.command_tag, r.object_identity); END IF; END LOOP; END IF; END $rehome$";
+         "IF r.schema_name IS DISTINCT FROM 'pg_temp' AND r.object_type NOT IN ('publication', 'subscription') AND r.command_tag NOT IN ('REFRESH MATERIALIZED VIEW', 'REINDEX') THEN " +
+         (refusing ? refuse : "INSERT INTO rehome.ddl_log(tag, object) VALUES (r.command_tag, r.object_identity); ") + "END IF; END LOOP; END IF; END $rehome$";
 }
 
 std::string end_fence_sessions() {

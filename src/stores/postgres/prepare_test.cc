@@ -126,5 +126,23 @@ TEST(PostgresExtension, ConfigurationIsCopiedFollowedAndFenced) {
   store.finish(w.context(), Side::target);
 }
 
+// ddl: block refuses changes of the schema, and nothing that an application does without changing it.
+TEST(PostgresDdl, BlockLetsThroughWhatChangesNoSchema) {
+  PgServer source(15), target(15);
+  source.session("postgres")->exec("CREATE DATABASE shop");
+  auto s = source.session("shop");
+  s->exec("SET search_path = public; CREATE TABLE item(id int PRIMARY KEY, a int); CREATE MATERIALIZED VIEW seen AS SELECT count(*) FROM item");
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  w.deployment.stores[0].postgres.ddl = PostgresConfig::Ddl::block;
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  store.prepare(w.context());
+  for (const char* harmless : {"CREATE TEMP TABLE t(id serial PRIMARY KEY); CREATE INDEX ON t(id); ALTER TABLE t ADD COLUMN b int; DROP TABLE t", "CREATE TEMP TABLE t AS SELECT 1; DROP TABLE t",
+                               "REFRESH MATERIALIZED VIEW seen", "REINDEX TABLE item", "REINDEX TABLE CONCURRENTLY item", "CREATE TABLE IF NOT EXISTS item(id int)", "DROP TABLE IF EXISTS nothing"})
+    EXPECT_NO_THROW(s->exec(harmless)) << harmless;
+  for (const char* change : {"CREATE TABLE more()", "CREATE TABLE more AS SELECT 1", "ALTER TABLE item ADD COLUMN b int", "DROP TABLE item CASCADE", "CREATE INDEX ON item(a)", "GRANT SELECT ON item TO public", "COMMENT ON TABLE item IS 'x'"})
+    EXPECT_THROW(s->exec(change), PgError) << change;
+  EXPECT_EQ(s->value("SELECT count(*) FROM rehome.ddl_log"), "0");
+}
+
 }  // namespace
 }  // namespace rehome
