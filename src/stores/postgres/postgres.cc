@@ -141,8 +141,8 @@ void PostgresStore::locks_first(Side side, const std::string& database, std::int
 
 std::string PostgresStore::ask(StoreContext& c, Side side, const std::string& database, const std::string& query) {
   auto s = session(c, side, database, "rehome check");
-  s->exec("RESET search_path");
-  s->exec("SET default_transaction_read_only = on");
+  // As the application's own sessions are, but for what could keep us waiting.
+  s->exec("RESET ALL; SET default_transaction_read_only = on; SET statement_timeout = 0");
   return s->value(query, Deadline::in(Millis(30000)));
 }
 

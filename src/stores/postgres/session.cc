@@ -23,13 +23,10 @@ std::string passfile_line(const std::string& password) {
 PgSession::PgSession(const PgAddress& address, const std::string& application, bool replication) : address_(address) {
   std::string port = std::to_string(address.port);
   const char* keys[] = {"host", "port", "user", "password", "dbname", "application_name", "connect_timeout", "replication",
-                        "client_encoding", "options", "fallback_application_name", nullptr};
-  // Settings of a role or database must not end our sessions or change what values look like.
-  const char* options = replication ? "" : "-c idle_in_transaction_session_timeout=0 -c statement_timeout=0 -c DateStyle=ISO "
-                                           "-c IntervalStyle=postgres -c extra_float_digits=3 -c row_security=off -c search_path=pg_catalog";
+                        "client_encoding", "fallback_application_name", nullptr};
   const char* values[] = {address.host.c_str(), port.c_str(), address.user.c_str(), address.password.c_str(),
                           address.database.c_str(), application.c_str(), "15", replication ? "database" : nullptr,
-                          nullptr, options, "rehome", nullptr};
+                          nullptr, "rehome", nullptr};
   connection_.reset(PQconnectdbParams(keys, values, 0));
   if (!connection_) throw Error(Code::internal, "out of memory for a connection");
   if (PQstatus(connection_.get()) != CONNECTION_OK) {
@@ -52,6 +49,14 @@ PgSession::PgSession(const PgAddress& address, const std::string& application, b
           static_cast<PgSession*>(self)->notices_.emplace_back(PQresultErrorField(r, PG_DIAG_MESSAGE_PRIMARY));
       },
       this);
+  // Settings of a server, role or database must not end our sessions, nor refuse their work, nor change what values look like: two
+  // servers are compared by the text of their rows. Said here and not in the connection's options, so that RESET gives back what the
+  // application has.
+  std::string settings = "SET idle_in_transaction_session_timeout = 0; SET statement_timeout = 0; SET lock_timeout = 0; SET default_transaction_read_only = off; SET TimeZone = 'UTC'; "
+                         "SET DateStyle = 'ISO'; SET IntervalStyle = 'postgres'; SET extra_float_digits = 3; SET bytea_output = 'hex'; SET lc_monetary = 'C'; SET default_transaction_isolation = 'read committed'; SET row_security = off; SET search_path = pg_catalog";
+  if (major() >= 14) settings += "; SET idle_session_timeout = 0";
+  if (major() >= 17) settings += "; SET transaction_timeout = 0";
+  exec(settings);
 }
 
 std::vector<std::string> PgSession::take_notices() { return std::exchange(notices_, {}); }
