@@ -228,7 +228,7 @@ void PostgresStore::restore_section(StoreContext& c, const std::string& database
     env.emplace_back("PGOPTIONS", "-c maintenance_work_mem=256MB -c synchronous_commit=off -c statement_timeout=0 -c lock_timeout=0 -c idle_in_transaction_session_timeout=0 -c default_transaction_read_only=off" +
                                        std::string(target->major() >= 17 ? " -c transaction_timeout=0" : ""));
     if (wanted.empty()) env.clear();
-    Outcome o = wanted.empty() ? Outcome{} : run({.argv = {dump.programs().directory + "pg_restore", "--exit-on-error", "-L", dir.path() + "/list", "-d", database, "-j", std::to_string(std::max(1, c.deployment.limits.jobs)), dump.archive()}, .env = env},
+    Outcome o = wanted.empty() ? Outcome{} : run({.argv = {dump.programs().directory + "pg_restore", "--exit-on-error", "-L", dir.path() + "/list", "-d", "dbname=" + pg_conninfo_value(database), "-j", std::to_string(std::max(1, c.deployment.limits.jobs)), dump.archive()}, .env = env},
                                                  Deadline::in(std::chrono::hours(48)));
     if (!o.ok()) failed = trim(o.err);
   } else {

@@ -40,13 +40,13 @@ void PostgresStore::watch_wal(StoreContext& c, Side side) {
                        "SELECT format('lag " + config_.name + " %s %s', sum(pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn))::bigint, "
                        "coalesce(max(extract(epoch FROM r.replay_lag) * 1000), 0)::bigint) FROM pg_replication_slots s LEFT JOIN pg_stat_replication r ON r.pid = s.active_pid WHERE s." + ours +
                        " HAVING count(*) > 0 \\watch 5\n";
-  std::string info = "host=" + pg.host + " port=" + std::to_string(pg.port) + " user=" + pg.user + " dbname=" + pg.admin_database + " application_name=rehome_watch";
+  std::string info = "host=" + pg_conninfo_value(pg.host) + " port=" + std::to_string(pg.port) + " user=" + pg_conninfo_value(pg.user) + " dbname=" + pg_conninfo_value(pg.admin_database) + " application_name=rehome_watch";
   std::string password = secret(side, pg.admin_database);
   Site& site = c.at(side);
   if (!password.empty()) {
     std::string file = site.state() + "/credentials/" + config_.name + "." + std::string(side_name(side)) + ".pgpass";
     site.call("put", {{"path", file}, {"content", passfile_line(password)}, {"mode", 0600}});
-    info += " passfile=" + file;
+    info += " passfile=" + pg_conninfo_value(file);
   }
   const std::string& psql = c.deployment.site[side].psql;
   site.call("child.set", {{"name", "wal-limit-" + config_.name}, {"argv", {psql.empty() ? "psql" : psql, "-X", "-q", "-d", info}}, {"input", script}, {"user", pg.os_user}, {"restart_ms", 5000}});

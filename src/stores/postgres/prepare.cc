@@ -217,12 +217,9 @@ std::string PostgresStore::socket_directory(StoreContext& c, Side side) {
 
 // The subscriber's server reaches the publisher's through both agents: a socket beside it, the link, a service over there.
 void PostgresStore::open_path(StoreContext& c, const std::string& database, const PgFlow& flow) {
-  const PostgresServer& publisher = server(flow.publisher);
   Site& there = c.at(flow.publisher);
   Site& here = c.at(flow.subscriber());
-  std::string to = publisher.host.starts_with('/') ? "unix:" + publisher.host + "/.s.PGSQL." + std::to_string(publisher.port)
-                                                   : publisher.host + ":" + std::to_string(publisher.port);
-  there.call("service.set", {{"name", flow.service}, {"to", to}, {"as_user", publisher.os_user}});
+  there.call("service.set", {{"name", flow.service}, {"to", server_address(flow.publisher)}, {"as_user", server(flow.publisher).os_user}});
   // The server's account must reach the socket, and the agent's state is closed to it.
   std::string dir = socket_directory(c, flow.subscriber());
   c.note("socket directory " + dir, {{"where", here.label()}, {"undo", "removed"}});
@@ -240,18 +237,10 @@ void PostgresStore::open_path(StoreContext& c, const std::string& database, cons
 
 std::string PostgresStore::connection_string(StoreContext& c, const std::string& database, const PgFlow& flow) {
   const PostgresServer& publisher = server(flow.publisher);
-  auto quoted = [](const std::string& v) {
-    std::string out = "'";
-    for (char ch : v) {
-      if (ch == '\'' || ch == '\\') out += '\\';
-      out += ch;
-    }
-    return out + "'";
-  };
   std::string dir = socket_directory(c, flow.subscriber());
-  std::string text = "host=" + quoted(dir) + " port=5432 user=" + quoted(publisher.user) + " dbname=" + quoted(database) +
-                     " keepalives=0 application_name=" + quoted(flow.subscription);
-  if (publisher.password.from != SecretRef::From::none) text += " passfile=" + quoted(dir + "/pgpass");
+  std::string text = "host=" + pg_conninfo_value(dir) + " port=5432 user=" + pg_conninfo_value(publisher.user) + " dbname=" + pg_conninfo_value(database) +
+                     " keepalives=0 application_name=" + pg_conninfo_value(flow.subscription);
+  if (publisher.password.from != SecretRef::From::none) text += " passfile=" + pg_conninfo_value(dir + "/pgpass");
   return text;
 }
 

@@ -176,5 +176,38 @@ TEST(PostgresSettings, RowsLookTheSameWhateverTheServersSay) {
   quiesced_equal(source, target);
 }
 
+// A whole life under names that a connection string, SQL and a shell each read in their own way.
+TEST(PostgresNames, DatabaseAndUserOfAnyName) {
+  PgServer source(15), target(15);
+  const std::string name = "my \"sh'op = \\", user = "our \"us'er\\";
+  for (const auto* server : {&source, &target}) server->session("postgres")->exec("CREATE ROLE " + pg_identifier(user) + " SUPERUSER LOGIN");
+  source.session("postgres")->exec("CREATE DATABASE " + pg_identifier(name));
+  source.session(name)->exec("CREATE TABLE public.item(id serial PRIMARY KEY, a int); INSERT INTO public.item(a) SELECT generate_series(1, 100); CREATE INDEX ON public.item(a); CREATE UNLOGGED TABLE public.fleeting(a int)");
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {name}));
+  for (Side side : {Side::source, Side::target}) w.deployment.stores[0].postgres.server[side].user = user;
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  for (const auto& f : store.preflight(w.context())) EXPECT_NE(f.level, Finding::Level::error) << f.id << " " << f.object << ": " << f.message;
+  store.estimate(w.context());
+  store.prepare(w.context());
+  store.copy(w.context());
+  store.follow(w.context());
+  wait_until_following(w, store);
+  source.session(name)->exec("ALTER TABLE public.item ADD COLUMN b int DEFAULT 3");
+  EXPECT_EQ(store.needs_recopy(w.context()).size(), 1u);
+  store.recopy(w.context());
+  wait_until_following(w, store);
+  EXPECT_TRUE(store.verify(w.context()).equal);
+  switch_over(w, store, {Side::source});
+  target.session(name)->exec("INSERT INTO public.item(a) VALUES (7)");
+  switch_over(w, store, {Side::target});
+  source.session(name)->exec("INSERT INTO public.item(a) VALUES (8)");
+  wait_until_following(w, store);
+  quiesced_equal(source, target, name);
+  w.source.run_actions(store.actions(w.context(), {Side::source}).undo);
+  store.finish(w.context(), Side::source);
+  store.unfence_source(w.context());
+  EXPECT_EQ(store.leftovers(w.context()), std::vector<std::string>{});
+}
+
 }  // namespace
 }  // namespace rehome

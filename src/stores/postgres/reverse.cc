@@ -65,7 +65,7 @@ ActionSets PostgresStore::actions(StoreContext& c, Direction d) {
   auto action = [&](Side side, const std::string& what, const std::string& database, const std::string& input, bool warm) {
     const PostgresServer& pg = server(side);
     const std::string& program = c.deployment.site[side].psql;
-    std::string info = "host=" + pg.host + " port=" + std::to_string(pg.port) + " user=" + pg.user + " dbname=" + database +
+    std::string info = "host=" + pg_conninfo_value(pg.host) + " port=" + std::to_string(pg.port) + " user=" + pg_conninfo_value(pg.user) + " dbname=" + pg_conninfo_value(database) +
                        " application_name=rehome_action connect_timeout=5";
     Action a;
     a.name = config_.name + " " + database + " " + what;
@@ -73,7 +73,7 @@ ActionSets PostgresStore::actions(StoreContext& c, Direction d) {
     if (!password.empty()) {
       std::string file = config_.name + "." + std::string(side_name(side)) + ".pgpass";
       a.credentials.emplace_back(file, passfile_line(password));
-      info += " passfile=" + c.at(side).state() + "/credentials/" + file;
+      info += " passfile=" + pg_conninfo_value(c.at(side).state() + "/credentials/" + file);
     }
     a.argv = {program.empty() ? "psql" : program, "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-d", info};
     a.user = pg.os_user;

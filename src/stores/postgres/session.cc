@@ -277,6 +277,15 @@ std::string pg_literal(std::string_view text) {
   return out + "'";
 }
 
+std::string pg_conninfo_value(std::string_view text) {
+  std::string out = "'";
+  for (char c : text) {
+    if (c == '\'' || c == '\\') out += '\\';
+    out += c;
+  }
+  return out + "'";
+}
+
 bool pg_is_lock_failure(const std::string& s) {
   return s == "55P03" /* lock_timeout */ || s == "57014" /* statement_timeout */ || s == "40P01" /* deadlock */ ||
          s == "55006" /* object in use */;

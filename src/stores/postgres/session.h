@@ -93,6 +93,7 @@ class PgSession {
 
 std::string pg_identifier(std::string_view name);                           // "quoted"
 std::string pg_literal(std::string_view text);                              // 'quoted', standard_conforming_strings on
+std::string pg_conninfo_value(std::string_view text);                       // 'quoted', for a connection string
 // Runs `work` under lock_timeout 100 ms and tries it again after a random wait (5 to 100 ms) when it met a lock, until
 // the deadline; then the last error. `work` must leave no transaction open when it throws.
 void pg_retry_locks(Deadline deadline, const std::function<void()>& work);

@@ -96,11 +96,11 @@ double switch_over(World& w, PostgresStore& store, Direction d, const std::funct
   return ms;
 }
 
-void quiesced_equal(const PgServer& a, const PgServer& b) {
+void quiesced_equal(const PgServer& a, const PgServer& b, const std::string& database) {
   Deadline deadline = Deadline::in(Millis(20000));
   std::string d;
   bool dumped = a.major() <= 15 && b.major() <= 15;
-  auto look = [&](const PgServer& s) { return dumped ? dump(s, "shop") : describe(s, "shop"); };
+  auto look = [&](const PgServer& s) { return dumped ? dump(s, database) : describe(s, database); };
   while (!(d = diff(look(a), look(b))).empty() && !deadline.passed()) system_clock().sleep(Millis(100));
   EXPECT_EQ(d, "");
 }

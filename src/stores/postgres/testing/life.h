@@ -15,9 +15,9 @@ void wait_until_following(World& w, PostgresStore& store);
 // `fenced` is called when the yielding side refuses, `opened` when the other is open. Returns the milliseconds between the
 // soft fence's request and the hard fence.
 double switch_over(World& w, PostgresStore& store, Direction d, const std::function<void()>& opened = {}, const std::function<void()>& fenced = {});
-// Database shop is the same on both, schema and rows: by pg_dump, or in SQL for servers newer than this machine's. Waits
+// The database is the same on both, schema and rows: by pg_dump, or in SQL for servers newer than this machine's. Waits
 // 20 s for the last rows to arrive.
-void quiesced_equal(const PgServer& a, const PgServer& b);
+void quiesced_equal(const PgServer& a, const PgServer& b, const std::string& database = "shop");
 // A schema `stock` of everything that is not a plain table, with rows, owned by `role`, which it makes.
 std::string variety(const std::string& role);
 std::string large_objects(const PgServer& server);

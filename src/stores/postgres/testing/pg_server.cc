@@ -68,6 +68,6 @@ std::unique_ptr<PgSession> PgServer::session(const std::string& database, const 
       application);
 }
 
-std::string PgServer::conninfo(const std::string& database) const { return "host=" + dir_ + " port=5432 user=postgres dbname=" + database; }
+std::string PgServer::conninfo(const std::string& database) const { return "host=" + dir_ + " port=5432 user=postgres dbname=" + pg_conninfo_value(database); }
 
 }  // namespace rehome::testing
