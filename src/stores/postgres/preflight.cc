@@ -237,21 +237,24 @@ Estimate PostgresStore::estimate(StoreContext& c) {
     e.facts[std::string(side_name(side)) + ".version"] = admin[side]->value("SHOW server_version");
     e.facts[std::string(side_name(side)) + ".system"] = admin[side]->value("SELECT system_identifier::text FROM pg_control_system()");
   }
-  std::int64_t unlogged = 0, large = 0, table_count = 0, sequence_count = 0;
+  std::int64_t unlogged = 0, large = 0, large_bytes = 0, table_count = 0, sequence_count = 0;
   for (const auto& database : databases(c)) {
     auto s = session(c, Side::source, database);
-    std::string schema;
+    std::vector<std::string> schema;
     for (const auto& t : tables(*s)) {
       e.bytes += t.bytes;
       if (t.unlogged) unlogged += t.bytes;
       table_count++;
-      schema += t.full() + "(" + t.columns + ");";
+      schema.push_back(t.full() + "(" + t.columns + ")");
     }
+    // They come by size, which changes by itself, and a plan must not go stale by it.
+    std::sort(schema.begin(), schema.end());
     e.objects += s->number("SELECT coalesce(sum(greatest(reltuples, 0)), 0)::bigint FROM pg_class WHERE relkind = 'r' AND relnamespace NOT IN (SELECT oid FROM pg_namespace WHERE nspname LIKE 'pg\\_%' OR nspname = 'information_schema')");
     large += s->number("SELECT count(*) FROM pg_largeobject_metadata");
+    large_bytes += s->number("SELECT pg_relation_size('pg_catalog.pg_largeobject')");
     sequence_count += s->number("SELECT count(*) FROM pg_sequences");
     for (auto& line : left_to_copy(c, database)) e.again.push_back(std::move(line));
-    e.facts["schema." + database] = s->value("SELECT md5(" + pg_literal(schema) + ")");
+    e.facts["schema." + database] = s->value("SELECT md5(" + pg_literal(join(schema, ";")) + ")");
   }
   std::int64_t rate = 40'000'000;   // rows and indexes together, seen on two shared cores
   if (c.deployment.limits.bandwidth > 0) rate = std::min(rate, c.deployment.limits.bandwidth);
@@ -263,8 +266,10 @@ Estimate PostgresStore::estimate(StoreContext& c) {
     e.reasons.push_back(human_bytes(unlogged) + " in unlogged tables: copied inside the pause, about " + human_duration(pause_for_unlogged(unlogged)));
   }
   if (large) {
-    pause += large / 10 + 5;
-    e.reasons.push_back(std::to_string(large) + " large objects: compared, and the changed ones copied, inside the pause");
+    // Every page is hashed, on one side after the other: some 200 MB a second.
+    std::int64_t ms = large / 10 + 2 * large_bytes / 200'000 + 5;
+    pause += ms;
+    e.reasons.push_back(std::to_string(large) + " large objects, " + human_bytes(large_bytes) + ": compared, and the changed ones copied, inside the pause, about " + human_duration(Millis(ms)));
   }
   e.pause = Millis(pause);
   return e;

@@ -209,5 +209,24 @@ TEST(PostgresNames, DatabaseAndUserOfAnyName) {
   EXPECT_EQ(store.leftovers(w.context()), std::vector<std::string>{});
 }
 
+// What a plan holds changes when the schema does, not when a table has grown past another one.
+TEST(PostgresEstimate, SchemaFactIsOfNamesAndLargeObjectsAreOfBytes) {
+  PgServer source(15), target(15);
+  source.session("postgres")->exec("CREATE DATABASE shop");
+  auto s = source.session("shop");
+  s->exec("SET search_path = public; CREATE TABLE a(id int); CREATE TABLE b(id int); INSERT INTO a SELECT generate_series(1, 5000)");
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  Estimate before = store.estimate(w.context());
+  s->exec("INSERT INTO public.b SELECT generate_series(1, 50000)");
+  EXPECT_EQ(store.estimate(w.context()).facts, before.facts);
+  s->exec("SELECT lo_from_bytea(0, decode((SELECT string_agg(md5(i::text), '') FROM generate_series(1, 300000) i), 'hex'))");
+  Estimate large = store.estimate(w.context());
+  EXPECT_EQ(large.facts, before.facts);
+  EXPECT_GE(large.pause - before.pause, Millis(48)) << join(large.reasons, "\n");   // 4.8 MB at 200 MB a second, twice
+  s->exec("ALTER TABLE public.b ADD COLUMN more int");
+  EXPECT_NE(store.estimate(w.context()).facts, before.facts);
+}
+
 }  // namespace
 }  // namespace rehome
