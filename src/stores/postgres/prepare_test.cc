@@ -228,5 +228,31 @@ TEST(PostgresEstimate, SchemaFactIsOfNamesAndLargeObjectsAreOfBytes) {
   EXPECT_NE(store.estimate(w.context()).facts, before.facts);
 }
 
+// A side that is opened without a cut must not give numbers again, whatever its sequences belong to.
+TEST(PostgresSequences, AdvancedWithoutACut) {
+  PgServer source(15), target(15);
+  source.session("postgres")->exec("CREATE DATABASE shop");
+  source.session("shop")->exec("SET search_path = public; CREATE TABLE plain(id serial PRIMARY KEY); INSERT INTO plain SELECT generate_series(1, 100); "
+                               "CREATE TABLE worded(id text PRIMARY KEY); CREATE SEQUENCE worded_seq OWNED BY worded.id; INSERT INTO worded VALUES ('A-7'), ('B'); SELECT setval('worded_seq', 7); "
+                               "CREATE DOMAIN number AS bigint; CREATE TABLE domained(id number PRIMARY KEY); CREATE SEQUENCE domained_seq OWNED BY domained.id; INSERT INTO domained VALUES (500); "
+                               "CREATE TABLE huge(id numeric PRIMARY KEY); CREATE SEQUENCE huge_seq OWNED BY huge.id; INSERT INTO huge VALUES (1e30), ('NaN'); "
+                               "CREATE TABLE downwards(id int PRIMARY KEY); CREATE SEQUENCE down_seq INCREMENT -1 OWNED BY downwards.id; INSERT INTO downwards VALUES (-50); CREATE SEQUENCE alone");
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  store.prepare(w.context());
+  store.copy(w.context());
+  store.follow(w.context());
+  wait_until_following(w, store);
+  store.make_up_for_cut(w.context(), {Side::source});
+  auto t = target.session("shop");
+  auto at = [&](const std::string& sequence) { return t->number("SELECT last_value FROM public." + sequence); };
+  EXPECT_EQ(at("plain_id_seq"), 132);
+  EXPECT_GE(at("worded_seq"), 1001);
+  EXPECT_EQ(at("domained_seq"), 532);
+  EXPECT_GE(at("huge_seq"), 1001);
+  EXPECT_EQ(at("down_seq"), -82);
+  EXPECT_GE(at("alone"), 1001);
+}
+
 }  // namespace
 }  // namespace rehome

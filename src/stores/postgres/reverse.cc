@@ -8,21 +8,23 @@ namespace rehome {
 namespace {
 
 // Replication carries no sequence, and a cut does; a side that followed and is opened without one starts where its rows end, or it would
-// give numbers again. A sequence that belongs to no column is moved by what an application is unlikely to have used. Nothing where
+// give numbers again. A sequence that belongs to no column of numbers is moved by what an application is unlikely to have used. Nothing where
 // the follower was never on: the undo of an attempt costs no time for it.
 std::string advance_sequences(const std::string& subscription) {
-  return "DO $rehome$ DECLARE r record; at bigint; most bigint; BEGIN "
+  return "DO $rehome$ DECLARE r record; at numeric; most numeric; BEGIN "
          "IF NOT EXISTS (SELECT 1 FROM pg_subscription WHERE subname = " + pg_literal(subscription) +
          " AND subenabled AND subdbid = (SELECT oid FROM pg_database WHERE datname = current_database())) THEN RETURN; END IF; "
          "FOR r IN SELECT s.seqrelid::regclass AS seq, s.seqincrement AS step, s.seqmax, s.seqmin, d.refobjid::regclass AS tab, a.attname FROM pg_sequence s "
          "JOIN pg_class c ON c.oid = s.seqrelid AND c.relpersistence <> 't' JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname <> 'rehome' "
          "LEFT JOIN pg_depend d ON d.classid = 'pg_class'::regclass AND d.objid = s.seqrelid AND d.refclassid = 'pg_class'::regclass AND d.deptype IN ('a', 'i') AND d.refobjsubid > 0 "
-         "LEFT JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid LOOP "
+         "LEFT JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid "
+         // A text made of the number and other words tells no number.
+         "AND (SELECT coalesce(nullif(y.typbasetype, 0), y.oid) FROM pg_type y WHERE y.oid = a.atttypid) IN ('int2'::regtype, 'int4'::regtype, 'int8'::regtype, 'numeric'::regtype) LOOP "
          "EXECUTE format('SELECT last_value FROM %s', r.seq) INTO at; most := at; "
-         "IF r.attname IS NULL THEN most := at + 1000 * r.step; "
-         "ELSE EXECUTE format('SELECT coalesce(CASE WHEN $2 > 0 THEN max(%1$I) ELSE min(%1$I) END, $1) FROM %2$s', r.attname, r.tab) INTO most USING at, r.step; "
+         "IF r.attname IS NOT NULL THEN EXECUTE format('SELECT coalesce(CASE WHEN $2 > 0 THEN max(%1$I) ELSE min(%1$I) END, $1) FROM %2$s', r.attname, r.tab) INTO most USING at, r.step; "
          "most := CASE WHEN r.step > 0 THEN greatest(most, at) ELSE least(most, at) END + 32 * r.step; END IF; "
-         "IF most BETWEEN r.seqmin AND r.seqmax THEN PERFORM setval(r.seq, most); END IF; END LOOP; END $rehome$;\n";
+         "IF r.attname IS NULL OR most NOT BETWEEN r.seqmin AND r.seqmax THEN most := at + 1000 * r.step; END IF; "
+         "IF most BETWEEN r.seqmin AND r.seqmax THEN PERFORM setval(r.seq, most::bigint); END IF; END LOOP; END $rehome$;\n";
 }
 
 // Views over data that replication does not refresh.
