@@ -143,7 +143,6 @@ TEST(Config, EverythingCanBeSaid) {
   EXPECT_EQ(p.server.target.password.from, SecretRef::From::pgpass);
   EXPECT_EQ(p.server.target.admin_database, "adm2");
   EXPECT_EQ(p.ddl, PostgresConfig::Ddl::block);
-  EXPECT_FALSE(p.large_objects);
   EXPECT_FALSE(p.roles);
   const FilesConfig& f = d.stores[1].files;
   EXPECT_EQ(f.path.source, "/srv/a");

@@ -72,7 +72,6 @@ struct PostgresConfig {
   BySide<PostgresServer> server;
   std::vector<std::string> databases;  // empty: all of the cluster
   enum class Ddl { refuse, block } ddl = Ddl::refuse;
-  bool large_objects = true;
   bool roles = true;
 };
 

@@ -337,7 +337,6 @@ class Reader {
                         std::to_string(a.port));
     if (auto v = y_.choice(m.take("ddl"), "ddl", {"refuse", "block"}))
       p.ddl = *v == "refuse" ? PostgresConfig::Ddl::refuse : PostgresConfig::Ddl::block;
-    set(p.large_objects, y_.boolean(m.take("large_objects"), "large_objects"));
     set(p.roles, y_.boolean(m.take("roles"), "roles"));
     m.done();
   }
