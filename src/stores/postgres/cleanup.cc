@@ -111,13 +111,6 @@ std::vector<std::string> PostgresStore::abandon(StoreContext& c) {
     return left;
   }
   auto admin = session(c, Side::target, server(Side::target).admin_database);
-  Json made = c.recall(key("made"));
-  auto is_made = [&](const std::string& d) {
-    if (!made.is_array()) return false;
-    for (const auto& m : made)
-      if (m == d) return true;
-    return false;
-  };
   for (const auto& database : databases(c)) {
     bool there = admin->number("SELECT count(*) FROM pg_database WHERE datname = " + pg_literal(database)) > 0;
     if (there) {
@@ -126,7 +119,7 @@ std::vector<std::string> PostgresStore::abandon(StoreContext& c) {
       remove_publisher(c, *session(c, Side::source, database), flow(database, Side::source));
     }
     remove_objects(c, Side::source, database, false);
-    if (there && is_made(database)) {
+    if (there && is_made(c, database)) {
       // Nobody but us may have used it: the fence refused everything.
       admin->exec("ALTER DATABASE " + pg_identifier(database) + " CONNECTION LIMIT 0");
       pg_retry_locks(Deadline::in(Millis(30000)), [&] {
@@ -135,6 +128,7 @@ std::vector<std::string> PostgresStore::abandon(StoreContext& c) {
       });
     } else if (there) {
       remove_objects(c, Side::target, database, false);
+      if (Json limit = c.recall(key("connection_limit", database)); !limit.is_null()) admin->exec("ALTER DATABASE " + pg_identifier(database) + " CONNECTION LIMIT " + limit.dump());
       left.push_back("target: database " + database + " was there before the run and stays, with what was copied");
     }
   }

@@ -196,8 +196,7 @@ void PostgresStore::restore_section(StoreContext& c, const std::string& database
     // A resumed or repeated run may meet a schema of ours. A database that this run made is made anew: dropping its
     // schemas one by one would lose what template0 gave schema public (owner, rights, comment).
     if (!c.recall(key("predata_begun", database)).is_null()) {
-      Json made = c.recall(key("made"));
-      if (made.is_array() && std::find(made.begin(), made.end(), Json(database)) != made.end()) {
+      if (is_made(c, database)) {
         target.reset();
         session(c, Side::target, server(Side::target).admin_database)->exec("DROP DATABASE IF EXISTS " + pg_identifier(database) + " WITH (FORCE)");
         create_database(c, database);
@@ -259,7 +258,11 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
   // Until the triggers are there nobody but superusers may connect: an application that is pointed at the new server too early must
   // not write between its tables' making and their closing.
   auto admin = session(c, Side::target, server(Side::target).admin_database);
-  auto limit = session(c, Side::source, database)->value("SELECT datconnlimit FROM pg_database WHERE datname = current_database()");
+  Json limit = connection_limit(c, database);
+  if (limit.is_null())
+    limit = session(c, Side::source, database)->number("SELECT datconnlimit FROM pg_database WHERE datname = current_database()");
+  else
+    c.note("connection limit 0", {{"where", "target: database " + database}, {"was", limit}, {"undo", "put back"}});
   admin->exec("ALTER DATABASE " + pg_identifier(database) + " CONNECTION LIMIT 0");
   restore_section(c, database, "pre-data", snapshot);
   // From its first table on the target refuses its application, and everybody but the copy's own sessions, until the commit opens it.
@@ -269,7 +272,7 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
     install_fence(c, *target, Side::target, tables(*target), true);
     target->exec(pgsql::fence_function_while_copying(elsewhere));
   }
-  admin->exec("ALTER DATABASE " + pg_identifier(database) + " CONNECTION LIMIT " + limit);
+  admin->exec("ALTER DATABASE " + pg_identifier(database) + " CONNECTION LIMIT " + std::to_string(limit.get<std::int64_t>()));
 
   std::vector<PgTable> all;
   {

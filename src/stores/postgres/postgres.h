@@ -107,6 +107,10 @@ class PostgresStore : public Store {
   std::string connection_string(StoreContext&, const std::string& database, const PgFlow&);
   void restore_roles(StoreContext&);
   void create_database(StoreContext&, const std::string& database);
+  // Whether this run made the target's database.
+  bool is_made(StoreContext&, const std::string& database);
+  // How many may connect to the target's database as it was before the run, which closes it for a while; null where this run made it.
+  Json connection_limit(StoreContext&, const std::string& database);
   // `foreign_keys` false: post-data without them, while tables that they point to are still empty.
   void restore_section(StoreContext&, const std::string& database, const std::string& section, const std::string& snapshot, bool foreign_keys = true);
   void copy_database(StoreContext&, const std::string& database);

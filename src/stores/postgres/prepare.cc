@@ -315,6 +315,23 @@ void PostgresStore::restore_roles(StoreContext& c) {
   to->take_notices();
 }
 
+Json PostgresStore::connection_limit(StoreContext& c, const std::string& database) {
+  if (is_made(c, database)) return {};
+  Json known = c.recall(key("connection_limit", database));
+  if (known.is_null()) {
+    auto rows = session(c, Side::target, server(Side::target).admin_database)->query("SELECT datconnlimit FROM pg_database WHERE datname = " + pg_literal(database));
+    if (rows.empty()) return {};
+    known = std::stoll(*rows[0][0]);
+    c.remember(key("connection_limit", database), known);
+  }
+  return known;
+}
+
+bool PostgresStore::is_made(StoreContext& c, const std::string& database) {
+  Json made = c.recall(key("made"));
+  return made.is_array() && std::find(made.begin(), made.end(), Json(database)) != made.end();
+}
+
 void PostgresStore::create_database(StoreContext& c, const std::string& database) {
   auto from = session(c, Side::source, server(Side::source).admin_database);
   auto to = session(c, Side::target, server(Side::target).admin_database);
@@ -332,6 +349,7 @@ void PostgresStore::create_database(StoreContext& c, const std::string& database
     to->exec("CREATE DATABASE " + pg_identifier(database) + " TEMPLATE template0 ENCODING " + pg_literal(*r[0]) + " LC_COLLATE " + pg_literal(*r[1]) +
              " LC_CTYPE " + pg_literal(*r[2]) + locale_provider(*from, *to, database) + " OWNER " + pg_identifier(*r[3]) + " CONNECTION LIMIT 0");
   }
+  connection_limit(c, database);
   for (auto& s : from->query("SELECT coalesce(r.rolname, ''), unnest(s.setconfig) FROM pg_db_role_setting s LEFT JOIN pg_roles r ON r.oid = s.setrole "
                              "WHERE s.setdatabase = " + *r[5])) {
     to->exec((s[0]->empty() ? "ALTER DATABASE " + pg_identifier(database) : "ALTER ROLE " + pg_identifier(*s[0]) + " IN DATABASE " + pg_identifier(database)) + set_clause(*s[1]));

@@ -254,5 +254,41 @@ TEST(PostgresSequences, AdvancedWithoutACut) {
   EXPECT_GE(at("alone"), 1001);
 }
 
+// A database that was there before keeps the number of connections that its owner allowed.
+TEST(PostgresConnections, OfADatabaseThatWasThereBefore) {
+  PgServer source(15), target(15);
+  source.session("postgres")->exec("CREATE ROLE away");
+  source.session("postgres")->exec("CREATE DATABASE shop CONNECTION LIMIT 3");
+  source.session("shop")->exec("CREATE TABLE public.item(id int PRIMARY KEY); ALTER TABLE public.item OWNER TO away");
+  target.session("postgres")->exec("CREATE DATABASE shop TEMPLATE template0 CONNECTION LIMIT 7");
+  auto limit = [&] { return target.session("postgres")->number("SELECT datconnlimit FROM pg_database WHERE datname = 'shop'"); };
+  Deployment d = deployment_between(source.socket_directory(), target.socket_directory(), {"shop"});
+  {
+    Deployment without = d;
+    without.stores[0].postgres.roles = false;
+    World w(without);
+    PostgresStore store(w.deployment.stores[0], w.deployment);
+    store.prepare(w.context());
+    EXPECT_THROW(store.copy(w.context()), Error);   // the owner is not there
+    EXPECT_EQ(limit(), 0);
+    store.prepare(w.context());
+    EXPECT_THROW(store.copy(w.context()), Error);
+    store.abandon(w.context());
+    EXPECT_EQ(limit(), 7);
+  }
+  World w(d);
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  store.prepare(w.context());
+  store.copy(w.context());
+  EXPECT_EQ(limit(), 7);
+  store.abandon(w.context());
+  target.session("postgres")->exec("DROP DATABASE shop");
+  World again(d);
+  PostgresStore made(again.deployment.stores[0], again.deployment);
+  made.prepare(again.context());
+  made.copy(again.context());
+  EXPECT_EQ(limit(), 3);
+}
+
 }  // namespace
 }  // namespace rehome
