@@ -200,6 +200,12 @@ std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
     for (const auto& t : all) bytes += t.bytes;
     for (auto& r : s->query("SELECT extname FROM pg_extension"))
       if (!available.contains(*r[0])) f.error("extension", "target", "extension " + *r[0] + " of database " + database + " is not installed there", "install its package on the target");
+    // What lies in the database's own tablespace goes where the target's database is; what names one is refused without it.
+    for (auto& r : s->query("SELECT t.spcname, string_agg(c.oid::regclass::text, ', ' ORDER BY c.oid) FROM (SELECT * FROM pg_class WHERE relkind IN ('r', 'p', 'i', 'I', 'm') AND relpersistence <> 't' ORDER BY oid) c JOIN pg_tablespace t ON t.oid = c.reltablespace "
+                            "WHERE t.spcname NOT IN ('pg_default', 'pg_global') GROUP BY 1 ORDER BY 1"))
+      if (admin.target->query("SELECT 1 FROM pg_tablespace WHERE spcname = $1", {*r[0]}).empty())
+        f.error("tablespace", "target", "tablespace " + *r[0] + " is not there, and in database " + database + " these lie in it: " + (r[1]->size() > 200 ? r[1]->substr(0, 200) + "..." : *r[1]),
+                "CREATE TABLESPACE " + pg_identifier(*r[0]) + " LOCATION '...' on the target, or move them out of it on the source");
     check_locales(c, *s, *admin.target, database, f);
     if (there.contains(database) && c.recall(key("databases")).is_null()) {
       auto t = session(c, Side::target, database);

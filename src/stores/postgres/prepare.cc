@@ -225,10 +225,22 @@ void PostgresStore::open_path(StoreContext& c, const std::string& database, cons
   c.note("socket directory " + dir, {{"where", here.label()}, {"undo", "removed"}});
   here.exec_ok({.argv = {"sh", "-c", "mkdir \"$1\" 2>/dev/null; [ -d \"$1\" ] && [ ! -L \"$1\" ] && [ -O \"$1\" ] && chmod 755 \"$1\"", "sh", dir}}, Deadline::in(Millis(10000)), ("making " + dir).c_str());
   here.call("listen.set", {{"name", flow.listener}, {"at", "unix:" + dir + "/.s.PGSQL.5432"}, {"mode", 0666}, {"service", flow.service}});
+  auto subscriber = session(c, flow.subscriber(), database);
+  // In a container, on another host, or with a /tmp of its own the server does not see it, and would say so only when everything is copied.
+  std::string seen;
+  try {
+    if (subscriber->value("SELECT size FROM pg_stat_file(" + pg_literal(dir + "/.s.PGSQL.5432") + ", true)").empty()) seen = "it is not there for it";
+  } catch (const PgError& e) {
+    if (e.code == Code::unreachable) throw;
+    seen = e.message;
+  }
+  if (!seen.empty())
+    throw Error(Code::config, here.label() + ": the PostgreSQL server does not see the agent's directory " + dir + ", through which it would follow: " + seen,
+                "the agent must run on the server's own host, and the server must see that directory: mount it into a container under the same path; where its unit has PrivateTmp, run the agent as root, which uses /var/lib");
   std::string password = secret(flow.publisher, database);
   if (!password.empty()) {
     // In a file of the server's account: in the connection string it would be in the log, pg_subscription and pg_stat_activity.
-    std::string owner = c.at(flow.subscriber()).exec_ok({.argv = {"sh", "-c", "stat -c %U \"$1\"", "sh", session(c, flow.subscriber(), database)->value("SHOW data_directory")}}).out;
+    std::string owner = c.at(flow.subscriber()).exec_ok({.argv = {"sh", "-c", "stat -c %U \"$1\"", "sh", subscriber->value("SHOW data_directory")}}).out;
     std::string file = dir + "/pgpass";
     here.call("put", {{"path", file}, {"content", passfile_line(password)}, {"mode", 0600}});
     here.exec_ok({.argv = {"chown", std::string(trim(owner)), file}});

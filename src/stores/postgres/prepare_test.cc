@@ -1,5 +1,6 @@
 // What the phase prepare makes of the source's roles, databases and tables, judged by the target's catalogues and its log.
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
 #include "base/text.h"
 #include "stores/postgres/postgres.h"
@@ -288,6 +289,53 @@ TEST(PostgresConnections, OfADatabaseThatWasThereBefore) {
   made.prepare(again.context());
   made.copy(again.context());
   EXPECT_EQ(limit(), 3);
+}
+
+// What only the end of a copy would find: a server that cannot reach the agent's socket.
+TEST(PostgresPath, ServerThatCannotSeeTheSocketIsFoundFirst) {
+  PgServer source(15), target(15);
+  source.session("postgres")->exec("CREATE DATABASE shop");
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  // The server's account may not enter it.
+  TempDir closed("rehome-closed");
+  w.facts["postgres.db.socket_directory.target"] = closed.path() + "/pg";
+  ASSERT_EQ(::chmod(closed.path().c_str(), 0700), 0);
+  try {
+    store.prepare(w.context());
+    ADD_FAILURE() << "prepared";
+  } catch (const Error& e) {
+    EXPECT_NE(e.message.find("does not see the agent's directory " + closed.path()), std::string::npos) << e.message;
+    EXPECT_NE(e.hint.find("mount it into a container"), std::string::npos);
+  }
+  ASSERT_EQ(::chmod(closed.path().c_str(), 0755), 0);
+  store.prepare(w.context());
+}
+
+TEST(PostgresPreflight, TablespacesThatTheTargetLacks) {
+  PgServer source(15), target(15);
+  for (const PgServer* server : {&source, &target}) {
+    std::string place = server->data() + "/../fast";
+    server->session("postgres")->exec("COPY (SELECT 1) TO PROGRAM 'mkdir " + place + " " + place + "er'");
+    server->session("postgres")->exec("CREATE TABLESPACE fast LOCATION " + pg_literal(server->socket_directory() + "/fast"));
+  }
+  source.session("postgres")->exec("CREATE TABLESPACE faster LOCATION " + pg_literal(source.socket_directory() + "/faster"));
+  source.session("postgres")->exec("CREATE DATABASE shop");
+  source.session("shop")->exec("CREATE TABLE public.item(id int PRIMARY KEY USING INDEX TABLESPACE faster) TABLESPACE fast");
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  auto errors = [&] {
+    std::vector<std::string> all;
+    for (const auto& f : store.preflight(w.context()))
+      if (f.level == Finding::Level::error) all.push_back(f.id + ": " + f.message);
+    return all;
+  };
+  EXPECT_EQ(errors(), std::vector<std::string>{"postgres.tablespace: tablespace faster is not there, and in database shop these lie in it: public.item_pkey"});
+  store.prepare(w.context());
+  EXPECT_THROW(store.copy(w.context()), Error);
+  target.session("postgres")->exec("CREATE TABLESPACE faster LOCATION " + pg_literal(target.socket_directory() + "/faster"));
+  EXPECT_EQ(errors(), std::vector<std::string>{});
+  store.copy(w.context());
 }
 
 }  // namespace
