@@ -314,10 +314,13 @@ void PostgresStore::restore_roles(StoreContext& c) {
     // The stored verifier, not a password.
     if (r[9]) to->exec("ALTER ROLE " + pg_identifier(*r[0]) + " PASSWORD " + pg_literal(*r[9]));
   }
+  std::set<std::pair<std::string, std::string>> member;
+  for (auto& r : to->query("SELECT b.rolname, m.rolname FROM pg_auth_members a JOIN pg_roles b ON b.oid = a.roleid JOIN pg_roles m ON m.oid = a.member")) member.emplace(*r[0], *r[1]);
   // Who granted it is us there, so several grants of one membership become the sum of them.
   bool options = from->major() >= 16 && to->major() >= 16;
   for (auto& r : from->query(std::string("SELECT b.rolname, m.rolname, bool_or(a.admin_option)") + (options ? ", bool_or(a.inherit_option), bool_or(a.set_option)" : "") +
                              " FROM pg_auth_members a JOIN pg_roles b ON b.oid = a.roleid JOIN pg_roles m ON m.oid = a.member WHERE m.rolname NOT LIKE 'pg\\_%' GROUP BY 1, 2")) {
+    if (known.contains(*r[1]) && member.contains({*r[0], *r[1]})) continue;
     auto is = [&](std::size_t i) { return std::string(*r[i] == "t" ? "TRUE" : "FALSE"); };
     to->exec("GRANT " + pg_identifier(*r[0]) + " TO " + pg_identifier(*r[1]) +
              (options ? " WITH ADMIN " + is(2) + ", INHERIT " + is(3) + ", SET " + is(4) : *r[2] == "t" ? " WITH ADMIN OPTION" : ""));

@@ -46,12 +46,15 @@ TEST(PostgresRoles, SettingsListsAndPasswordsWithoutAWordInTheLog) {
 TEST(PostgresRoles, MembershipsKeepTheirOptions) {
   PgServer source(17), target(17);
   source.session("postgres")->exec("CREATE DATABASE shop; ");
-  source.session("postgres")->exec("CREATE ROLE staff; CREATE ROLE one; CREATE ROLE two; GRANT staff TO one WITH INHERIT FALSE, SET TRUE; GRANT staff TO two WITH ADMIN TRUE, INHERIT TRUE, SET FALSE");
+  source.session("postgres")->exec("CREATE ROLE staff; CREATE ROLE one; CREATE ROLE two; GRANT staff TO one WITH INHERIT FALSE, SET TRUE; GRANT staff TO two WITH ADMIN TRUE, INHERIT TRUE, SET FALSE; CREATE ROLE before; GRANT staff TO before");
+  // What was there before the run stays as it is.
+  target.session("postgres")->exec("CREATE ROLE staff; CREATE ROLE before; GRANT staff TO before WITH ADMIN TRUE");
   World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
   PostgresStore store(w.deployment.stores[0], w.deployment);
   store.prepare(w.context());
   const char* question = "SELECT string_agg(concat_ws(' ', roleid::regrole, member::regrole, admin_option, inherit_option, set_option), ', ' ORDER BY member::regrole::text) FROM pg_auth_members WHERE roleid = 'staff'::regrole";
-  EXPECT_EQ(source.session("postgres")->value(question), target.session("postgres")->value(question));
+  EXPECT_EQ(source.session("postgres")->value(question), "staff before f t t, staff one f f t, staff two t t f");
+  EXPECT_EQ(target.session("postgres")->value(question), "staff before t t t, staff one f f t, staff two t t f");
 }
 
 // A published table whose rows nothing identifies refuses UPDATE and DELETE: that must not meet the application.

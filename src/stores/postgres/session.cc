@@ -56,7 +56,7 @@ PgSession::PgSession(const PgAddress& address, const std::string& application, b
                          "SET DateStyle = 'ISO'; SET IntervalStyle = 'postgres'; SET extra_float_digits = 3; SET bytea_output = 'hex'; SET lc_monetary = 'C'; SET default_transaction_isolation = 'read committed'; SET row_security = off; SET search_path = pg_catalog";
   if (major() >= 14) settings += "; SET idle_session_timeout = 0";
   if (major() >= 17) settings += "; SET transaction_timeout = 0";
-  exec(settings);
+  exec(settings, Deadline::in(Millis(15000)));
 }
 
 std::vector<std::string> PgSession::take_notices() { return std::exchange(notices_, {}); }
