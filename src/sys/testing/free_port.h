@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <random>
 
+#include "base/error.h"
 #include "sys/net.h"
 
 namespace rehome {
