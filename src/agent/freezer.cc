@@ -81,6 +81,54 @@ pid_t pid_from(const std::string& file) {
   return static_cast<pid_t>(std::stol(text));
 }
 
+// Stopped or ended.
+bool stands(pid_t pid) {
+  std::string stat;
+  try {
+    stat = read_file("/proc/" + std::to_string(pid) + "/stat");
+  } catch (const Error&) {
+    return true;
+  }
+  auto close = stat.rfind(')');
+  return close != std::string::npos && close + 2 < stat.size() && (stat[close + 2] == 'T' || stat[close + 2] == 'Z' || stat[close + 2] == 'X');
+}
+
+// The living processes of the pid file's service; none: it does not run.
+std::vector<pid_t> living(const std::string& pid_file) {
+  pid_t root = 0;
+  try {
+    root = pid_from(pid_file);
+  } catch (const Error&) {
+    return {};
+  }
+  auto all = tree_of(root);
+  std::erase_if(all, [](pid_t pid) { return ::kill(pid, 0) != 0; });
+  return all;
+}
+
+// One that runs may fork another between two looks: until a look finds none that runs.
+std::size_t stop_by_signal(const std::string& pid_file) {
+  for (Deadline deadline = Deadline::in(kFreezeDeadline);;) {
+    auto all = living(pid_file);
+    bool running = false;
+    for (pid_t pid : all) {
+      if (stands(pid)) continue;
+      running = true;
+      if (::kill(pid, SIGSTOP) != 0 && errno != ESRCH) throw errno_error(errno, "stop process", std::to_string(pid), "run the agent as the service's account, or as root");
+    }
+    if (!running) return all.size();
+    if (deadline.passed()) throw Error(Code::timeout, "the processes of " + pid_file + " did not stop within 5 s", "look for state D in ps", true);
+    ::usleep(200);
+  }
+}
+
+std::size_t signal_stopped(const std::string& pid_file, int signal) {
+  std::size_t n = 0;
+  for (pid_t pid : living(pid_file))
+    if (stands(pid) && ::kill(pid, signal) == 0) n++;
+  return n;
+}
+
 bool frozen_now(const std::string& directory, bool v1) {
   if (v1) return trim(read_file(directory + "/freezer.state")) == "FROZEN";
   for (const auto& line : split(read_file(directory + "/cgroup.events"), '\n'))
@@ -157,8 +205,14 @@ Freezer::Item Freezer::resolve(const Freezable& f, bool lenient) const {
   std::string plain;
   for (char c : f.name) plain += std::isalnum(static_cast<unsigned char>(c)) || c == '-' || c == '_' ? c : '_';
   item.directory = (item.v1 ? m.v1 : m.v2) + "/rehome-" + tag_ + "-" + plain;
-  if (::mkdir(item.directory.c_str(), 0755) != 0 && errno != EEXIST)
-    throw errno_error(errno, "make cgroup", item.directory, "freezing needs root");
+  if (::mkdir(item.directory.c_str(), 0755) != 0 && errno != EEXIST) {
+    if (errno != EACCES && errno != EPERM && errno != EROFS) throw errno_error(errno, "make cgroup", item.directory);
+    item.directory.clear();
+    item.ours = false;
+    item.by_signal = true;
+    if (!lenient && living(f.pid_file).empty()) throw Error(Code::config, "no process of " + f.pid_file + " runs", "start the service");
+    return item;
+  }
   try {
     gather(item);
   } catch (const Error&) {
@@ -215,7 +269,12 @@ Json Freezer::each(const char* verb, F act) {
 
 Json Freezer::freeze() {
   return each("freeze", [this](Item& item) {
-    if (item.directory.empty()) item = resolve(item.what, false);
+    if (item.directory.empty() && !item.by_signal) item = resolve(item.what, false);
+    if (item.by_signal) {
+      auto count = stop_by_signal(item.what.pid_file);
+      if (count == 0) throw Error(Code::store, "there is no process of " + item.what.pid_file + " to stop", "does the service run?");
+      return count;
+    }
     gather(item);  // a service that was restarted has other processes now
     set_frozen(item.directory, item.v1, true);
     auto count = pids_in(item.directory).size();
@@ -226,6 +285,7 @@ Json Freezer::freeze() {
 
 Json Freezer::thaw() {
   return each("thaw", [](Item& item) -> std::size_t {
+    if (item.by_signal) return signal_stopped(item.what.pid_file, SIGCONT);
     if (item.directory.empty() || !exists(item.directory)) return 0;  // systemd removes the cgroup of a unit that has ended
     set_frozen(item.directory, item.v1, false);
     return pids_in(item.directory).size();
@@ -234,6 +294,8 @@ Json Freezer::thaw() {
 
 Json Freezer::kill() {
   return each("kill", [](Item& item) -> std::size_t {
+    // A stopped process dies without another instruction.
+    if (item.by_signal) return signal_stopped(item.what.pid_file, SIGKILL);
     if (item.directory.empty() || !exists(item.directory)) return 0;
     // Only what is frozen: a site whose services were never frozen has stopped them in its own way.
     if (!frozen_now(item.directory, item.v1)) return 0;
@@ -259,6 +321,7 @@ Json Freezer::kill() {
 void Freezer::forget() {
   std::lock_guard lock(mutex_);
   for (auto& item : items_) {
+    if (item.by_signal) signal_stopped(item.what.pid_file, SIGCONT);
     if (!item.ours || !exists(item.directory)) continue;
     try {
       set_frozen(item.directory, item.v1, false);

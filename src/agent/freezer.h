@@ -1,5 +1,7 @@
 // Freezing services: the cgroup freezer stops every thread of a service within milliseconds, without its knowing.
-// Both layouts are handled: cgroup v2 (cgroup.freeze), and the v1 freezer hierarchy beside it.
+// Both layouts are handled: cgroup v2 (cgroup.freeze), and the v1 freezer hierarchy beside it. An agent that may make no cgroup (it is
+// not root) stops the processes of a pid file by SIGSTOP, one by one until none runs; what notices that is the service itself,
+// and anybody of its account can wake it.
 #pragma once
 
 #include <functional>
@@ -45,6 +47,7 @@ class Freezer {
     std::string directory;  // of the cgroup
     bool v1 = false;
     bool ours = false;
+    bool by_signal = false;
   };
   Item resolve(const Freezable& f, bool lenient) const;
   void gather(Item& item) const;

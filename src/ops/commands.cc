@@ -186,6 +186,8 @@ int verify(const VerifyOptions& o) {
   run.collect_lag();
   listen(run, o.emit);
   require_phase(run, {"following", "switched"}, "verify");
+  if (!o.store.empty() && std::none_of(run.stores().begin(), run.stores().end(), [&](const auto& s) { return s->name() == o.store; }))
+    throw Error(Code::usage, "no store of " + o.file + " is named '" + o.store + "'", "rehome plan shows their names");
   bool equal = true;
   for (auto& store : run.stores()) {
     if (!o.store.empty() && store->name() != o.store) continue;

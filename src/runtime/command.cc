@@ -20,6 +20,10 @@ class CommandService : public Service {
         found.push_back({Finding::Level::error, "service.missing", where, argv->front() + " is not a program of that host",
                          "install it there, or correct the command"});
     }
+    const Json hello = context.at(side).call("hello");
+    if (!get_bool(hello.at("capabilities"), "freeze", false))
+      found.push_back({Finding::Level::warning, "service.freeze", where, "its processes cannot be frozen as a whole there: in the pause they are stopped by a signal, one by one",
+                       "fine for a service that starts no processes of its own; otherwise use an account on that host that is root"});
     if (side == Side::source && !running(context.at(side)))
       found.push_back({Finding::Level::warning, "service.down", where,
                        "no process of " + on.pid_file + " runs", "start the service, or correct pid_file"});

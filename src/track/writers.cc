@@ -163,6 +163,9 @@ class Scan {
           return;
         }
     }
+    // Stopped by a signal, where the agent may make no cgroup.
+    const std::string stat = slurp(base + "/stat");
+    if (auto close = stat.rfind(')'); close != std::string::npos && stat.compare(close + 1, 2, " T") == 0) frozen = true;
     for (std::size_t i = from; i < found_.size(); i++) {
       found_[i].program = program;
       found_[i].cgroup = cgroup;

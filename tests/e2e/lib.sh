@@ -13,6 +13,8 @@ site() { local what=$1 host=$2; shift 2; "$support/site.sh" "$what" "$world" "$h
 pg() { local what=$1 host=$2; shift 2; "$support/pg.sh" "$what" "$world" "$host" "$@"; }
 sql() { local host=$1 database=$2; shift 2; pg psql "$host" 5432 -qAt -v ON_ERROR_STOP=1 -d "$database" -c "$*"; }
 
+files_at() { echo /srv/shop; } # HOST: where its shop keeps receipts
+
 say() { printf '%s\n' "$*"; }
 fail() { say "FAILED: $*"; exit 1; }
 
@@ -155,6 +157,6 @@ judge() {
   # Before begin and after cancel there is no second database to look for an order in.
   if [ "$(sql $other postgres "SELECT count(*) FROM pg_database WHERE datname = 'shop'")" = 1 ]; then args+=(--other "$(site conninfo $other 5432)"); fi
   if [ -e "$world/shared/$name.probes" ]; then args+=(--probes "$world/shared/$name.probes" --yielding-side "$yielded"); fi
-  on "$host" "$bin/rehome-history-check" "${args[@]}" --files /srv/shop --serving "$(site conninfo "$host" 5432)" \
+  on "$host" "$bin/rehome-history-check" "${args[@]}" --files "$(files_at "$host")" --serving "$(site conninfo "$host" 5432)" \
     --json "$world/shared/$name.verdict"
 }
