@@ -33,6 +33,9 @@ class SystemdService : public Service {
     } else if (side == Side::source && o.out.find("ActiveState=active") == std::string::npos) {
       found.push_back({Finding::Level::warning, "service.down", where, "the service does not run", "start it: systemctl start " + unit});
     }
+    if (std::string why = keeps_closed_view(context, side); config_.warm && !why.empty())
+      found.push_back({Finding::Level::error, "service.sandbox", where, why + ": started warm, while the tree is closed, it would go on seeing it closed after the switch",
+                       "set warm: false for " + config_.name + ", so that it starts when the tree is open"});
     return found;
   }
 
@@ -78,6 +81,40 @@ class SystemdService : public Service {
   }
 
  private:
+  // A unit with a mount namespace of its own keeps what it bound at its start: that a closed tree is opened again reaches it only
+  // where it bound nothing there itself, and does not stand inside. Why it does; empty: it does not.
+  std::string keeps_closed_view(StoreContext& context, Side side) const {
+    Outcome o = context.at(side).exec({.argv = {"systemctl", "show", "-p",
+                                                "ReadWritePaths,BindPaths,BindReadOnlyPaths,StateDirectory,WorkingDirectory,ProtectSystem,ProtectHome,PrivateTmp,PrivateDevices,PrivateMounts,DynamicUser",
+                                                config_.on[side].unit}});
+    bool own = false;
+    std::vector<std::pair<std::string, std::string>> places;
+    for (const auto& line : split(o.out, '\n')) {
+      auto eq = line.find('=');
+      if (eq == std::string::npos || eq + 1 == line.size()) continue;
+      const std::string key = line.substr(0, eq), value = line.substr(eq + 1);
+      if (key.starts_with("P") || key == "DynamicUser") {
+        own = own || value != "no";
+        continue;
+      }
+      own = own || (key != "WorkingDirectory" && key != "StateDirectory");
+      for (std::string one : split(value, ' ')) {
+        one.erase(0, one.find_first_not_of("-+!"));
+        // BindPaths: source:destination:option.
+        if (auto colon = one.find(':'); colon != std::string::npos) one = one.substr(colon + 1, one.find(':', colon + 1) - colon - 1);
+        if (!one.empty()) places.emplace_back(key, one[0] == '/' ? one : "/var/lib/" + one);
+      }
+    }
+    if (!own) return {};
+    auto within = [](const std::string& path, const std::string& top) { return path == top || path.starts_with(top + "/"); };
+    for (const auto& store : context.deployment.stores) {
+      if (store.kind != StoreConfig::Kind::files) continue;
+      const std::string& tree = store.files.path[side];
+      for (const auto& [key, place] : places)
+        if (within(place, tree) || (key != "WorkingDirectory" && within(tree, place))) return "it has a mount namespace of its own, and its " + key + " " + place + " meets " + tree;
+    }
+    return {};
+  }
   std::string drop_in_dir(Site& site) const { return "/etc/systemd/system/" + config_.on[site.side()].unit + ".d"; }
   std::string drop_in(Site& site) const { return drop_in_dir(site) + "/50-rehome.conf"; }
   void act(Site& site, const char* verb) {

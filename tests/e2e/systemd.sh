@@ -107,6 +107,11 @@ on old systemctl start shop.service
 site health old >/dev/null
 MAX_PAUSE=8s write_yaml
 sed -i -e 's/, boot: "directory:[^"]*"//' -e 's/^  - name: shop$/  - {name: shop, systemd: shop.service}/' -e '/^    command: {start/d' -e '/^    warm: true/d' "$yaml"
+say "a hardened unit that would keep its view of the closed tree"
+on new sh -c 'mkdir -p /etc/systemd/system/shop.service.d; printf "[Service]\nProtectSystem=strict\nReadWritePaths=/srv/shop\n" >/etc/systemd/system/shop.service.d/hard.conf; systemctl daemon-reload'
+rehome check >"$world/shared/hard" 2>&1 && fail "check says nothing of it"
+grep -q "ReadWritePaths /srv/shop meets /srv/shop" "$world/shared/hard" || { cat "$world/shared/hard"; fail "check says something else"; }
+on new sh -c 'rm -r /etc/systemd/system/shop.service.d; systemctl daemon-reload'
 rehome -q check
 load all 25 --keep-alive
 probe first
