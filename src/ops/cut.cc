@@ -80,7 +80,7 @@ void set_actions(Site& site, const char* set, const std::vector<Action>& actions
 
 }  // namespace
 
-ActionSets Switchover::actions() {
+void Switchover::store_actions() {
   ActionSets all;
   auto add = [](std::vector<Action>& to, const std::vector<Action>& from) { to.insert(to.end(), from.begin(), from.end()); };
   for (auto& store : run_.stores()) {
@@ -91,19 +91,14 @@ ActionSets Switchover::actions() {
     add(all.tail_yields, sets.tail_yields);
     for (Side side : {Side::source, Side::target}) add(all.close[side], sets.close[side]);
   }
+  Json freeze = Json::array();
   for (auto& service : run_.services()) {
+    freeze.push_back(service->freeze_item(direction_.yields));
     // Units that the start condition skipped (a host that rebooted in the attempt) come back with the undo.
     all.undo.push_back(service->start_action(direction_.yields));
     // A warm one runs already, and nothing inside the pause is spawned for it; a host that rebooted gets it afterwards.
     (service->config().warm ? all.tail_takes : all.open).push_back(service->start_action(direction_.takes()));
   }
-  return all;
-}
-
-void Switchover::store_actions() {
-  const ActionSets all = actions();
-  Json freeze = Json::array();
-  for (auto& service : run_.services()) freeze.push_back(service->freeze_item(direction_.yields));
   set_actions(yields(), "undo", all.undo);
   set_actions(takes(), "open", all.open);
   set_actions(takes(), "tail_takes", all.tail_takes);

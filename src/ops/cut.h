@@ -48,7 +48,6 @@ class Switchover {
  private:
   class Lease;
   struct Phase;
-  ActionSets actions();
   void start_services();
   void phase(const char* name, const std::function<void()>& work);
   void each_cut(void (Cut::*what)(Deadline));
