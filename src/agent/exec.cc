@@ -2,13 +2,18 @@
 
 #include <fcntl.h>
 #include <poll.h>
-#include <signal.h>
 
 #include <cerrno>
 
-#include "agent/wire.h"
+#include "base/bytes.h"
 
 namespace rehome {
+namespace {
+
+// For what a program takes back when it is ended.
+constexpr Millis kGrace{2000};
+
+}  // namespace
 
 Command command_from_json(const Json& request) {
   Command c;
@@ -30,11 +35,10 @@ Command command_from_json(const Json& request) {
   return c;
 }
 
-Json run_for(const Command& command, Deadline deadline, const Fd* caller, const std::atomic<bool>& cancelled) {
+Outcome run_for(const Command& command, Deadline deadline, const Fd* caller, const std::atomic<bool>& cancelled) {
   constexpr std::size_t most = 16u << 20;
   Child child(command, {.in = !command.input.empty(), .out = true, .err = true});
-  std::string out, err;
-  bool truncated = false;
+  Outcome o;
   std::string_view input = command.input;
   if (child.in) ::fcntl(child.in.get(), F_SETFL, O_NONBLOCK);
   while (child.out || child.err) {
@@ -45,11 +49,11 @@ Json run_for(const Command& command, Deadline deadline, const Fd* caller, const 
     int r = ::poll(p, 4, static_cast<int>(deadline.left(Millis(100)).count()));
     if (r < 0 && errno != EINTR) throw errno_error(errno, "poll", command.argv[0]);
     if (deadline.passed()) {
-      child.kill(SIGKILL);
+      child.end(kGrace);
       throw Error(Code::timeout, command.argv[0] + " did not end in time and was stopped");
     }
     if (cancelled || (r > 0 && p[3].revents)) {
-      child.kill(SIGKILL);
+      child.end(kGrace);
       throw Error(Code::interrupted, command.argv[0] + " was stopped: its controller is gone");
     }
     if (r <= 0) continue;
@@ -64,20 +68,17 @@ Json run_for(const Command& command, Deadline deadline, const Fd* caller, const 
       ssize_t n = ::read(fd.get(), buf, sizeof buf);
       if (n > 0) {
         auto count = static_cast<std::size_t>(n);
-        truncated = truncated || into.size() + count > most;
+        o.truncated = o.truncated || into.size() + count > most;
         into.append(buf, std::min(count, most - std::min(most, into.size())));
       } else if (n == 0 || errno != EINTR) {
         fd.reset();
       }
     };
-    take(child.out, p[0].revents, out);
-    take(child.err, p[1].revents, err);
+    take(child.out, p[0].revents, o.out);
+    take(child.err, p[1].revents, o.err);
   }
-  Json j{{"status", child.wait(deadline)}};
-  is_utf8(out) ? j["out"] = out : j["out_base64"] = to_base64(out);
-  is_utf8(err) ? j["err"] = err : j["err_base64"] = to_base64(err);
-  if (truncated) j["truncated"] = true;
-  return j;
+  o.status = child.wait(deadline);
+  return o;
 }
 
 }  // namespace rehome

@@ -12,9 +12,8 @@ namespace rehome {
 // argv, env{}, input or input_base64, user, directory of a message. Throws Error(usage).
 Command command_from_json(const Json& request);
 
-// Runs to the end; {status, out, err}, with out_base64 or err_base64 where they are not UTF-8, each at most 16 MiB, and
-// `truncated` when more came. Throws Error(timeout) at the deadline, Error(interrupted) when `caller` (may be null) hangs
-// up or `cancelled` becomes true: the process group is killed then.
-Json run_for(const Command& command, Deadline deadline, const Fd* caller, const std::atomic<bool>& cancelled);
+// Runs to the end; each output at most 16 MiB, and `truncated` when more came. Throws Error(timeout) at the deadline,
+// Error(interrupted) when `caller` (may be null) hangs up or `cancelled` becomes true: the process group is ended then.
+Outcome run_for(const Command& command, Deadline deadline, const Fd* caller, const std::atomic<bool>& cancelled);
 
 }  // namespace rehome

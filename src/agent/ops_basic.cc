@@ -6,6 +6,7 @@
 #include "agent/agent.h"
 #include "agent/exec.h"
 #include "agent/wire.h"
+#include "base/bytes.h"
 #include "base/text.h"
 #include "sys/fs.h"
 
@@ -129,7 +130,7 @@ Json Agent::op_exec(const Json& request, AgentConnection& c) {
   Json answer;
   std::exception_ptr failure;
   try {
-    answer = run_for(command, deadline, &c.fd, *cancelled);
+    answer = outcome_to_json(run_for(command, deadline, &c.fd, *cancelled));
   } catch (...) {
     failure = std::current_exception();
   }

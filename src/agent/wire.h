@@ -20,10 +20,4 @@ Json read_answer(Reader& in, Deadline deadline);
 // The same without reading one byte beyond its newline: what follows is a raw stream.
 Json read_answer_exactly(const Fd& fd, Deadline deadline);
 
-// Bytes as text and back. from_base64 throws Error(io) for anything that is not base64.
-std::string to_base64(std::string_view bytes);
-std::string from_base64(std::string_view text);
-// True when JSON can carry the bytes as they are.
-bool is_utf8(std::string_view bytes);
-
 }  // namespace rehome

@@ -19,6 +19,7 @@
 #include "base/error.h"
 #include "gate/proxy.h"
 #include "sys/fs.h"
+#include "sys/process.h"
 
 namespace rehome {
 namespace {
@@ -49,13 +50,6 @@ void set_transparent(int fd, const RouteConfig& config) {
   // Taking it away needs no right on most kernels; where it does, it was never there.
   if (rc != 0 && config.transparent)
     throw errno_error(errno, "take connections of other ports at", config.listen.text(), "run the gate as root");
-}
-
-void raise_file_limit() {
-  rlimit limit{};
-  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
-  limit.rlim_cur = limit.rlim_max;
-  ::setrlimit(RLIMIT_NOFILE, &limit);
 }
 
 }  // namespace

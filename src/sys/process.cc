@@ -6,14 +6,17 @@
 #include <pwd.h>
 #include <signal.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <thread>
 
+#include "base/bytes.h"
 #include "base/error.h"
 #include "base/text.h"
 
@@ -70,6 +73,51 @@ std::string find_program(const std::string& name, const std::map<std::string, st
 
 }  // namespace
 
+// The soft limit of open files that this process was started with.
+static const rlimit& files_at_start() {
+  static const rlimit at_start = [] {
+    rlimit limit{};
+    if (::getrlimit(RLIMIT_NOFILE, &limit) != 0) limit.rlim_cur = limit.rlim_max = RLIM_INFINITY;
+    return limit;
+  }();
+  return at_start;
+}
+
+void raise_file_limit() {
+  rlimit limit = files_at_start();
+  limit.rlim_cur = limit.rlim_max;
+  ::setrlimit(RLIMIT_NOFILE, &limit);
+}
+
+void restore_file_limit() {
+  rlimit now;
+  if (::getrlimit(RLIMIT_NOFILE, &now) != 0) return;
+  now.rlim_cur = std::min(files_at_start().rlim_cur, now.rlim_max);
+  ::setrlimit(RLIMIT_NOFILE, &now);
+}
+
+std::size_t file_limit() {
+  rlimit now;
+  return ::getrlimit(RLIMIT_NOFILE, &now) == 0 ? static_cast<std::size_t>(now.rlim_cur) : 1024;
+}
+
+Json outcome_to_json(const Outcome& o) {
+  // A zero byte takes six in JSON: 16 MiB of them would be longer than a message may be.
+  auto text = [](const std::string& s) { return is_utf8(s) && s.find('\0') == std::string::npos; };
+  Json j{{"status", o.status}};
+  text(o.out) ? j["out"] = o.out : j["out_base64"] = to_base64(o.out);
+  text(o.err) ? j["err"] = o.err : j["err_base64"] = to_base64(o.err);
+  if (o.truncated) j["truncated"] = true;
+  return j;
+}
+
+Outcome outcome_from_json(const Json& j) {
+  auto bytes = [&](const std::string& key) {
+    return j.contains(key + "_base64") ? from_base64(get_string(j, (key + "_base64").c_str())) : get_string(j, key.c_str());
+  };
+  return {static_cast<int>(get_int(j, "status")), bytes("out"), bytes("err"), get_bool(j, "truncated", false)};
+}
+
 Child::Child(const Command& command, const Pipes& pipes) {
   if (command.argv.empty()) throw Error(Code::internal, "a command without argv");
   std::map<std::string, std::string> env;
@@ -105,6 +153,7 @@ Child::Child(const Command& command, const Pipes& pipes) {
   const int fd_out = pout ? pout->write.get() : pipes.out_fd;
   const int fd_err = perr ? perr->write.get() : pipes.err_fd;
 
+  files_at_start();  // before the fork: the child may take no lock
   const pid_t parent = ::getpid();
   pid_ = ::fork();
   if (pid_ < 0) throw errno_error(errno, "fork for", command.argv[0]);
@@ -125,6 +174,7 @@ Child::Child(const Command& command, const Pipes& pipes) {
     sigset_t none;
     sigemptyset(&none);
     ::sigprocmask(SIG_SETMASK, &none, nullptr);
+    if (!pipes.many_files) restore_file_limit();
     if (account) {
       if (::setgroups(0, nullptr) != 0 || ::setresgid(account->gid, account->gid, account->gid) != 0 ||
           ::setresuid(account->uid, account->uid, account->uid) != 0)
@@ -188,6 +238,18 @@ void Child::kill(int signal) {
   if (::kill(-pid_, signal) != 0) ::kill(pid_, signal);
 }
 
+void Child::end(Millis grace) {
+  if (pid_ < 0 || status_) return;
+  ::kill(-pid_, SIGTERM);
+  // Looked at without reaping: as long as the first process is there, the group's number is nobody else's.
+  for (Deadline d = Deadline::in(grace); !d.passed(); std::this_thread::sleep_for(Millis(5))) {
+    siginfo_t info{};
+    if (::waitid(P_PID, static_cast<id_t>(pid_), &info, WEXITED | WNOHANG | WNOWAIT) == 0 && info.si_pid == pid_) break;
+  }
+  ::kill(-pid_, SIGKILL);
+  wait();
+}
+
 Outcome run(const Command& command, Deadline deadline) {
   constexpr std::size_t most = 16u << 20;
   Child child(command, {.in = !command.input.empty(), .out = true, .err = true});
@@ -215,7 +277,9 @@ Outcome run(const Command& command, Deadline deadline) {
       char buf[65536];
       ssize_t n = ::read(fd.get(), buf, sizeof buf);
       if (n > 0) {
-        if (into.size() < most) into.append(buf, static_cast<std::size_t>(n));
+        auto room = most - into.size();
+        result.truncated = result.truncated || static_cast<std::size_t>(n) > room;
+        into.append(buf, std::min(static_cast<std::size_t>(n), room));
       } else if (n == 0 || errno != EINTR) {
         fd.reset();
       }

@@ -1,4 +1,6 @@
 #include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 #include <csignal>
 #include <thread>
@@ -79,6 +81,55 @@ TEST(Sockets, AddressesSayWhatIsWrong) {
   EXPECT_THROW(Address::parse("localhost"), Error);
   EXPECT_THROW(Address::parse("unix:relative"), Error);
   EXPECT_THROW(connect_to(Address::parse("127.0.0.1:1"), Deadline::in(Millis(1000))), Error);
+}
+
+TEST(Process, AnOutcomeCrossesTheWireWhole) {
+  Outcome o = outcome_from_json(outcome_to_json(run({.argv = {"printf", "\\377\\000x"}})));
+  EXPECT_EQ(o.out, std::string("\xff\0x", 3));
+  EXPECT_EQ(o.err, "");
+  EXPECT_FALSE(o.truncated);
+  o = outcome_from_json(outcome_to_json(run({.argv = {"head", "-c", "17000000", "/dev/zero"}})));
+  EXPECT_EQ(o.out.size(), 16u << 20);
+  EXPECT_TRUE(o.truncated);
+  EXPECT_THROW(outcome_from_json({{"status", 0}}), Error);
+}
+
+TEST(Process, ProgramsGetTheFileLimitOfTheStart) {
+  rlimit before;
+  ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &before), 0);
+  auto limit = [](bool many) {
+    Child c({.argv = {"sh", "-c", "ulimit -S -n"}}, {.out = true, .many_files = many});
+    char buf[64];
+    auto n = ::read(c.out.get(), buf, sizeof buf);
+    c.wait();
+    return static_cast<rlim_t>(std::stoull(std::string(buf, n > 0 ? static_cast<std::size_t>(n) : 0u)));
+  };
+  EXPECT_EQ(limit(false), before.rlim_cur);
+  raise_file_limit();
+  EXPECT_EQ(file_limit(), before.rlim_max);
+  EXPECT_EQ(limit(false), before.rlim_cur);
+  EXPECT_EQ(limit(true), before.rlim_max);
+  restore_file_limit();
+  EXPECT_EQ(file_limit(), before.rlim_cur);
+}
+
+TEST(Process, AnEndLetsTakeBackAndKillsWhatStays) {
+  TempDir dir;
+  auto started = [&] {
+    for (Deadline d = Deadline::in(Millis(5000)); !exists(dir.path() + "/up") && !d.passed();) system_clock().sleep(Millis(5));
+    remove_tree(dir.path() + "/up");
+  };
+  Child polite({.argv = {"sh", "-c", "trap 'echo x >\"$1/back\"' EXIT; trap 'exit 1' TERM; sleep 30 & echo x >\"$1/up\"; wait $!", "sh", dir.path()}}, {});
+  started();
+  polite.end(Millis(2000));
+  EXPECT_EQ(polite.wait(), 1);
+  EXPECT_TRUE(exists(dir.path() + "/back"));
+  Child deaf({.argv = {"sh", "-c", "trap '' TERM; echo x >\"$1/up\"; sleep 30", "sh", dir.path()}}, {});
+  started();
+  Ticks from = system_clock().now();
+  deaf.end(Millis(200));
+  EXPECT_EQ(deaf.wait(), 128 + SIGKILL);
+  EXPECT_LT(ms_between(from, system_clock().now()), 1500);
 }
 
 }  // namespace rehome

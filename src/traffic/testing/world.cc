@@ -2,6 +2,8 @@
 
 #include <csignal>
 
+#include "base/bytes.h"
+
 namespace rehome::testing {
 
 LocalSite::~LocalSite() {
@@ -36,9 +38,8 @@ Json LocalSite::call(const std::string& op, Json args, Deadline deadline) {
   if (op == "exec") {
     Command command{.argv = args.at("argv").get<std::vector<std::string>>()};
     if (!failing.empty() && command.argv[0].starts_with(failing)) return {{"status", 1}, {"out", ""}, {"err", "made to fail"}};
-    command.input = get_string(args, "input", "");
-    Outcome o = run(command, Deadline::in(std::min(deadline.left(), Millis(get_int(args, "timeout_ms", 60000)))));
-    return {{"status", o.status}, {"out", o.out}, {"err", o.err}};
+    command.input = args.contains("input_base64") ? from_base64(get_string(args, "input_base64")) : get_string(args, "input", "");
+    return outcome_to_json(run(command, Deadline::in(std::min(deadline.left(), Millis(get_int(args, "timeout_ms", 60000))))));
   }
   if (op == "put") {
     std::string path = get_string(args, "path");

@@ -2,6 +2,7 @@
 
 #include <sys/socket.h>
 
+#include "base/bytes.h"
 #include "base/text.h"
 
 namespace rehome::testing {
@@ -74,10 +75,9 @@ Json LocalSite::call(const std::string& op, Json args, Deadline deadline) {
     Command command{.argv = args.at("argv").get<std::vector<std::string>>()};
     Json env = args.value("env", Json::object());
     for (auto& [k, v] : env.items()) command.env.emplace_back(k, v.get<std::string>());
-    command.input = get_string(args, "input", "");
+    command.input = args.contains("input_base64") ? from_base64(get_string(args, "input_base64")) : get_string(args, "input", "");
     command.user = get_string(args, "user", "");
-    Outcome o = run(command, Deadline::in(std::min(deadline.left(), Millis(get_int(args, "timeout_ms", 60000)))));
-    return {{"status", o.status}, {"out", o.out}, {"err", o.err}};
+    return outcome_to_json(run(command, Deadline::in(std::min(deadline.left(), Millis(get_int(args, "timeout_ms", 60000))))));
   }
   if (op == "put") {
     std::string path = get_string(args, "path");
