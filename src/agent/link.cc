@@ -214,7 +214,7 @@ void Link::keep_ssh() {
   try {
     // Ends with this thread, so that a killed agent leaves no second way in.
     Fd quiet(::open("/dev/null", O_WRONLY | O_CLOEXEC));
-    ssh_ = std::make_unique<Child>(c, Child::Pipes{.in = true, .err = true, .out_fd = quiet.get()});
+    ssh_ = std::make_unique<Child>(c, Child::Pipes{.in = true, .err = true, .out_fd = quiet.get(), .many_files = true});
     ::fcntl(ssh_->err.get(), F_SETFL, O_NONBLOCK);
   } catch (const Error& e) {
     set_up(false, e.message);

@@ -4,6 +4,7 @@
 
 #include "agent/wire.h"
 #include "sys/fs.h"
+#include "sys/process.h"
 
 namespace rehome {
 
@@ -100,6 +101,15 @@ void Listeners::run_service(const std::string& name, AgentConnection& connection
       throw Error(Code::state, "this site offers no service '" + name + "'", "send service.set first");
     service = it->second;
   }
+  struct Counted {
+    std::atomic<std::size_t>& n;
+    ~Counted() { n--; }
+  };
+  const std::size_t most = file_limit() / 4, now = ++streams_;   // two descriptors each
+  Counted counted{streams_};
+  if (now > most)
+    throw Error(Code::state, "the agent has " + std::to_string(most) + " streams of the other site open, as many as its limit of open files leaves room for",
+                "raise the limit (LimitNOFILE, or ulimit -n) of the agent, or let the application use fewer connections", true);
   Fd there = connect_to(service.to, Deadline::in(Millis(5000)), service.as_user);
   send_json(connection.fd, {{"ok", true}}, Deadline::in(Millis(5000)));
   std::string ahead = connection.in.take_buffered();

@@ -30,7 +30,8 @@ class Listeners {
   void drop_listener(const std::string& name);
   void serve(const std::string& name, Service service);
   void drop_service(const std::string& name);
-  // The other side's stream to a service: answers, then relays in this thread. Throws Error(state) for an unknown name.
+  // The other side's stream to a service: answers, then relays in this thread. Throws Error(state) for an unknown name, and
+  // when half of the agent's descriptors are in use by such streams: the rest is for its own work.
   void run_service(const std::string& name, AgentConnection& connection);
   Json status() const;
   void stop();
@@ -56,6 +57,7 @@ class Listeners {
   mutable std::mutex mutex_;
   std::map<std::string, std::unique_ptr<Listener>> listeners_;
   std::map<std::string, Service> services_;
+  std::atomic<std::size_t> streams_{0};
   std::atomic<bool> stopping_{false};
 };
 

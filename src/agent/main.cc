@@ -16,6 +16,7 @@
 #include "agent/client.h"
 #include "agent/supervisor.h"
 #include "sys/fs.h"
+#include "sys/process.h"
 #ifdef REHOME_WITH_TRACK
 #include "track/module.h"
 #endif
@@ -170,6 +171,7 @@ int main(int argc, char** argv) {
     if (serve.state.empty() || serve.state[0] != '/' || (command != "serve" && command != "supervise" && command != "install"))
       return std::fputs(kUsage, stderr), 2;
     if (command == "install") return install(serve, boot), 0;
+    if (!detach) rehome::raise_file_limit();
     if (command == "serve") return rehome::Agent(serve).serve(stop_serving);
     if (detach) return rehome::supervise_detached(supervise), 0;
     return rehome::supervise(supervise, stop_supervising);

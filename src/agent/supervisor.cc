@@ -23,6 +23,7 @@
 #include "agent/client.h"
 #include "base/text.h"
 #include "sys/fs.h"
+#include "sys/process.h"
 
 namespace rehome {
 namespace {
@@ -136,6 +137,8 @@ class Supervisor {
       names += (i ? ":" : "") + sockets[i].first;
     }
     ::unsetenv("NOTIFY_SOCKET");
+    // Each raises it for itself, and knows by this what to give to the programs that it starts.
+    restore_file_limit();
     if (!sockets.empty()) {
       ::setenv("LISTEN_FDS", std::to_string(sockets.size()).c_str(), 1);
       ::setenv("LISTEN_FDNAMES", names.c_str(), 1);
