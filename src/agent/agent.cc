@@ -63,6 +63,7 @@ Agent::Agent(AgentOptions options)
     : options_(std::move(options)),
       record_file_(std::make_unique<LazyRecordFile>(options_.state + "/record")),
       record_(*record_file_),
+      reserve_(options_.state + "/reserve", [this](const std::string& l) { log(l); }),
       actions_(options_.state + "/actions.json", [this](const std::string& l) { log(l); }),
       freezer_(tag_of(options_.state), [this](const std::string& l) { log(l); }),
       gate_(options_.state, [this](const std::string& l) { log(l); }),
@@ -140,6 +141,7 @@ void Agent::set_config(const char* key, const Json& value) {
   std::lock_guard lock(config_mutex_);
   Json next = config_;
   value.is_null() ? (void)next.erase(key) : (void)(next[key] = value);
+  if (next == config_) return;
   write_durably(options_.state + "/agent.json", next.dump(1) + "\n");
   config_ = std::move(next);
 }
@@ -149,6 +151,7 @@ void Agent::set_config(const char* key, const std::string& name, const Json& val
   Json next = config_;
   if (!next.contains(key)) next[key] = Json::object();
   value.is_null() ? (void)next[key].erase(name) : (void)(next[key][name] = value);
+  if (next == config_) return;
   write_durably(options_.state + "/agent.json", next.dump(1) + "\n");
   config_ = std::move(next);
 }
@@ -179,7 +182,7 @@ void Agent::start_residents() {
 
 void Agent::forbid_services() {
   const std::string path = options_.state + "/not-serving";
-  if (!exists(path)) write_durably(path, "the other site serves; see rehome status\n");
+  if (!exists(path)) reserve_.with([&] { write_durably(path, "the other site serves; see rehome status\n"); });
 }
 
 void Agent::allow_services() {
@@ -274,6 +277,8 @@ Json Agent::handle(const Json& request, AgentConnection& c) {
     if (m->owns(op)) {
       // A module's request that changes nothing may leave the generation out; an old one is refused all the same.
       if (!c.from_peer && request.contains("gen")) check_generation(request, true);
+      // Sent by the stored actions when all is decided, and not when the disk has been made larger.
+      if (op == "files.open" || op == "files.close") reserve_.make_room();
       return m->handle(op, request, c);
     }
   throw Error(Code::usage, "the agent does not know '" + op + "'", "are the program and the agent of the same version?");
@@ -332,7 +337,16 @@ int Agent::serve(const std::atomic<bool>& stop) {
   if (!options_.ephemeral) {
     // First of all, before services of this host can start: the start condition, and what the gate is to do.
     attempt_.start(config("boot_id").is_string() && config("boot_id") != boot_id_);
-    set_config("boot_id", boot_id_);
+    // A full disk must not keep an agent from what its record asks for; an old number only makes it ask the other site once more.
+    auto if_possible = [this](const char* what, auto act) {
+      try {
+        act();
+      } catch (const Error& e) {
+        log(std::string(what) + ": " + e.what());
+      }
+    };
+    if_possible("boot id", [this] { set_config("boot_id", boot_id_); });
+    if_possible("reserve", [this] { reserve_.keep(); });
     start_residents();
     gate_.start();
     link_.start();

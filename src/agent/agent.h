@@ -24,6 +24,7 @@
 #include "agent/listeners.h"
 #include "agent/module.h"
 #include "agent/relays.h"
+#include "agent/reserve.h"
 #include "agent/threads.h"
 
 namespace rehome {
@@ -164,6 +165,7 @@ class Agent : public AgentHost, private AttemptHands, private AttemptPeer {
 
   std::unique_ptr<BlockFile> record_file_;
   RecordStore record_;
+  Reserve reserve_;
   Relays relays_;
   Actions actions_;
   Freezer freezer_;

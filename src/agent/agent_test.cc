@@ -13,8 +13,11 @@
 
 #include "agent/boot.h"
 #include "agent/client.h"
+#include "agent/reserve.h"
+#include "base/bytes.h"
 #include "base/text.h"
 #include "sys/fs.h"
+#include "sys/process.h"
 
 namespace rehome {
 namespace {
@@ -356,6 +359,138 @@ TEST(Agent, AFreezeThatComesLateIsRefused) {
   EXPECT_NE(status.find("State:\tS"), std::string::npos) << status.substr(0, 200);
   ::kill(child, SIGKILL);
   ::waitpid(child, nullptr, 0);
+}
+
+TEST(Agent, WhatAProgramPrintsIsReadAsItIs) {
+  TempDir dir;
+  Running a(dir.path());
+  Outcome o = outcome_from_json(a.call("exec", {{"argv", {"sh", "-c", "printf '\\303'; printf '\\377' >&2"}}}));
+  EXPECT_EQ(o.out, "\xc3");
+  EXPECT_EQ(o.err, "\xff");
+  EXPECT_TRUE(outcome_from_json(a.call("exec", {{"argv", {"head", "-c", "17000000", "/dev/zero"}}})).truncated);
+}
+
+TEST(Agent, AProgramThatIsEndedTakesBackWhatItDid) {
+  TempDir dir;
+  Running a(dir.path() + "/s");
+  const std::string condition = dir.path() + "/condition";
+  write_durably(condition, "");
+  {
+    AgentClient c(a.socket());
+    Json line{"sh", "-c", "trap 'mv -f \"$1.lifted\" \"$1\"' EXIT; trap 'exit 1' TERM; mv \"$1\" \"$1.lifted\"; sleep 30 & wait $!", "sh", condition};
+    send_json(c.fd(), {{"op", "exec"}, {"argv", line}}, Deadline::in(Millis(1000)));
+    for (Deadline d = Deadline::in(Millis(5000)); exists(condition) && !d.passed();) system_clock().sleep(Millis(5));
+    ASSERT_FALSE(exists(condition));
+  }
+  for (Deadline d = Deadline::in(Millis(5000)); !exists(condition) && !d.passed();) system_clock().sleep(Millis(5));
+  EXPECT_TRUE(exists(condition));
+}
+
+// A state directory on a file system of 1 MB, which can be filled.
+class SmallDisk {
+ public:
+  SmallDisk() { run_ok({.argv = {"mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", dir_.path()}}); }
+  ~SmallDisk() { run({.argv = {"umount", "-l", dir_.path()}}); }
+  std::string state() const { return dir_.path() + "/source"; }
+  void fill() { run({.argv = {"sh", "-c", "cat /dev/zero >>\"$1/fill\" 2>/dev/null", "sh", dir_.path()}}); }
+  void empty() { remove_tree(dir_.path() + "/fill"); }
+
+ private:
+  TempDir dir_;
+};
+
+TEST(Agent, StartsOnAFullDiskAndUndoes) {
+  SmallDisk disk;
+  make_directories(disk.state());
+  Record open;
+  open.attempt = 3;
+  open.decision = Decision::attempt;
+  open.settled = false;
+  create_record_file(disk.state() + "/record", open);
+  write_durably(disk.state() + "/agent.json", "{\"began\": true, \"boot_id\": \"another\", \"name\": \"x\", \"side\": \"source\"}");
+  disk.fill();
+  Running a(disk.state());
+  Json status = Json::object();
+  for (Deadline d = Deadline::in(Millis(8000)); !d.passed() && status.value("phase", "") != "serving"; system_clock().sleep(Millis(20)))
+    status = a.call("attempt.status");
+  EXPECT_EQ(status["phase"], "serving");
+  EXPECT_EQ(status["attempt"], 3);
+}
+
+TEST(Agent, KeepsRoomForWhatFollowsADecision) {
+  SmallDisk disk;
+  Running a(disk.state());
+  a.call("record.init", {{"side", "source"}, {"name", "x"}, {"serves", "source"}});
+  ASSERT_TRUE(exists(disk.state() + "/reserve"));
+  TempDir tree;
+  a.call("files.receive", {{"store", "data"}, {"path", tree.path()}, {"active", true}});
+  disk.fill();
+  EXPECT_EQ(code_of([&] { a.call("put", {{"path", disk.state() + "/f"}, {"content", std::string(10'000, 'x')}}); }), Code::io);
+  // An open store is written down even so.
+  EXPECT_NO_THROW(a.call("files.open", {{"store", "data"}}));
+  EXPECT_EQ(read_file(disk.state() + "/files.json").find("active"), std::string::npos) << read_file(disk.state() + "/files.json");
+  EXPECT_FALSE(exists(disk.state() + "/reserve"));
+  disk.fill();
+  // And the next attempt does not begin, here or as the one that takes over.
+  for (const char* op : {"attempt.open", "peer.ready"}) {
+    try {
+      a.call(op, {{"attempt", 1}, {"epoch", 0}});
+      ADD_FAILURE() << op;
+    } catch (const Error& e) {
+      EXPECT_NE(e.message.find("too full for a switch"), std::string::npos) << e.what();
+    }
+  }
+  disk.empty();
+  EXPECT_NE(code_of([&] { a.call("peer.ready", {{"attempt", 1}, {"epoch", 0}}); }), Code::io);
+  EXPECT_TRUE(exists(disk.state() + "/reserve"));
+}
+
+TEST(Reserve, IsGivenUpForAWriteThatMustBe) {
+  SmallDisk disk;
+  make_directories(disk.state());
+  Reserve reserve(disk.state() + "/reserve", [](const std::string&) {});
+  reserve.keep();
+  disk.fill();
+  reserve.make_room();
+  EXPECT_FALSE(exists(disk.state() + "/reserve"));
+  EXPECT_NO_THROW(reserve.keep());
+  auto write = [&] { write_durably(disk.state() + "/not-serving", "x"); };
+  EXPECT_EQ(code_of(write), Code::io);
+  EXPECT_NO_THROW(reserve.with(write));
+  disk.fill();
+  EXPECT_EQ(code_of([&] { reserve.with([&] { write_durably(disk.state() + "/more", "x"); }); }), Code::io);
+  EXPECT_EQ(code_of([&] { reserve.keep(); }), Code::state);
+}
+
+TEST(Agent, StreamsOfTheOtherSiteLeaveDescriptorsForItsOwnWork) {
+  TempDir dir;
+  Echo echo(dir.path() + "/echo");
+  make_directories(dir.path() + "/s");
+  Child program({.argv = {"sh", "-c", "ulimit -S -n 64 && ulimit -H -n 128 && exec \"$@\"", "sh", REHOME_AGENT_PROGRAM, "serve", "--state", dir.path() + "/s", "--side", "source", "--name", "x"}}, {});
+  const std::string socket = dir.path() + "/s/run/agent.sock";
+  for (Deadline d = Deadline::in(Millis(5000)); !exists(socket) && !d.passed();) system_clock().sleep(Millis(5));
+  auto call = [&](const std::string& op, const Json& args) { return AgentClient(socket).call(op, args, Deadline::in(Millis(5000))); };
+  call("service.set", {{"name", "echo"}, {"to", "unix:" + dir.path() + "/echo"}});
+  EXPECT_EQ(trim(outcome_from_json(call("exec", {{"argv", {"sh", "-c", "ulimit -S -n"}}})).out), "64");
+  std::vector<Fd> streams;
+  const Json request{{"op", "peer.service"}, {"name", "echo"}};
+  // A quarter of 128: the soft limit is raised.
+  while (streams.size() < 32) streams.push_back(open_agent_stream(socket, request, Deadline::in(Millis(5000))));
+  EXPECT_EQ(code_of([&] { open_agent_stream(socket, request, Deadline::in(Millis(5000))); }), Code::state);
+  EXPECT_EQ(call("exec", {{"argv", {"true"}}})["status"], 0);
+  streams.pop_back();
+  Deadline again = Deadline::in(Millis(5000));
+  while (streams.size() < 32 && !again.passed()) {
+    try {
+      streams.push_back(open_agent_stream(socket, request, Deadline::in(Millis(5000))));
+    } catch (const Error&) {
+      system_clock().sleep(Millis(20));
+    }
+  }
+  EXPECT_EQ(streams.size(), 32u);
+  streams.clear();
+  program.kill(SIGTERM);
+  program.wait(Deadline::in(Millis(8000)));
 }
 
 TEST(Agent, EphemeralLeavesNothing) {

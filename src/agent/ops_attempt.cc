@@ -25,6 +25,7 @@ Json Agent::op_attempt_open(const Json& request, AgentConnection&) {
   Millis lease(get_int(request, "lease_ms", 3000));
   if (lease < Millis(200) || lease > Millis(60'000))
     throw Error(Code::usage, "a lease of " + std::to_string(lease.count()) + " ms is not possible", "between 200 and 60000");
+  reserve_.keep();
   return {{"attempt", attempt_.open(lease, Deadline::in(Millis(3000)))}, {"lease_ms", lease.count()}};
 }
 
@@ -90,6 +91,7 @@ Json Agent::op_peer_hello(const Json& request, AgentConnection&) {
 }
 
 Json Agent::op_peer_ready(const Json& request, AgentConnection&) {
+  reserve_.keep();
   attempt_.peer_ready(get_int(request, "attempt"), get_int(request, "epoch"));
   return Json::object();
 }

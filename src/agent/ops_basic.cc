@@ -106,6 +106,7 @@ Json Agent::op_record_init(const Json& request, AgentConnection&) {
   set_config("side", name_of(mine));
   set_config("name", options_.name);
   attempt_.set_side(mine);
+  reserve_.keep();
   Record first;
   first.serves = serves;
   create_record_file(path, first);

@@ -54,7 +54,9 @@ Error errno_error(int err, std::string_view call, std::string_view object, std::
   text += object;
   text += ": ";
   text += std::strerror(err);
-  return Error(Code::io, std::move(text), std::move(hint), err == EAGAIN || err == EINTR);
+  Error e(Code::io, std::move(text), std::move(hint), err == EAGAIN || err == EINTR);
+  e.err = err;
+  return e;
 }
 
 void broken_invariant(const char* condition, const char* file, int line) {

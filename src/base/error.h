@@ -65,6 +65,7 @@ class Error : public std::exception {
   std::string context;
   std::string hint;
   bool retryable;
+  int err = 0;  // errno of the system call that failed, here and not at another agent; 0: none
 
  private:
   void render() { rendered_ = context.empty() ? message : context + ": " + message; }
