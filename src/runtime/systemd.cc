@@ -4,13 +4,15 @@
 namespace rehome {
 namespace {
 
-// Status 9: skipped by a condition, which systemctl itself takes for success.
+// Status 9: skipped by a condition, which systemctl itself takes for success. It waits in the background, since a shell that is told
+// to end puts off its trap until what it runs has ended.
 constexpr char kStart[] = R"sh(if [ -e "$1" ]; then
   trap 'mv -f "$1.lifted" "$1"' EXIT
   trap 'exit 1' HUP INT TERM
   mv "$1" "$1.lifted"
 fi
-systemctl start "$2" || exit 1
+systemctl start "$2" &
+wait $! || exit 1
 [ "$(systemctl show -p ConditionResult --value "$2")" != no ] || systemctl is-active -q "$2" || exit 9
 )sh";
 
