@@ -20,6 +20,16 @@ std::vector<std::string> ssh_argv(const SshHost& host) {
   return argv;
 }
 
+std::string in_sh(const std::string& line) {
+  // Outside of quotes a backslash means the same to all of them; inside, it and the exclamation mark do not.
+  std::string quoted;
+  for (char c : line) {
+    bool odd = c == '\'' || c == '\\' || c == '!';
+    quoted += odd ? std::string("'\\") + c + "'" : std::string(1, c);
+  }
+  return "exec sh -c '" + quoted + "'";
+}
+
 Error ssh_error(const SshHost& host, const std::string& text) {
   auto has = [&](const char* s) { return text.find(s) != std::string::npos; };
   std::string last(trim(text));
@@ -82,7 +92,7 @@ std::vector<std::string> SshMaster::through(std::vector<std::string> more) const
 }
 
 Outcome SshMaster::run(const std::string& command_line, const std::string& input, Deadline deadline) {
-  Outcome o = ::rehome::run({.argv = through({command_line}), .input = input}, deadline);
+  Outcome o = ::rehome::run({.argv = through({in_sh(command_line)}), .input = input}, deadline);
   if (o.status == 255) throw ssh_error(host_, o.err);
   return o;
 }

@@ -19,6 +19,10 @@ std::vector<std::string> ssh_argv(const SshHost& host);
 // Turns what ssh printed into an Error that says what the person does: unreachable, key refused, host key changed.
 Error ssh_error(const SshHost& host, const std::string& stderr_text);
 
+// A command line for the account's login shell, whichever that is, that runs `line` in sh: fish and csh know other quotes than sh.
+// `line` holds no newline.
+std::string in_sh(const std::string& line);
+
 class SshMaster {
  public:
   // Connects; throws Error(unreachable or denied).
@@ -27,7 +31,7 @@ class SshMaster {
   SshMaster(const SshMaster&) = delete;
   SshMaster& operator=(const SshMaster&) = delete;
 
-  // Runs a shell command line there.
+  // Runs a command line of sh there.
   Outcome run(const std::string& command_line, const std::string& input = {}, Deadline deadline = Deadline::in(Millis(60000)));
   Outcome run_ok(const std::string& command_line, const std::string& input = {}, Deadline deadline = Deadline::in(Millis(60000)));
   // Copies a local file there through standard input; a temporary name, then rename.
