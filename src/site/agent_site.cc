@@ -1,10 +1,12 @@
 #include "site/agent_site.h"
 
+#include <poll.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <cstdlib>
+#include <utility>
 
 #include "base/text.h"
 
@@ -53,13 +55,18 @@ AgentSite::~AgentSite() {
   }
   idle_.clear();
   ephemeral_hold_.reset();
-  if (!ephemeral_remote_.empty()) {
+  if (!ephemeral_directory_.empty()) {
     try {
-      shell("rm -rf " + shell_quote(ephemeral_remote_));
+      shell("rm -rf " + shell_quote(ephemeral_directory_));
     } catch (const Error&) {
-      // Nobody to tell: the directory is under the host's temporary directory and holds no secret.
+      // Nobody to tell: the directory holds no secret.
     }
   }
+}
+
+Outcome AgentSite::try_shell(const std::string& line) {
+  if (ssh_) return ssh_->run(line);
+  return run({.argv = {"sh", "-c", line}}, Deadline::in(Millis(60000)));
 }
 
 Outcome AgentSite::shell(const std::string& line, const std::string& input, Deadline deadline) {
@@ -70,7 +77,7 @@ Outcome AgentSite::shell(const std::string& line, const std::string& input, Dead
 void AgentSite::learn_host() {
   // One round trip: who we are there, and what the host has. Lines are key=value.
   Outcome o = shell(
-      "echo uid=$(id -u); echo home=$HOME; echo xdg=$XDG_STATE_HOME; echo arch=$(uname -m); echo kernel=$(uname -s); "
+      "echo uid=$(id -u); echo home=$HOME; echo xdg=$XDG_STATE_HOME; echo run=$XDG_RUNTIME_DIR; echo arch=$(uname -m); echo kernel=$(uname -s); "
       "if [ -d /run/systemd/system ]; then echo systemd=1; fi");
   std::map<std::string, std::string> facts;
   for (const auto& line : split(o.out, '\n'))
@@ -87,6 +94,8 @@ void AgentSite::learn_host() {
   else
     state_ = (facts["xdg"].empty() ? facts["home"] + "/.local/state" : facts["xdg"]) + "/rehome/" + name_ + "/" + side;
   resident_state_ = state_;
+  for (const auto& place : {facts["run"], std::string("/var/lib"), facts["home"], std::string("/tmp")})
+    if (place.starts_with('/')) places_.push_back(place);
 }
 
 std::string AgentSite::upload_program(const std::string& program, const std::string& directory) {
@@ -103,20 +112,41 @@ std::string AgentSite::upload_program(const std::string& program, const std::str
   return remote;
 }
 
+// Empty when it runs.
+std::string AgentSite::why_not(const std::string& program) {
+  Outcome o = try_shell(shell_quote(program) + " version");
+  if (o.ok()) return {};
+  return std::string(trim(o.err)) + (o.status == 126 ? " (is its file system mounted noexec?)" : "");
+}
+
 void AgentSite::attach() {
   socket_ = state_ + "/run/agent.sock";
   if (ssh_) socket_ = ssh_->forward(socket_);
 }
 
 void AgentSite::start_ephemeral() {
-  if (ssh_) {
-    ephemeral_remote_ = std::string(trim(shell("mktemp -d /tmp/rehome-XXXXXX").out));
-    state_ = ephemeral_remote_;
-  } else {
-    ephemeral_dir_ = std::make_unique<TempDir>("rehome");
-    state_ = ephemeral_dir_->path();
+  std::string program, tried;
+  for (const auto& place : places_) {
+    Outcome made = try_shell("mktemp -d " + shell_quote(place) + "/rehome-XXXXXX");
+    std::string obstacle(trim(made.err));
+    if (made.ok()) {
+      state_ = ephemeral_directory_ = std::string(trim(made.out));
+      try {
+        program = upload_program("rehome-agent", state_ + "/bin");
+        obstacle = why_not(program);
+        if (obstacle.empty()) break;
+      } catch (const Error& e) {
+        if (e.code == Code::internal || e.code == Code::unreachable) throw;
+        obstacle = e.message;
+      }
+      program.clear();
+      shell("rm -rf " + shell_quote(std::exchange(ephemeral_directory_, {})));
+    }
+    tried += "\n  " + place + ": " + obstacle;
   }
-  std::string program = upload_program("rehome-agent", state_ + "/bin");
+  if (program.empty())
+    throw Error(Code::preflight, "no directory of that host takes a program of ours and runs it:" + tried,
+                "let one of them be on a file system that is not mounted noexec, and has 20 MB of room");
   std::string line = "mkdir -p " + shell_quote(state_ + "/log") + "; setsid " + shell_quote(program) + " serve --ephemeral --state " +
                      shell_quote(state_) + " --side " + std::string(side_name(side_)) + " --name " + shell_quote(name_) +
                      " </dev/null >>" + shell_quote(state_ + "/log/agent.log") +
@@ -139,6 +169,8 @@ void AgentSite::use_existing() {
 
 void AgentSite::install(const Deployment& deployment) {
   std::string agent = upload_program("rehome-agent", state_ + "/bin");
+  if (std::string obstacle = why_not(agent); !obstacle.empty())
+    throw Error(Code::preflight, "programs in " + state_ + " do not run: " + obstacle, "name another place with `state`, on a file system that is not mounted noexec");
   upload_program("rehome-gate", state_ + "/bin");
   attach();
   std::string how = config_.boot;
@@ -191,8 +223,10 @@ Json AgentSite::call(const std::string& op, Json args, Deadline deadline) {
   Fd fd;
   {
     std::lock_guard lock(mutex_);
-    if (!idle_.empty()) {
-      fd = std::move(idle_.back());
+    while (!fd && !idle_.empty()) {
+      // Nothing is owed on it: whatever can be read is the end, of an agent that was started again, say.
+      pollfd p{idle_.back().get(), POLLIN | POLLRDHUP, 0};
+      if (::poll(&p, 1, 0) == 0) fd = std::move(idle_.back());
       idle_.pop_back();
     }
   }
@@ -218,6 +252,11 @@ Json AgentSite::call(const std::string& op, Json args, Deadline deadline) {
     if (answer.contains("error")) throw error_from_json(answer["error"]);
     return answer;
   } catch (const Error& e) {
+    if (e.code == Code::unreachable) {
+      // The others led to the same agent.
+      std::lock_guard lock(mutex_);
+      idle_.clear();
+    }
     throw e.in(label_);
   }
 }

@@ -58,6 +58,8 @@ class AgentSite : public Site {
   void install(const Deployment& deployment);
   void serve_door(Door& door, std::string address, std::string as_user, std::string keep);
   Outcome shell(const std::string& line, const std::string& input = {}, Deadline deadline = Deadline::in(Millis(60000)));
+  Outcome try_shell(const std::string& line);
+  std::string why_not(const std::string& program);
   std::string upload_program(const std::string& name, const std::string& directory);
   void attach();
 
@@ -70,8 +72,8 @@ class AgentSite : public Site {
   bool systemd_ = false;
   std::int64_t generation_ = 0;
   std::unique_ptr<SshMaster> ssh_;
-  std::unique_ptr<TempDir> ephemeral_dir_;
-  std::string ephemeral_remote_;
+  std::vector<std::string> places_;   // for an agent that is there for one command
+  std::string ephemeral_directory_;
   std::unique_ptr<Child> ephemeral_;
   Fd ephemeral_hold_;             // an ephemeral agent lives while somebody is connected
   std::mutex mutex_;

@@ -1,0 +1,148 @@
+// What a controller reads of an agent's answers, and how it comes to one.
+#include "site/site.h"
+
+#include <gtest/gtest.h>
+#include <sys/mount.h>
+#include <unistd.h>
+
+#include <thread>
+
+#include "site/agent_site.h"
+
+namespace rehome {
+namespace {
+
+// Answers as an agent does.
+class OneSite : public Site {
+ public:
+  Side side() const override { return Side::source; }
+  std::string label() const override { return "source"; }
+  std::string state() const override { return "/nowhere"; }
+  std::int64_t generation() const override { return 1; }
+  Json call(const std::string&, Json args, Deadline deadline) override {
+    return outcome_to_json(run({.argv = args.at("argv").get<std::vector<std::string>>()}, deadline));
+  }
+  Fd open_relay(const std::string&, const std::string&, const std::string&) override { return {}; }
+  std::string local_socket_for(const std::string&, const std::string&, const std::string&) override { return {}; }
+};
+
+TEST(Site, OutputIsBytes) {
+  OneSite site;
+  // Pieces that split a character.
+  std::string text = "gr\xc3\xbc\xc3\x9f", all;
+  for (std::size_t i = 0; i < text.size(); i++)
+    all += site.exec_ok({.argv = {"sh", "-c", "printf %s \"$1\" | dd bs=1 skip=" + std::to_string(i) + " count=1 status=none", "sh", text}}).out;
+  EXPECT_EQ(all, text);
+  try {
+    site.exec({.argv = {"head", "-c", "17000000", "/dev/zero"}});
+    FAIL();
+  } catch (const Error& e) {
+    EXPECT_NE(e.message.find("head printed more"), std::string::npos) << e.what();
+  }
+}
+
+TEST(Ssh, ALineMeansTheSameToEveryLoginShell) {
+  const std::string line = "printf '%s|' 'a b' \"c'd\" 'e!f' 'g\\h' '$HOME' \"i\\\\j\"; [ ! -e /nowhere ] && echo $((1+1))";
+  EXPECT_EQ(in_sh("a 'b' !c \\d"), "exec sh -c 'a '\\''b'\\'' '\\!'c '\\\\'d'");
+  const std::string wanted = run_ok({.argv = {"sh", "-c", line}}).out;
+  int tried = 0;
+  for (const char* shell : {"sh", "bash", "dash", "tcsh", "csh", "fish", "zsh"}) {
+    if (!run({.argv = {"sh", "-c", std::string("command -v ") + shell}}).ok()) continue;
+    tried++;
+    EXPECT_EQ(run({.argv = {shell, "-c", in_sh(line)}}).out, wanted) << shell;
+  }
+  EXPECT_GE(tried, 2);
+}
+
+// An agent that is started again closes every connection that it had.
+class FakeAgent {
+ public:
+  explicit FakeAgent(const std::string& path) : listener_(listen_on({.path = path})) {
+    thread_ = std::thread([this] {
+      std::vector<std::thread> sessions;
+      while (auto fd = accept_from(listener_, {}, &stop_)) {
+        sessions.emplace_back([this, fd = std::make_shared<Fd>(std::move(*fd))] {
+          Reader in(*fd);
+          while (!stop_) {
+            try {
+              if (!in.line(Deadline::in(Millis(50)))) return;
+              send_all(*fd, "{\"ok\": true}\n");
+            } catch (const Error& e) {
+              if (e.code != Code::timeout) return;
+            }
+          }
+        });
+      }
+      for (auto& s : sessions) s.join();
+    });
+  }
+  ~FakeAgent() {
+    stop_ = true;
+    thread_.join();
+  }
+
+ private:
+  Fd listener_;
+  std::atomic<bool> stop_{false};
+  std::thread thread_;
+};
+
+Deployment deployment(const std::string& state) {
+  Deployment d;
+  d.name = "test";
+  for (Side s : {Side::source, Side::target}) {
+    d.site[s].local = true;
+    d.site[s].state = state;
+  }
+  return d;
+}
+
+TEST(AgentSite, ConnectionsOfAnAgentThatWasStartedAgainAreNotUsed) {
+  TempDir dir;
+  make_directories(dir.path() + "/run");
+  const std::string socket = dir.path() + "/run/agent.sock";
+  auto agent = std::make_unique<FakeAgent>(socket);
+  auto site = AgentSite::open(deployment(dir.path()), Side::source, AgentSite::How::existing);
+  // Several at once, so that several are pooled.
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 4; i++) callers.emplace_back([&] { site->call("hello"); });
+  for (auto& c : callers) c.join();
+  agent.reset();
+  agent = std::make_unique<FakeAgent>(socket);
+  for (int i = 0; i < 4; i++) EXPECT_NO_THROW(site->call("hello"));
+}
+
+TEST(AgentSite, APlaceThatRunsNoProgramsIsPassedBy) {
+  // The program stands beside the one that runs.
+  const std::string beside = program_directory() + "/rehome-agent";
+  ::unlink(beside.c_str());
+  ASSERT_EQ(::symlink(REHOME_AGENT_PROGRAM, beside.c_str()), 0);
+  TempDir dir;
+  run_ok({.argv = {"mount", "-t", "tmpfs", "-o", "noexec", "tmpfs", dir.path()}});
+  ::setenv("XDG_RUNTIME_DIR", dir.path().c_str(), 1);
+  std::string state;
+  try {
+    auto site = AgentSite::open(deployment(""), Side::source, AgentSite::How::ephemeral);
+    state = site->state();
+    EXPECT_EQ(site->exec({.argv = {"true"}}).status, 0);
+    EXPECT_FALSE(state.starts_with(dir.path())) << state;
+  } catch (const Error& e) {
+    ADD_FAILURE() << e.what();
+  }
+  EXPECT_FALSE(exists(state)) << state;
+  EXPECT_TRUE(list_directory(dir.path()).empty());
+  try {
+    Deployment d = deployment(dir.path() + "/state");
+    d.site.source.boot = "none";
+    AgentSite::open(d, Side::source, AgentSite::How::install);
+    FAIL();
+  } catch (const Error& e) {
+    EXPECT_NE(e.message.find("noexec"), std::string::npos) << e.what();
+  }
+  ::unsetenv("XDG_RUNTIME_DIR");
+  ::umount2(dir.path().c_str(), MNT_DETACH);
+  ::unlink(beside.c_str());
+}
+
+}  // namespace
+}  // namespace rehome
