@@ -4,6 +4,9 @@
 namespace rehome {
 namespace {
 
+// The agent is the last that the kernel ends when memory is short; what it starts shall not be that, too.
+constexpr char kAsOthers[] = "{ echo 0 >/proc/self/oom_score_adj; } 2>/dev/null; ";
+
 class CommandService : public Service {
  public:
   explicit CommandService(const ServiceConfig& config) : config_(config) {}
@@ -42,7 +45,7 @@ class CommandService : public Service {
       throw Error(Code::config, "service " + config_.name + " has no start command on the " + std::string(side_name(site.side())),
                   "add one, or start it by hand and resume");
     // The service must outlive this request: its own session, outputs away from ours.
-    std::vector<std::string> line{"sh", "-c", "cd /; setsid \"$@\" </dev/null >/dev/null 2>&1 &", "sh"};
+    std::vector<std::string> line{"sh", "-c", std::string(kAsOthers) + "cd /; setsid \"$@\" </dev/null >/dev/null 2>&1 &", "sh"};
     line.insert(line.end(), argv.begin(), argv.end());
     site.exec_ok({.argv = line});
     Deadline deadline = Deadline::in(config_.start_timeout);
@@ -83,7 +86,7 @@ class CommandService : public Service {
     // Idempotent: nothing when it runs.
     a.argv = {"sh", "-c",
               "f=$1; shift; p=$(cat \"$f\" 2>/dev/null) && [ -n \"$p\" ] && kill -0 $p 2>/dev/null && exit 0; "
-              "[ $# -gt 0 ] || exit 0; cd /; setsid \"$@\" </dev/null >/dev/null 2>&1 &",
+              "[ $# -gt 0 ] || exit 0; " + std::string(kAsOthers) + "cd /; setsid \"$@\" </dev/null >/dev/null 2>&1 &",
               "sh", on.pid_file};
     a.argv.insert(a.argv.end(), on.start.begin(), on.start.end());
     a.timeout = config_.start_timeout;
