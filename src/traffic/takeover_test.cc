@@ -125,8 +125,29 @@ TEST(UnixSocketTraffic, TakesTheNameAndGivesItBackUnderLoad) {
   } while (now.st_ino != gate.st_ino && !deadline.passed());
   EXPECT_EQ(now.st_ino, gate.st_ino);
   EXPECT_EQ(ask_once(Address::parse(at.source)).body.substr(0, 5), "again");
+
+  // A gate's socket that is made anew: only the name is put to it, and the application's socket stays the kept one.
+  struct stat kept;
+  ASSERT_EQ(::stat((dir.path() + "/source.sock.rehome").c_str(), &original), 0);
+  std::vector<Fd> anew;
+  for (int i = 0; i < 2; i++) {
+    anew.push_back(listen_on(Address::parse(listen.source)));
+    ASSERT_EQ(::stat((dir.path() + "/source.gate").c_str(), &gate), 0);
+    deadline = Deadline::in(Millis(5000));
+    do {
+      system_clock().sleep(Millis(50));
+      ASSERT_EQ(::stat((dir.path() + "/source.sock").c_str(), &now), 0);
+    } while (now.st_ino != gate.st_ino && !deadline.passed());
+    EXPECT_EQ(now.st_ino, gate.st_ino);
+    ASSERT_EQ(::stat((dir.path() + "/source.sock.rehome").c_str(), &kept), 0);
+    EXPECT_EQ(kept.st_ino, original.st_ino);
+  }
+  // And once more, just before the name is given back.
+  anew.push_back(listen_on(Address::parse(listen.source)));
   traffic->withdraw(world.context());
   EXPECT_EQ(ask_once(Address::parse(at.source)).body.substr(0, 5), "again");
+  EXPECT_TRUE(traffic->leftovers(world.context()).empty());
+  EXPECT_EQ(run_ok({.argv = {"sh", "-c", "ls \"$1\" | grep source.sock", "sh", dir.path()}}).out, "source.sock\n");
 }
 
 TEST(UnixSocketTraffic, PreflightSeesAMissingSocketAndAnotherFileSystem) {

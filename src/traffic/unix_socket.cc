@@ -10,17 +10,28 @@
 namespace rehome {
 namespace {
 
-// $1 the application's socket, $2 where it is kept, $3 the gate's. -ef: both names are one file.
+// $1 the application's socket, $2 where it is kept, $3 the gate's, $2.gate the one that was put under the name. -ef: both names are
+// one file. The gate's own socket is made anew too (by a reload, or a supervisor that starts before the gate has ended): what has
+// the name then is no application's, and the kept one must stay. One at a time: the kept program may be at it, too.
 constexpr char kTake[] = R"sh(set -e
+exec 9<"${2%/*}/"
+flock 9
+put() {
+  if [ "$1" -ef "$2" ]; then return; fi
+  ln -f -T "$1" "$2.rehome-new"
+  mv -f -T "$2.rehome-new" "$2"
+}
 [ -S "$3" ] || { echo "$3 is not a socket: the gate does not listen" >&2; exit 3; }
-if [ "$1" -ef "$3" ]; then exit 0; fi
-[ -S "$1" ] || { echo "$1 is not a socket: the application does not listen" >&2; exit 4; }
-ln -f -T "$1" "$2.new"
-mv -f -T "$2.new" "$2"
-chown --reference="$1" "$3"
-chmod --reference="$1" "$3"
-ln -f -T "$3" "$1.rehome-new"
-mv -f -T "$1.rehome-new" "$1"
+if ! [ "$1" -ef "$3" ]; then
+  [ -S "$1" ] || { echo "$1 is not a socket: the application does not listen" >&2; exit 4; }
+  if ! [ "$1" -ef "$2.gate" ] && ! [ "$1" -ef "$2.gate-next" ]; then put "$1" "$2"; fi
+  chown --reference="$1" "$3"
+  chmod --reference="$1" "$3"
+  put "$3" "$2.gate-next"
+  put "$3" "$1"
+fi
+put "$3" "$2.gate"
+rm -f -- "$2.gate-next"
 )sh";
 
 constexpr char kKeep[] = R"sh(while true; do
@@ -30,7 +41,7 @@ done
 )sh";
 
 constexpr char kGiveBack[] = R"sh(set -e
-[ "$1" -ef "$3" ] || exit 0
+[ "$1" -ef "$3" ] || [ "$1" -ef "$2.gate" ] || exit 0
 if [ -S "$2" ]; then
   ln -f -T "$2" "$1.rehome-new"
   mv -f -T "$1.rehome-new" "$1"
@@ -109,7 +120,7 @@ class UnixSocketTraffic : public Traffic {
       site.exec_ok({.argv = {"sh", "-c", kGiveBack, "sh", p.application, p.kept, p.gate}}, Deadline::in(Millis(10000)), ("giving " + p.application + " back").c_str());
       // Who has come to the gate's socket still needs the kept name.
       let_finish(ctx, t_, s);
-      site.exec_ok({.argv = {"rm", "-f", "--", p.kept, p.kept + ".new", p.application + ".rehome-new"}}, Deadline::in(Millis(10000)), "removing the kept name");
+      site.exec_ok({.argv = {"rm", "-f", "--", p.kept, p.kept + ".gate", p.kept + ".gate-next", p.kept + ".rehome-new", p.kept + ".gate.rehome-new", p.kept + ".gate-next.rehome-new", p.application + ".rehome-new"}}, Deadline::in(Millis(10000)), "removing the kept name");
     });
   }
 
@@ -134,7 +145,7 @@ class UnixSocketTraffic : public Traffic {
     return {application, application + ".rehome", Address::parse(t_.on[s].listen).path};
   }
   bool ours(Site& site, const Paths& p) {
-    Outcome o = site.exec({.argv = {"sh", "-c", "[ -e \"$2\" ] || [ \"$1\" -ef \"$3\" ]", "sh", p.application, p.kept, p.gate}});
+    Outcome o = site.exec({.argv = {"sh", "-c", "[ -e \"$2\" ] || [ -e \"$2.gate\" ] || [ \"$1\" -ef \"$3\" ]", "sh", p.application, p.kept, p.gate}});
     if (o.status > 1) throw Error(Code::unknown, "cannot look at " + p.application + ": " + o.err).in(site.label());
     return o.ok();
   }
