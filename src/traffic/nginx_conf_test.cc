@@ -88,6 +88,25 @@ TEST(NginxConf, RefusesWhatCannotBeHeld) {
   EXPECT_EQ(refused("server { location / { set $b 127.0.0.1:8000; proxy_pass http://$b; } }"), "nginx.no_way");
 }
 
+TEST(NginxConf, AVariableThatMayLeadPastTheGateIsSaid) {
+  const std::string led = "upstream a { server 127.0.0.1:8000; } server { location / { proxy_set_header Host h; proxy_pass http://a; } ";
+  auto said = [&](const std::string& more) {
+    std::string all;
+    for (const auto& p : plan(led + more).problems) all += (p.fatal ? "error " : "warning ") + p.id + " ";
+    return all;
+  };
+  EXPECT_EQ(said("}"), "");
+  EXPECT_EQ(said("location /x { set $b 127.0.0.1:8000; proxy_pass http://$b; } }"), "error nginx.variable ");
+  EXPECT_EQ(said("location /x { set $ip localhost; set $b http://${ip}:8000; proxy_pass $b; } }"), "error nginx.variable ");
+  EXPECT_EQ(said("location /x { proxy_pass http://$b; } } map $http_x $b { default 10.0.0.1:80; beta 127.0.0.1:8000; }"), "error nginx.variable ");
+  EXPECT_EQ(said("location /x { proxy_pass http://$b; } } map $http_x $b { default 10.0.0.1:80; }"), "warning nginx.variable ");
+  EXPECT_EQ(said("location /x { proxy_pass http://$http_x; } }"), "warning nginx.variable ");
+  EXPECT_EQ(said("location /x { proxy_pass http://$b; } location /y { proxy_pass http://$c; } }"), "warning nginx.variable ");
+  EXPECT_EQ(said("location /x { proxy_pass http://$b; }\n location /y { proxy_pass http://$c; } }"), "warning nginx.variable warning nginx.variable ");
+  // Upstreams only: they are edited.
+  EXPECT_EQ(said("location /x { proxy_pass http://$b; } } upstream c { server 127.0.0.1:9000; } map $http_x $b { default a; x c; }"), "");
+}
+
 TEST(NginxConf, FindsAWayPastTheGateInAnotherFile) {
   NginxFiles files{"/e/nginx.conf",
                    {{"/e/nginx.conf", "http { include a.conf; include b.conf; }"},

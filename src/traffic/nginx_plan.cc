@@ -2,6 +2,7 @@
 #include <fnmatch.h>
 
 #include <algorithm>
+#include <cctype>
 #include <set>
 
 #include "base/error.h"
@@ -59,9 +60,10 @@ class Planner {
     if (led_ == 0 && !told)
       problem(true, "nginx.no_way", join({editable_.begin(), editable_.end()}, ", "),
               "no upstream and no proxy_pass leads to " + application_.text() +
-                  (variable_.empty() ? "" : "; " + variable_ + " uses a variable, which cannot be followed"),
+                  (by_variable_.empty() ? "" : "; " + by_variable_.front()->where() + " uses a variable, which is not edited"),
               seen_.empty() ? "correct `application` or `files`"
                             : "correct `application`: these files lead to " + join({seen_.begin(), seen_.end()}, ", "));
+    for (const auto* d : by_variable_) variable_pass(*d);
     for (const auto& [path, edits] : edits_) {
       std::string text = files_.text.at(path);
       for (auto e = edits.rbegin(); e != edits.rend(); ++e) text.replace(e->begin, e->end - e->begin, e->text);
@@ -100,7 +102,12 @@ class Planner {
       const NginxDirective& d = *levels.back().directives[i];
       if (d.is_block) {
         if (d.name() == "upstream") upstream(d);
+        if ((d.name() == "map" || d.name() == "geo" || d.name() == "split_clients") && d.words.size() > 1)
+          for (const auto& entry : d.block)
+            if (entry.words.size() == 2) values_[d.words.back().text].insert(entry.words[1].text);
         enter(levels, &d, d.block);
+      } else if (d.name() == "set" && d.words.size() == 3) {
+        values_[d.words[1].text].insert(d.words[2].text);
       } else if (passes(d.name()) && d.words.size() >= 2) {
         pass(levels, d);
       } else if (d.name() == "pid" && d.words.size() == 2) {
@@ -128,7 +135,37 @@ class Planner {
     if (fresh) plan_.changes.push_back(d.where() + ": " + change);
   }
 
+  // Puts every value that the files give to a variable in its place. A word that still has a '$' is one that nobody here can know.
+  void values_of(const std::string& word, std::vector<std::string>& out, int depth = 0) const {
+    std::size_t at = word.find('$');
+    if (at == std::string::npos || depth > 4 || out.size() > 100) return out.push_back(word);
+    bool braces = word[at + 1] == '{';
+    std::size_t from = at + (braces ? 2 : 1), end = from;
+    while (end < word.size() && (std::isalnum(static_cast<unsigned char>(word[end])) || word[end] == '_')) end++;
+    auto known = values_.find("$" + word.substr(from, end - from));
+    if (known == values_.end()) return out.push_back(word);
+    for (const auto& value : known->second) values_of(word.substr(0, at) + value + word.substr(end + (braces ? 1 : 0)), out, depth + 1);
+  }
+
+  void variable_pass(const NginxDirective& d) {
+    std::vector<std::string> values;
+    values_of(d.words[1].text, values);
+    bool harmless = true;  // upstreams only, which are edited where they lead to the application
+    for (const auto& value : values) {
+      NginxTarget t = split_nginx_target(value);
+      if (nginx_reaches(t.address, t.scheme, application_))
+        return problem(true, "nginx.variable", d.where(),
+                       d.name() + " " + d.words[1].text + " may lead to " + application_.text() + ", past the gate: a variable's value is not edited",
+                       "let it name an upstream block that leads to " + application_.text() + ", and give its file in `files`");
+      harmless = harmless && upstreams_.contains(t.address);
+    }
+    if (!harmless && editable_.contains(d.file))
+      problem(false, "nginx.variable", d.where(), d.name() + " " + d.words[1].text + " uses a variable: whether it leads to " + application_.text() + ", past the gate, cannot be seen",
+              "make sure that it does not, or let it name an upstream block");
+  }
+
   void upstream(const NginxDirective& block) {
+    if (block.words.size() > 1) upstreams_.insert(block.words[1].text);
     std::vector<const NginxDirective*> servers, ours, inside;
     expand(block.block, inside);
     for (const auto* d : inside) {
@@ -175,7 +212,7 @@ class Planner {
   void pass(const std::vector<Level>& levels, const NginxDirective& d) {
     NginxTarget t = split_nginx_target(d.words[1].text);
     if (t.address.find('$') != std::string::npos) {
-      if (editable_.contains(d.file)) variable_ = d.where();
+      by_variable_.push_back(&d);
       return;
     }
     if (!nginx_reaches(t.address, t.scheme, application_)) {
@@ -250,7 +287,9 @@ class Planner {
   std::map<std::string, std::set<Edit>> edits_;
   NginxPlan plan_;
   std::set<std::string> seen_;
-  std::string variable_;
+  std::set<std::string> upstreams_;
+  std::map<std::string, std::set<std::string>> values_;   // of each "$variable", by `set` and `map`
+  std::vector<const NginxDirective*> by_variable_;
   int led_ = 0;
 };
 
