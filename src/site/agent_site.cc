@@ -200,7 +200,11 @@ void AgentSite::uninstall(bool keep_start_condition) {
   idle_.clear();
   // The supervisor ends after its children; until then it may still write its log there.
   std::string lock = shell_quote(state_ + "/run/supervisor.lock");
-  shell("i=0; while [ -e " + lock + " ] && ! flock -n " + lock + " true && [ $i -lt 200 ]; do sleep 0.05; i=$((i+1)); done; cd " +
+  // A tree that is still mounted below STATE would be removed with it. mountinfo writes a space as \040.
+  std::string unmounted = "at=$(readlink -f " + shell_quote(state_) + " | sed 's/\\\\/\\\\134/g; s/ /\\\\040/g'); [ -z \"$at\" ] || "
+      "while read -r _ _ _ _ p _; do case \"$p\" in \"$at\"/*) echo \"something is mounted at $p, in rehome's own directory, which is not removed: "
+      "umount $p, then try again\" >&2; exit 1;; esac; done < /proc/self/mountinfo; ";
+  shell("i=0; while [ -e " + lock + " ] && ! flock -n " + lock + " true && [ $i -lt 200 ]; do sleep 0.05; i=$((i+1)); done; " + unmounted + "cd " +
         shell_quote(state_) + " && for f in * .[!.]*; do [ \"$f\" = not-serving ] && " + (keep_start_condition ? "continue" : "true") +
         "; rm -rf -- \"$f\"; done; cd / && rmdir " + shell_quote(state_) + " " + shell_quote(parent_path(state_)) + " 2>/dev/null; true");
   if (!systemd_) return;

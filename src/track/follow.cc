@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "base/error.h"
+#include "track/mounts.h"
 
 namespace rehome::track {
 namespace {
@@ -30,7 +31,8 @@ StoreSettings settings_from(const Json& j) {
   StoreSettings s;
   s.path = get_string(j, "path");
   if (s.path.empty() || s.path[0] != '/') throw Error(Code::usage, "the path '" + s.path + "' is not absolute");
-  while (s.path.size() > 1 && s.path.back() == '/') s.path.pop_back();
+  // Mounts, the watch and /proc tell of places without symbolic links.
+  s.path = resolve_path(s.path);
   s.include = strings(j, "include");
   s.exclude = strings(j, "exclude");
   s.owner_by_name = get_bool(j, "owner_by_name", true);

@@ -146,14 +146,14 @@ class TrackModule : public AgentModule {
         {"files.apply", &TrackModule::on_apply},
         {"files.sync", &TrackModule::on_sync},         {"files.rsync", &TrackModule::on_rsync},
         {"files.rsync_server", &TrackModule::on_rsync_server}, {"files.forget", &TrackModule::on_forget},
-        {"files.probe", &TrackModule::on_probe}};
+        {"files.probe", &TrackModule::on_probe},       {"files.mounts", &TrackModule::on_mounts}};
     auto it = table.find(op);
     if (it == table.end()) throw Error(Code::usage, "this agent knows no '" + op + "'", "use the same version at both ends");
     return (this->*it->second)(request, c);
   }
 
  private:
-  std::string private_place(const std::string& store) const { return host_.state() + "/run/tree-" + store; }
+  std::string private_place(const std::string& store) const { return resolve_path(host_.state()) + "/run/tree-" + store; }
   std::string file() const { return host_.state() + "/files.json"; }
 
   // With mutex_ held.
@@ -237,6 +237,7 @@ class TrackModule : public AgentModule {
     StoreSettings settings = settings_from(request);
     bool active = get_bool(request, "active", false), made = !exists(settings.path);
     if (made) make_directories(settings.path, 0755);
+    std::shared_ptr<Receiving> old;
     {
       std::lock_guard lock(mutex_);
       auto& kept = stores_[store];
@@ -244,7 +245,12 @@ class TrackModule : public AgentModule {
       if (kept.receiving && to_json(kept.receiving->settings) == to_json(settings) && !made) return {{"made", false}};
       if (get_bool(kept.saved, "closed", false))
         throw Error(Code::state, "store " + store + " is closed on the " + host_.side(), "send files.open first");
-      kept.receiving.reset();
+      old = std::move(kept.receiving);
+    }
+    if (old) {
+      // Who holds it still must not unmount what takes its place.
+      old->revoke();
+      old->root.unmount();
     }
     set_receiving(store, settings, active);
     remember(store, "receive", to_json(settings));
@@ -255,14 +261,24 @@ class TrackModule : public AgentModule {
   Json on_forget(const Json& request, AgentConnection&) {
     std::string store = get_string(request, "store");
     Kept old;
-    std::lock_guard lock(mutex_);
-    if (auto it = stores_.find(store); it != stores_.end()) {
+    {
+      std::lock_guard lock(mutex_);
+      auto it = stores_.find(store);
+      if (it == stores_.end()) return Json::object();
       if (get_bool(it->second.saved, "closed", false))
         throw Error(Code::state, "store " + store + " is closed on the " + host_.side(), "send files.open first");
-      old = std::move(it->second);
-      stores_.erase(it);
-      save();
+      old = it->second;
     }
+    if (old.receiving) {
+      old.receiving->revoke();
+      old.receiving->root.unmount();
+    }
+    // Also where it could not be registered again. Before it is forgotten: nobody would look for the mount afterwards, and
+    // through it whoever removes STATE would remove the tree.
+    unmount_all(private_place(store));
+    std::lock_guard lock(mutex_);
+    stores_.erase(store);
+    save();
     return Json::object();
   }
 
@@ -350,7 +366,9 @@ class TrackModule : public AgentModule {
 
   // Changes nothing: what check asks of each side.
   Json on_probe(const Json& request, AgentConnection&) {
-    std::string path = get_string(request, "path");
+    std::string asked = get_string(request, "path");
+    const std::string path = resolve_path(asked);
+    while (asked.ends_with('/')) asked.pop_back();
     Json out{{"exists", exists(path)}, {"rsync", rsync_version()}, {"root", ::geteuid() == 0}};
     std::string at = path;
     while (!exists(at) && at.size() > 1) at = parent_path(at);
@@ -369,7 +387,8 @@ class TrackModule : public AgentModule {
     for (const auto& m : mounts)
       if (m.dev == dev) out["file_system"] = m.type;
     Json below = Json::array();
-    for (const auto& m : mounts_below(path)) below.push_back(shown(m.point));
+    // In the words of who asks, whose patterns are compared with these.
+    for (const auto& m : mounts_below(path)) below.push_back(shown(asked + m.point.substr(path == "/" ? 0 : path.size())));
     out["mounts_below"] = below;
     if (out["directory"].get<bool>()) {
       out["watch_obstacle"] = Watch::obstacle(path);
@@ -439,6 +458,13 @@ class TrackModule : public AgentModule {
       } e[5] = {{1, 6, ~0u}, {2, 4, 1}, {4, 4, ~0u}, {16, 4, ~0u}, {32, 0, ~0u}};
     } acl;
     out["has_acls"] = ::fsetxattr(fd.get(), "system.posix_acl_access", &acl, sizeof acl, 0) == 0;
+  }
+
+  // What must be gone before STATE is removed.
+  Json on_mounts(const Json&, AgentConnection&) {
+    Json below = Json::array();
+    for (const auto& m : mounts_below(resolve_path(host_.state()))) below.push_back(shown(m.point));
+    return {{"below_state", below}};
   }
 
   Json on_close(const Json& request, AgentConnection&) {

@@ -8,7 +8,9 @@
 
 #include <cerrno>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 
 #include "base/error.h"
 #include "base/text.h"
@@ -41,11 +43,6 @@ const Mount* top_at(const std::vector<Mount>& mounts, const std::string& path) {
   for (const auto& m : mounts)
     if (m.point == path) top = &m;
   return top;
-}
-
-bool is_mount_point(const std::string& path) {
-  auto mounts = read_mounts();
-  return top_at(mounts, path) != nullptr;
 }
 
 unsigned long flags_of(const std::string& path) {
@@ -109,10 +106,42 @@ std::vector<Mount> mounts_below(const std::string& path) {
   return out;
 }
 
+std::string resolve_path(const std::string& path) {
+  std::string at = path, rest;
+  while (true) {
+    std::unique_ptr<char, void (*)(void*)> real(::realpath(at.c_str(), nullptr), std::free);
+    if (real) {
+      std::string out = real.get();
+      return out == "/" && !rest.empty() ? rest : out + rest;
+    }
+    if (errno != ENOENT || at.size() < 2) throw errno_error(errno, "resolve", path);
+    while (at.size() > 1 && at.back() == '/') at.pop_back();
+    rest = at.substr(at.rfind('/')) + rest;
+    at = parent_path(at);
+  }
+}
+
+void refuse_mounts_below(const std::string& directory) {
+  for (const auto& m : mounts_below(resolve_path(directory)))
+    throw Error(Code::state, "something is mounted at " + m.point + ", below " + directory + ", which is not removed", "umount " + m.point);
+}
+
+void unmount_all(const std::string& place) {
+  // A mount of somebody else's namespace that comes back with every round must not keep us here.
+  for (int i = 0; i < 1000; i++) {
+    if (::umount2(place.c_str(), MNT_DETACH | UMOUNT_NOFOLLOW) == 0) continue;
+    int err = errno;
+    if (err == EINVAL || err == ENOENT) return;
+    // Without the right to mount nothing of ours can be there.
+    if (err == EPERM && !top_at(read_mounts(), place)) return;
+    throw errno_error(err, "unmount", place, "umount " + place);
+  }
+  throw Error(Code::io, "mounts at " + place + " come back as fast as they are taken away", "umount " + place);
+}
+
 WritableRoot::WritableRoot(const std::string& path, const std::string& private_place) {
   // A private mount that a killed agent left.
-  for (int i = 0; i < 16 && exists(private_place) && is_mount_point(private_place); i++)
-    if (::umount2(private_place.c_str(), MNT_DETACH) != 0) break;
+  unmount_all(private_place);
   make_directories(private_place);
   std::string at = path;
   if (::mount(path.c_str(), private_place.c_str(), nullptr, MS_BIND, nullptr) == 0) {
@@ -134,20 +163,30 @@ WritableRoot::WritableRoot(const std::string& path, const std::string& private_p
   throw Error(Code::io, path + " is on a file system that is mounted read-only", "mount it writable");
 }
 
+void WritableRoot::unmount() {
+  if (mounted_.empty()) return;
+  unmount_all(mounted_);
+  ::rmdir(mounted_.c_str());
+  mounted_.clear();
+}
+
 WritableRoot::~WritableRoot() {
   dir_.reset();
-  if (mounted_.empty()) return;
-  ::umount2(mounted_.c_str(), MNT_DETACH);
-  ::rmdir(mounted_.c_str());
+  try {
+    unmount();
+  } catch (const Error&) {
+    // The next agent tries again, and nothing below is removed meanwhile: refuse_mounts_below().
+  }
 }
 
 bool is_closed(const std::string& path) {
   auto mounts = read_mounts();
-  const Mount* top = top_at(mounts, path);
+  const Mount* top = top_at(mounts, resolve_path(path));
   return top && top->read_only;
 }
 
-void close_tree(const std::string& path) {
+void close_tree(const std::string& unresolved) {
+  const std::string path = resolve_path(unresolved);
   if (is_closed(path)) return;
   unsigned long flags = flags_of(path);
   auto denied = [&](int err) {
@@ -164,14 +203,22 @@ void close_tree(const std::string& path) {
   }
 }
 
-void open_tree(const std::string& path) {
+void open_tree(const std::string& unresolved) {
+  const std::string path = resolve_path(unresolved);
   // Writable first: a service that was started early keeps this mount, through its working directory say.
   for (int i = 0; i < 16 && is_closed(path); i++) {
     unsigned long flags = flags_of(path);
     if (::mount(nullptr, path.c_str(), nullptr, MS_REMOUNT | MS_BIND | flags, nullptr) != 0)
       throw errno_error(errno, "make writable", path, "umount " + path);
-    if (::umount2(path.c_str(), MNT_DETACH) != 0) throw errno_error(errno, "unmount", path, "umount " + path);
+    if (::umount2(path.c_str(), MNT_DETACH | UMOUNT_NOFOLLOW) != 0) throw errno_error(errno, "unmount", path, "umount " + path);
   }
+  struct statvfs v;
+  if (::statvfs(path.c_str(), &v) != 0) {
+    if (errno == ENOENT || errno == ENOTDIR) return;
+    throw errno_error(errno, "look at the file system of", path);
+  }
+  if (v.f_flag & ST_RDONLY)
+    throw Error(Code::io, path + " is still read-only", "findmnt -T " + path + " says what is mounted there; mount it writable, then try again", true);
 }
 
 }  // namespace rehome::track

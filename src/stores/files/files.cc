@@ -281,7 +281,7 @@ std::vector<std::string> FilesStore::abandon(StoreContext& c) {
   if (prepared.is_null() || !c.has(Side::target)) return {};
   // Everything there is ours: it was empty, or not there, when prepare() began.
   const std::string& path = config_.files.path.target;
-  std::vector<std::string> argv{"find", path};
+  std::vector<std::string> argv{"find", "-H", path};  // the path itself may be a symbolic link
   if (!get_bool(prepared, "made", false)) argv.insert(argv.end(), {"-mindepth", "1"});
   argv.push_back("-delete");
   if (get_bool(c.target.call("files.probe", {{"path", path}}), "exists", false))
