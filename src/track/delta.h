@@ -79,6 +79,7 @@ class Sender {
   void tell_owner(Accounts::Kind kind, id_t id);
   bool read_content(const std::string& path, Entry& entry);
   void remove(const std::string& path);
+  void put_back(const std::string& path, std::uint8_t why, const std::string& message);
   void count(const std::string& path);
   void finish_batch();
   void answer_need(Unpacker in);

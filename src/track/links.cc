@@ -18,7 +18,7 @@ void walk(const Tree& tree, const Filter& filter,
     todo.pop_back();
     Fd fd = tree.open_directory(directory);
     if (!fd) {
-      if (errno == ENOENT || errno == ENOTDIR || errno == ELOOP) continue;
+      if (says_gone(errno)) continue;
       throw errno_error(errno, "open directory", shown(directory));
     }
     each_name(fd.get(), directory, [&](std::string_view name, ino_t ino, unsigned char type) {

@@ -105,7 +105,7 @@ class Walk {
     if (options_.stop && *options_.stop) throw Error(Code::interrupted, "comparing was stopped");
     Fd fd = tree_.open_directory(item.directory);
     if (!fd) {
-      if (errno == ENOENT || errno == ENOTDIR || errno == ELOOP) return;
+      if (says_gone(errno)) return;
       throw errno_error(errno, "open directory", shown(item.directory));
     }
     if (item.part) {

@@ -140,7 +140,7 @@ void Receiver::fail(const std::string& path, const std::string& why, bool parent
 int Receiver::need_parent(const std::string& path, std::string& name) {
   int directory = cursor_.at(path, name);
   if (directory < 0) {
-    bool missing = errno == ENOENT || errno == ENOTDIR || errno == ELOOP;
+    bool missing = says_gone(errno);
     fail(path, errno_error(errno, "open directory", shown(parent_of(path))).message, missing);
   }
   return directory;
@@ -160,7 +160,10 @@ void Receiver::touch(const std::string& directory) {
 // --delete-excluded. False when something had to stay.
 bool Receiver::remove_at(int directory, const std::string& name, const std::string& path) {
   struct stat st;
-  if (::fstatat(directory, name.c_str(), &st, AT_SYMLINK_NOFOLLOW) != 0) return true;
+  if (::fstatat(directory, name.c_str(), &st, AT_SYMLINK_NOFOLLOW) != 0) {
+    if (says_gone(errno)) return true;
+    throw errno_error(errno, "stat", shown(path));
+  }
   bool is_directory = S_ISDIR(st.st_mode);
   if (!filter_.includes(path, is_directory)) return false;
   if (!is_directory) {
@@ -188,11 +191,13 @@ void Receiver::on_remove(const std::string& path) {
   entries_++;
   std::string name;
   int directory = cursor_.at(path, name);
-  if (directory < 0) return;  // its directory is gone too
   try {
     if (path.empty()) throw Error(Code::io, "the root of a tree is never removed");
     struct stat st;
-    if (::fstatat(directory, name.c_str(), &st, AT_SYMLINK_NOFOLLOW) != 0) return;
+    if (directory < 0 || ::fstatat(directory, name.c_str(), &st, AT_SYMLINK_NOFOLLOW) != 0) {
+      if (says_gone(errno)) return;  // it, or its directory too
+      throw errno_error(errno, "remove", shown(path));
+    }
     touch(std::string(parent_of(path)));
     remove_at(directory, name, path);
     if (S_ISDIR(st.st_mode)) cursor_.forget();
@@ -238,8 +243,10 @@ void Receiver::on_names(Unpacker u) {
   try {
     Fd fd = tree_.open_directory(directory);
     if (!fd) {
+      int err = errno;
       names_.clear();
-      return;  // its entry has failed, and said so
+      if (says_gone(err)) return;  // its entry has failed, and said so
+      throw errno_error(err, "open directory", shown(directory));
     }
     std::vector<std::string> extra;
     each_name(fd.get(), directory, [&](std::string_view name, ino_t, unsigned char) {
@@ -252,7 +259,8 @@ void Receiver::on_names(Unpacker u) {
     }
     if (!extra.empty()) cursor_.forget();
   } catch (const Error& e) {
-    fail(directory, e.message);
+    // As something in it, whose directory must come again with its list: its own entry would remove nothing.
+    fail(child_of(directory, "."), e.message, true);
   }
   names_.clear();
 }

@@ -160,8 +160,9 @@ void Sender::send_all(Channel& channel, const Dirty& dirty, DirtySet&) {
     std::string name;
     int directory = cursor_.at(one.first, name);
     struct stat st;
-    if (directory < 0 || ::fstatat(directory, name.c_str(), &st, AT_SYMLINK_NOFOLLOW) != 0) remove(one.first);
-    else there.push_back(&one);
+    if (directory >= 0 && ::fstatat(directory, name.c_str(), &st, AT_SYMLINK_NOFOLLOW) == 0) there.push_back(&one);
+    else if (int err = errno; says_gone(err)) remove(one.first);
+    else put_back(one.first, one.second, errno_error(err, directory < 0 ? "open directory of" : "stat", shown(one.first)).message);
   }
   std::string tree;  // the directory that was sent with all below it
   bool in_tree = false;
@@ -197,6 +198,11 @@ void Sender::remove(const std::string& path) {
   uncommitted_ = true;
 }
 
+void Sender::put_back(const std::string& path, std::uint8_t why, const std::string& message) {
+  sent_.failed.emplace_back(path, message);
+  again_->add(path, why);
+}
+
 bool Sender::dirty_name(const std::string& path) const {
   auto it = dirty_->paths.find(path);
   if (it != dirty_->paths.end() && (it->second & (why_name | why_moved))) return true;
@@ -213,9 +219,9 @@ void Sender::send_path(const std::string& path, std::uint8_t why) {
   try {
     int directory = cursor_.at(path, name);
     if (directory >= 0) meta = read_meta(directory, name, path);
+    else if (!says_gone(errno)) throw errno_error(errno, "open directory of", shown(path));
   } catch (const Error& e) {
-    sent_.failed.emplace_back(path, e.message);
-    again_->add(path, why);
+    put_back(path, why, e.message);
     return;
   }
   if (!meta) {
@@ -233,10 +239,15 @@ void Sender::send_tree(const std::string& top) {
   while (!todo.empty()) {
     std::string directory = std::move(todo.back());
     todo.pop_back();
+    constexpr std::uint8_t whole = why_tree | why_name | why_attributes;
     Fd fd = tree_.open_directory(directory);
-    if (!fd) continue;  // moved or removed meanwhile: that is an event
-    // The list of names first, in parts, then each name: the receiver removes what is not in it.
-    Packer part;
+    if (!fd) {
+      // Moved or removed meanwhile is an event.
+      if (int err = errno; !says_gone(err)) put_back(directory, whole, errno_error(err, "open directory", shown(directory)).message);
+      continue;
+    }
+    // The list of names first, in parts, then each name: the receiver removes what is not in it. So it is read to its end
+    // before any of it is sent.
     std::uint32_t in_part = 0;
     std::string names;
     auto send_part = [&](bool last) {
@@ -248,24 +259,35 @@ void Sender::send_tree(const std::string& top) {
       uncommitted_ = true;
     };
     std::vector<std::string> children;
-    each_name(fd.get(), directory, [&](std::string_view name, ino_t, unsigned char type) {
-      std::string path = child_of(directory, name);
-      if (type == DT_UNKNOWN) {
-        struct stat st;
-        if (::fstatat(fd.get(), std::string(name).c_str(), &st, AT_SYMLINK_NOFOLLOW) == 0)
-          type = static_cast<unsigned char>(IFTODT(st.st_mode));
-      }
-      if (!filter_.includes_child(path, type == DT_DIR)) return true;
+    try {
+      each_name(fd.get(), directory, [&](std::string_view name, ino_t, unsigned char type) {
+        std::string path = child_of(directory, name);
+        if (type == DT_UNKNOWN) {
+          struct stat st;
+          if (::fstatat(fd.get(), std::string(name).c_str(), &st, AT_SYMLINK_NOFOLLOW) == 0)
+            type = static_cast<unsigned char>(IFTODT(st.st_mode));
+        }
+        if (filter_.includes_child(path, type == DT_DIR)) children.emplace_back(name);
+        return true;
+      });
+    } catch (const Error& e) {
+      put_back(directory, whole, e.message);
+      continue;
+    }
+    for (const auto& name : children) {
       names += Packer().bytes(name).out();
       in_part++;
       if (names.size() > (1u << 20)) send_part(false);
-      children.emplace_back(name);
-      return true;
-    });
+    }
     send_part(true);
     for (const auto& name : children) {
       std::string path = child_of(directory, name);
-      auto meta = read_meta(fd.get(), name, path);
+      std::optional<Meta> meta;
+      try {
+        meta = read_meta(fd.get(), name, path);
+      } catch (const Error& e) {
+        put_back(path, whole | why_content, e.message);
+      }
       if (!meta) continue;
       bool is_directory = meta->is_directory();
       send_entry(path, std::move(*meta), why_name | why_moved | why_content | why_attributes);
@@ -287,7 +309,7 @@ bool Sender::read_content(const std::string& path, Entry& e) {
   int directory = cursor_.at(path, name);
   Fd fd = directory < 0 ? Fd() : open_file(directory, name);
   if (!fd) {
-    if (errno == ENOENT || errno == ENOTDIR || errno == ELOOP || errno == ENXIO) return false;
+    if (says_gone(errno) || errno == ENXIO) return false;
     throw errno_error(errno, "open", shown(path));
   }
   struct stat st;
@@ -346,8 +368,7 @@ void Sender::send_entry(const std::string& path, Meta meta, std::uint8_t why) {
     try {
       if (!read_content(e.path, e)) return;
     } catch (const Error& err) {
-      sent_.failed.emplace_back(path, err.message);
-      again_->add(path, why);
+      put_back(path, why, err.message);
       return;
     }
   }
@@ -388,8 +409,8 @@ void Sender::answer_need(Unpacker in) {
   struct stat st{};
   if (!fd || ::fstat(fd.get(), &st) != 0 || !S_ISREG(st.st_mode)) {
     // Gone meanwhile, which is an event of its own; the receiver keeps what it has.
-    if (fd || errno == ENOENT || errno == ENOTDIR || errno == ELOOP) again_->add(path, why_name | why_content | why_attributes);
-    else sent_.failed.emplace_back(path, errno_error(errno, "open", shown(path)).message), again_->add(path, asked_[index].why);
+    if (fd || says_gone(errno)) again_->add(path, why_name | why_content | why_attributes);
+    else put_back(path, asked_[index].why, errno_error(errno, "open", shown(path)).message);
     return;
   }
   auto size = static_cast<std::uint64_t>(st.st_size);

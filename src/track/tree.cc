@@ -51,6 +51,8 @@ std::string shown(std::string_view path) {
   return out.empty() ? "." : out;
 }
 
+bool says_gone(int err) { return err == ENOENT || err == ENOTDIR || err == ELOOP; }
+
 Fd Tree::open_directory(std::string_view path) const {
   constexpr int flags = O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC;
   if (path.empty()) return Fd(::openat(root(), ".", O_PATH | O_DIRECTORY | O_CLOEXEC));
@@ -153,7 +155,7 @@ void read_xattrs(const std::string& where, std::string_view path, Meta& m) {
 std::optional<Meta> read_meta(int directory, const std::string& name, std::string_view path, bool xattrs) {
   struct stat st;
   if (::fstatat(directory, name.c_str(), &st, AT_SYMLINK_NOFOLLOW) != 0) {
-    if (errno == ENOENT || errno == ENOTDIR || errno == ELOOP) return std::nullopt;
+    if (says_gone(errno)) return std::nullopt;
     throw errno_error(errno, "stat", shown(path));
   }
   Meta m;

@@ -39,6 +39,10 @@ std::string child_of(std::string_view directory, std::string_view name);
 // The path for messages: bytes that are no printable ASCII or UTF-8 are shown as \xNN.
 std::string shown(std::string_view path);
 
+// Whether this errno of a look at a path says that nothing is there. Any other one (too many open files, no memory, a disk or
+// server that fails) says nothing about the path.
+bool says_gone(int err);
+
 class Tree {
  public:
   // Borrows nothing: keeps `root`, an open descriptor of the directory; `label` names it in messages.
