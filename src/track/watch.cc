@@ -34,15 +34,19 @@ Fd open_watch(int root, const std::string& label) {
               "this file system reports no changes; they are found by reading the whole tree");
 }
 
-std::string link_of(int fd) {
+bool link_of(int fd, std::string& text) {
   char buf[8192];
   ssize_t n = ::readlink(("/proc/self/fd/" + std::to_string(fd)).c_str(), buf, sizeof buf);
-  return n < 0 ? std::string() : std::string(buf, static_cast<std::size_t>(n));
+  if (n >= 0) text.assign(buf, static_cast<std::size_t>(n));
+  return n >= 0;
 }
 
 Fd open_handle(int mount, std::string_view handle, int flags) {
   alignas(file_handle) char copy[sizeof(file_handle) + MAX_HANDLE_SZ];
-  if (handle.size() > sizeof copy) return Fd();
+  if (handle.size() > sizeof copy) {
+    errno = EOVERFLOW;
+    return Fd();
+  }
   std::memcpy(copy, handle.data(), handle.size());
   return Fd(::open_by_handle_at(mount, reinterpret_cast<file_handle*>(copy), flags | O_CLOEXEC));
 }
@@ -151,33 +155,54 @@ void Watch::take(const char* data, std::size_t size) {
   }
 }
 
+// What is at `handle`: its path in the tree, or "/" when it is proven to be none of the tree's. Nothing when it cannot be told
+// now, with the reason in *why.
+std::optional<std::string> Watch::find(std::string_view handle, std::string* why) const {
+  auto unknown = [&](int err) {
+    *why = std::strerror(err);
+    return std::nullopt;
+  };
+  // A path from /proc is only believed when the tree has that very directory there: the tree's mount may be a bind of
+  // a part of the file system, and the directory may be moved while we look.
+  for (int attempt = 0; attempt < 4; attempt++) {
+    Fd fd = open_handle(tree_.root(), handle, O_PATH | O_DIRECTORY);
+    if (!fd && errno == ESTALE) return "/";  // removed: its own removal is another event
+    if (!fd) return unknown(errno);
+    std::string root, at, root_after;
+    struct stat st{}, seen{};
+    // A path that is longer than a page has no text in /proc.
+    if (!link_of(tree_.root(), root) || !link_of(fd.get(), at) || !link_of(tree_.root(), root_after) || ::fstat(fd.get(), &st) != 0)
+      return unknown(errno);
+    if (root != root_after) continue;
+    if (root == "/") root.clear();
+    std::string relative;
+    if (at.size() > root.size() && at.starts_with(root) && at[root.size()] == '/')
+      relative = at.substr(root.size() + 1);
+    else if (at != root && !(root.empty() && at == "/"))
+      return "/";
+    Fd again = tree_.open_directory(relative);
+    if (!again && says_gone(errno) && at.ends_with(" (deleted)")) return "/";
+    if (!again && !says_gone(errno)) return unknown(errno);
+    if (!again || ::fstat(again.get(), &seen) != 0) continue;
+    if (seen.st_dev != st.st_dev) return "/";  // hidden by a mount: what is sent is what the path shows
+    if (seen.st_ino == st.st_ino) return relative;
+  }
+  *why = "it is moved all the time";
+  return std::nullopt;
+}
+
 bool Watch::place(std::string_view handle, std::string& path) {
   std::string key(handle);
   auto it = places_.find(key);
   if (it == places_.end()) {
-    // A path from /proc is only believed when the tree has that very directory there: the tree's mount may be a bind of
-    // a part of the file system, and the directory may be moved while we look.
-    std::string found = "/";
-    for (int attempt = 0; attempt < 4; attempt++) {
-      Fd fd = open_handle(tree_.root(), handle, O_PATH | O_DIRECTORY);
-      if (!fd) break;  // removed: its own removal is another event
-      std::string root = link_of(tree_.root()), at = link_of(fd.get());
-      if (root == "/") root.clear();
-      struct stat st{}, seen{};
-      if (::fstat(fd.get(), &st) != 0) break;
-      std::string relative;
-      if (at.size() > root.size() && at.starts_with(root) && at[root.size()] == '/')
-        relative = at.substr(root.size() + 1);
-      else if (at != root && !(root.empty() && at == "/"))
-        break;
-      if (Fd again = tree_.open_directory(relative);
-          again && ::fstat(again.get(), &seen) == 0 && seen.st_ino == st.st_ino && seen.st_dev == st.st_dev) {
-        found = relative;
-        break;
-      }
+    std::string why;
+    auto found = find(handle, &why);
+    if (!found) {
+      dirty_.rescan("a changed directory could not be found: " + why);
+      return false;
     }
     if (places_.size() >= most_places) places_.clear();
-    it = places_.emplace(std::move(key), std::move(found)).first;
+    it = places_.emplace(std::move(key), std::move(*found)).first;
   }
   if (it->second == "/") return false;
   path = it->second;
@@ -239,7 +264,12 @@ void Watch::one(std::uint64_t mask, std::string_view handle, std::string_view na
     // event may be gone, now or by the time that it is looked at.
     Fd fd = open_handle(tree_.root(), object, O_PATH);
     struct stat st{}, named{};
-    if (!fd || ::fstat(fd.get(), &st) != 0 || st.st_nlink == 0) return;
+    if (!fd && errno == ESTALE) return;
+    if (!fd || ::fstat(fd.get(), &st) != 0) {
+      dirty_.rescan(std::string("the other names of a changed file could not be found: ") + std::strerror(errno));
+      return;
+    }
+    if (st.st_nlink == 0) return;
     if (st.st_nlink > 1 || ::fstatat(tree_.root(), path.c_str(), &named, AT_SYMLINK_NOFOLLOW) != 0 ||
         named.st_ino != st.st_ino)
       dirty_.add_inode(st.st_ino);

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <functional>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <thread>
@@ -37,7 +38,8 @@ class Watch {
   void one(std::uint64_t mask, std::string_view handle, std::string_view name, std::string_view object);
   void moved(bool directory, std::string_view old_handle, std::string_view old_name, std::string_view new_handle,
              std::string_view new_name);
-  bool place(std::string_view handle, std::string& path);  // false: outside the tree
+  std::optional<std::string> find(std::string_view handle, std::string* why) const;
+  bool place(std::string_view handle, std::string& path);  // false: outside the tree, or a rescan is asked for
   void added(const std::string& path, bool directory, std::uint8_t why);
   void gone(const std::string& path, bool directory);
 
