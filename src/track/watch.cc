@@ -181,14 +181,42 @@ std::optional<std::string> Watch::find(std::string_view handle, std::string* why
     else if (at != root && !(root.empty() && at == "/"))
       return "/";
     Fd again = tree_.open_directory(relative);
-    if (!again && says_gone(errno) && at.ends_with(" (deleted)")) return "/";
-    if (!again && !says_gone(errno)) return unknown(errno);
-    if (!again || ::fstat(again.get(), &seen) != 0) continue;
-    if (seen.st_dev != st.st_dev) return "/";  // hidden by a mount: what is sent is what the path shows
-    if (seen.st_ino == st.st_ino) return relative;
+    if (again) {
+      if (::fstat(again.get(), &seen) != 0) return unknown(errno);
+      if (seen.st_dev != st.st_dev) return "/";  // hidden by a mount: what is sent is what the path shows
+      if (seen.st_ino == st.st_ino) return relative;
+    } else {
+      if (!says_gone(errno)) return unknown(errno);
+      if (at.ends_with(" (deleted)")) return "/";
+    }
+    // The text is none of the tree's: it was moved just now, or it is outside, which a mount of a part of the file system
+    // shows as if it were below its root.
+    int inside = is_below_root(fd);
+    if (inside < 0) return unknown(errno);
+    if (inside == 0) return "/";
   }
   *why = "it is moved all the time";
   return std::nullopt;
+}
+
+// 1 when the way up leads to the tree's root, 0 when it does not, -1 with errno set.
+int Watch::is_below_root(const Fd& directory) const {
+  struct stat root, st;
+  if (::fstat(tree_.root(), &root) != 0) return -1;
+  Fd at;
+  int fd = directory.get();
+  ino_t below = 0;
+  while (true) {
+    if (::fstat(fd, &st) != 0) return -1;
+    if (st.st_ino == root.st_ino && st.st_dev == root.st_dev) return 1;
+    if (st.st_dev != root.st_dev || st.st_ino == below) return 0;
+    below = st.st_ino;
+    Fd up(::openat(fd, "..", O_PATH | O_DIRECTORY | O_CLOEXEC));
+    // So for what is not below the root of the mount.
+    if (!up) return errno == ENOENT ? 0 : -1;
+    at = std::move(up);
+    fd = at.get();
+  }
 }
 
 bool Watch::place(std::string_view handle, std::string& path) {

@@ -39,6 +39,7 @@ class Watch {
   void moved(bool directory, std::string_view old_handle, std::string_view old_name, std::string_view new_handle,
              std::string_view new_name);
   std::optional<std::string> find(std::string_view handle, std::string* why) const;
+  int is_below_root(const Fd& directory) const;
   bool place(std::string_view handle, std::string& path);  // false: outside the tree, or a rescan is asked for
   void added(const std::string& path, bool directory, std::uint8_t why);
   void gone(const std::string& path, bool directory);

@@ -3,6 +3,7 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/mount.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 
@@ -79,6 +80,22 @@ TEST_F(Watching, APathTooLongForProcIsARescan) {
   ASSERT_EQ(::mkdirat(fd.get(), "new", 0755), 0);
   watch->drain();
   EXPECT_NE(dirty.rescan_reason(), "");
+}
+
+// As when a tree is tracked while its closing mount is over it.
+TEST_F(Watching, WhatIsOutsideAMountOfThePartIsNoRescan) {
+  for (bool detached : {false, true}) {
+    watch.reset();
+    ASSERT_EQ(::mount(at.c_str(), at.c_str(), nullptr, MS_BIND, nullptr), 0);
+    tree.emplace(Fd(::open(at.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)), at);
+    watch.emplace(*tree, filter, dirty);
+    if (detached) ::umount2(at.c_str(), MNT_DETACH);
+    run_ok({.argv = {"bash", "-c", "mkdir -p o/p; echo 1 > o/p/1; rm -r o; echo 2 >> tree/d/file"}, .directory = dir.path()});
+    watch->drain();
+    EXPECT_EQ(dirty.rescan_reason(), "");
+    EXPECT_TRUE(dirty.take().paths.contains("d/file"));
+    ::umount2(at.c_str(), MNT_DETACH);
+  }
 }
 
 TEST_F(Watching, WhatIsOutsideOrRemovedIsNoRescan) {
