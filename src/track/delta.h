@@ -114,6 +114,7 @@ class Sender {
 
 struct ReceiveOptions {
   bool owner_by_name = true;
+  std::function<void()> check;  // throws when what was received must not count as done
 };
 
 // The other end. Nothing it does leaves the tree or follows a link in it. After a broken connection the tree may hold

@@ -39,12 +39,13 @@ StoreSettings settings_from(const Json& j) {
   return s;
 }
 
-Follower::Follower(AgentHost& host, Accounts& accounts, std::string store, StoreSettings settings, std::string why_rescan)
-    : host_(host), accounts_(accounts), store_(std::move(store)), settings_(std::move(settings)),
+Follower::Follower(AgentHost& host, Accounts& accounts, std::string store, StoreSettings settings, const RootId& root,
+                   std::string why_rescan)
+    : host_(host), accounts_(accounts), store_(std::move(store)), settings_(std::move(settings)), root_(root),
       filter_(settings_.include, settings_.exclude) {
-  Fd root(::open(settings_.path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-  if (!root) throw errno_error(errno, "open directory", settings_.path, "correct the store's path");
-  tree_.emplace(std::move(root), settings_.path);
+  Fd directory(::open(settings_.path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (!directory) throw errno_error(errno, "open directory", settings_.path, "correct the store's path");
+  tree_.emplace(std::move(directory), settings_.path);
   links_.emplace(*tree_, filter_);
   sender_.emplace(*tree_, filter_, *links_, accounts_);
   try {
@@ -98,6 +99,7 @@ void Follower::follow(Millis interval, std::int64_t bandwidth) {
 
 void Follower::arm() {
   std::lock_guard sending(sending_);
+  require_place();
   if (watch_) watch_->drain();
   dirty_.take();
   std::lock_guard lock(mutex_);
@@ -196,12 +198,23 @@ Channel& Follower::channel(Deadline deadline) {
   return *channel_;
 }
 
+// Throws Error(store) unless the path is the directory that the run began with, and the one that is watched.
+void Follower::require_place() {
+  RootId now = require_root(settings_.path, root_);
+  struct stat st;
+  if (::fstat(tree_->root(), &st) != 0) throw errno_error(errno, "stat", settings_.path);
+  if (st.st_dev == now.dev && st.st_ino == now.ino) return;
+  stale_ = true;
+  throw Error(Code::store, settings_.path + " was mounted again since it is followed", "it is read again in a few seconds", true);
+}
+
 void Follower::whole_tree(Dirty dirty, std::int64_t bandwidth, bool copy) {
   RsyncPass p{.state = host_.state(), .store = store_, .path = settings_.path, .include = settings_.include,
               .exclude = settings_.exclude, .owner_by_name = settings_.owner_by_name, .bandwidth = bandwidth};
   progress_.bytes = 0;
   progress_.percent = 0;
   try {
+    require_place();
     if (run_rsync(p, progress_, stop_) && !watch_)
       throw Error(Code::store, "files vanished while " + settings_.path + " was read", "it is read again", true);
     // rsync's files are in the page cache of the other side: the cut counts on them.
@@ -242,6 +255,7 @@ std::vector<Writer> Follower::add_mapped(bool final) {
 Flushed Follower::pass(bool final, Deadline deadline, std::int64_t bandwidth) {
   Flushed out;
   Ticks began = system_clock().now();
+  require_place();
   if (!watch_) dirty_.rescan(watch_trouble_);
   if (watch_) {
     Ticks from = system_clock().now();

@@ -12,6 +12,7 @@
 
 #include "agent/module.h"
 #include "track/delta.h"
+#include "track/root.h"
 #include "track/rsync.h"
 #include "track/watch.h"
 #include "track/writers.h"
@@ -37,8 +38,9 @@ struct Flushed {
 
 class Follower {
  public:
-  // Starts tracking at once. `why_rescan` non-empty: changes may have been missed already (the agent restarted).
-  Follower(AgentHost& host, Accounts& accounts, std::string store, StoreSettings settings, std::string why_rescan);
+  // Starts tracking at once. `root` is what the path must be: in every pass, or nothing is sent. `why_rescan` non-empty:
+  // changes may have been missed already (the agent restarted).
+  Follower(AgentHost& host, Accounts& accounts, std::string store, StoreSettings settings, const RootId& root, std::string why_rescan);
   ~Follower();
 
   const StoreSettings& settings() const { return settings_; }
@@ -54,11 +56,14 @@ class Follower {
   // with the first path that cannot be sent.
   Flushed flush(bool final, Deadline deadline);
   Json status();
+  // The file system was mounted again, and what is watched here is not what the path shows now: another Follower is needed.
+  bool stale() const { return stale_; }
   std::string rescan_reason() const { return watch_trouble_.empty() ? dirty_.rescan_reason() : watch_trouble_; }
 
  private:
   void loop();
   void sample_lag();
+  void require_place();
   Flushed pass(bool final, Deadline deadline, std::int64_t bandwidth);
   void whole_tree(Dirty dirty, std::int64_t bandwidth, bool copy);
   std::vector<Writer> add_mapped(bool final);
@@ -69,6 +74,7 @@ class Follower {
   Accounts& accounts_;
   const std::string store_;
   const StoreSettings settings_;
+  const RootId root_;
   Filter filter_;
   std::optional<Tree> tree_;
   DirtySet dirty_;
@@ -96,7 +102,7 @@ class Follower {
   Ticks clean_at_ = 0;
   int wire_ = -1;              // connection_, for who ends this
   RsyncProgress progress_;
-  std::atomic<bool> stop_{false}, index_ready_{false};
+  std::atomic<bool> stop_{false}, index_ready_{false}, stale_{false};
   std::thread thread_, indexer_;
 };
 

@@ -12,6 +12,7 @@
 #include <map>
 #include <mutex>
 #include <set>
+#include <thread>
 
 #include "agent/module.h"
 #include "base/error.h"
@@ -20,23 +21,36 @@
 #include "track/compare.h"
 #include "track/follow.h"
 #include "track/mounts.h"
+#include "track/root.h"
 #include "track/writers.h"
 
 namespace rehome {
 namespace track {
 namespace {
 
+// How often what could not be taken up is tried again.
+constexpr Millis restore_every{3000};
+
 // A tree that the other agent may write into.
 struct Receiving {
   StoreSettings settings;
   Filter filter;
+  RootId id;
   WritableRoot root;
   std::optional<Tree> tree;
-  Receiving(StoreSettings s, const std::string& private_place)
-      : settings(std::move(s)), filter(settings.include, settings.exclude), root(settings.path, private_place) {
+  Receiving(StoreSettings s, const RootId& r, const std::string& private_place)
+      : settings(std::move(s)), filter(settings.include, settings.exclude), id(r), root(settings.path, private_place) {
     Fd copy(::fcntl(root.dir(), F_DUPFD_CLOEXEC, 3));
     if (!copy) throw errno_error(errno, "keep open", settings.path);
     tree.emplace(std::move(copy), settings.path);
+  }
+  // Throws unless the application will find at the path what is written here.
+  void require_place() const {
+    RootId now = require_root(settings.path, id);
+    struct stat st;
+    if (::fstat(root.dir(), &st) != 0) throw errno_error(errno, "stat", settings.path);
+    if (st.st_dev != now.dev || st.st_ino != now.ino)
+      throw Error(Code::store, settings.path + " was mounted again since it is written here", "restart the agent of that side", true);
   }
 
   // Streams of the peer that write here. They end, all of them, before the tree is opened to its application.
@@ -90,47 +104,32 @@ class TrackModule : public AgentModule {
   bool owns(const std::string& op) const override { return op.starts_with("files."); }
 
   void start() override {
-    if (!exists(file())) return;
-    Json all = parse_json(read_file(file()), file());
-    for (const auto& [name, saved] : all.items()) {
-      auto attempt = [&](const char* what, auto act) {
-        try {
-          act();
-        } catch (const std::exception& e) {
-          host_.log("files " + name + ": " + what + ": " + e.what());
-          std::lock_guard lock(mutex_);
-          troubles_[name + ": " + what] = e.what();
-        }
-      };
-      {
-        std::lock_guard lock(mutex_);
-        stores_[name].saved = saved;
-      }
-      // Closed again first: the bind mount did not outlive a reboot.
-      if (get_bool(saved, "closed", false)) attempt("close", [&] { close_tree(get_string(saved["receive"], "path")); });
-      if (saved.contains("receive"))
-        attempt("receive", [&] { set_receiving(name, settings_from(saved["receive"]), get_bool(saved, "active", false)); });
-      if (saved.contains("track"))
-        attempt("track", [&] {
-          auto f = std::make_shared<Follower>(host_, accounts_, name, settings_from(saved["track"]),
-                                              "the agent was started again; changes may have been missed");
-          {
-            std::lock_guard lock(mutex_);
-            stores_[name].follower = f;
-          }
-          if (saved.contains("copy")) f->start_copy(get_int(saved["copy"], "bwlimit", 0));
-          if (saved.contains("follow"))
-            f->follow(Millis(get_int(saved["follow"], "interval_ms")), get_int(saved["follow"], "bwlimit", 0));
-        });
+    if (exists(file())) {
+      Json all = parse_json(read_file(file()), file());
+      std::lock_guard lock(mutex_);
+      for (const auto& [name, saved] : all.items()) stores_[name].saved = saved;
     }
+    restore_all();
+    minder_ = std::thread([this] {
+      std::unique_lock lock(mutex_);
+      while (!wake_.wait_for(lock, restore_every, [&] { return ending_; })) {
+        lock.unlock();
+        restore_all();
+        lock.lock();
+      }
+    });
   }
 
   void stop() override {
     std::map<std::string, Kept> gone;
     {
       std::lock_guard lock(mutex_);
-      gone.swap(stores_);
+      ending_ = true;
+      wake_.notify_all();
     }
+    if (minder_.joinable()) minder_.join();
+    std::lock_guard lock(mutex_);
+    gone.swap(stores_);
   }
 
   Json handle(const std::string& op, const Json& request, AgentConnection& c) override {
@@ -177,6 +176,8 @@ class TrackModule : public AgentModule {
     std::string store = get_string(request, "store");
     std::lock_guard lock(mutex_);
     auto it = stores_.find(store);
+    if (it != stores_.end() && !it->second.follower && it->second.saved.contains("track"))
+      throw Error(Code::store, "store " + store + " cannot be tracked on the " + host_.side() + " now: " + trouble(store), "", true);
     if (it == stores_.end() || !it->second.follower)
       throw Error(Code::state, "store " + store + " is not tracked on the " + host_.side(), "send files.track first");
     return it->second.follower;
@@ -185,20 +186,159 @@ class TrackModule : public AgentModule {
     std::string store = get_string(request, "store");
     std::lock_guard lock(mutex_);
     auto it = stores_.find(store);
+    if (it != stores_.end() && !it->second.receiving && it->second.saved.contains("receive"))
+      throw Error(Code::store, "store " + store + " cannot be written on the " + host_.side() + " now: " + trouble(store), "", true);
     if (it == stores_.end() || !it->second.receiving)
       throw Error(Code::denied, "store " + store + " is not to be written on the " + host_.side(), "send files.receive first");
     return it->second.receiving;
   }
-  void set_receiving(const std::string& store, StoreSettings settings, bool active) {
-    auto r = std::make_shared<Receiving>(std::move(settings), private_place(store));
+  void set_receiving(const std::string& store, StoreSettings settings, const RootId& id, bool active) {
+    auto r = std::make_shared<Receiving>(std::move(settings), id, private_place(store));
     r->revoked = !active;
     std::lock_guard lock(mutex_);
     stores_[store].receiving = std::move(r);
   }
 
+  bool knows_root(const std::string& store, const std::string& path) {
+    std::lock_guard lock(mutex_);
+    auto it = stores_.find(store);
+    return it != stores_.end() && it->second.saved.contains("roots") && it->second.saved["roots"].contains(path);
+  }
+  // The directory that the run has at `path`: noted the first time, required afterwards.
+  RootId claim_root(const std::string& store, const std::string& path) {
+    Json roots = Json::object();
+    {
+      std::lock_guard lock(mutex_);
+      Json& saved = stores_[store].saved;
+      if (saved.contains("roots")) roots = saved["roots"];
+    }
+    if (roots.contains(path)) return require_root(path, root_from(roots[path]));
+    RootId root = root_at(path);
+    roots[path] = to_json(root);
+    remember(store, "roots", roots);
+    return root;
+  }
+
+  // Of one of "close", "receive" and "track"; empty: it went well.
+  void set_trouble(const std::string& store, const std::string& what, const std::string& why) {
+    bool news;
+    {
+      std::lock_guard lock(mutex_);
+      if (!stores_.contains(store)) return;  // forgotten meanwhile
+      auto& all = troubles_[store];
+      news = !why.empty() && all[what] != why;
+      if (why.empty()) all.erase(what);
+      else all[what] = why;
+      if (all.empty()) troubles_.erase(store);
+    }
+    if (news) host_.log("files " + store + ": " + what + ": " + why);
+  }
+  // With mutex_ held.
+  std::string trouble(const std::string& store) const {
+    std::string out;
+    if (auto it = troubles_.find(store); it != troubles_.end())
+      for (const auto& [what, why] : it->second) out += (out.empty() ? "" : "; ") + what + ": " + why;
+    return out;
+  }
+
+  // What files.json says is taken up: when the agent starts, and again every few seconds while something is missing, such as
+  // the volume that the tree is on.
+  void restore_all() {
+    std::vector<std::string> names;
+    {
+      std::lock_guard lock(mutex_);
+      for (const auto& [name, kept] : stores_) names.push_back(name);
+    }
+    for (const auto& name : names) restore(name);
+  }
+
+  struct Missing {
+    Json saved;
+    bool close = false, receive = false, track = false;
+  };
+  Missing missing(const std::string& name) {
+    std::lock_guard lock(mutex_);
+    Missing m;
+    auto it = stores_.find(name);
+    if (it == stores_.end()) return m;
+    const Kept& kept = it->second;
+    m.saved = kept.saved;
+    m.receive = kept.saved.contains("receive") && !kept.receiving;
+    // The bind mount did not outlive a reboot.
+    auto t = troubles_.find(name);
+    m.close = get_bool(kept.saved, "closed", false) && (m.receive || (t != troubles_.end() && t->second.contains("close")));
+    m.track = kept.saved.contains("track") && (!kept.follower || kept.follower->stale());
+    return m;
+  }
+
+  void restore(const std::string& name) {
+    Missing m = missing(name);
+    auto attempt = [&](const char* what, auto act) {
+      try {
+        act();
+        set_trouble(name, what, "");
+        return true;
+      } catch (const Error& e) {
+        set_trouble(name, what, e.message + (e.hint.empty() ? "" : " (" + e.hint + ")"));
+      } catch (const std::exception& e) {
+        set_trouble(name, what, e.what());
+      }
+      return false;
+    };
+    // A server that is gone may hold whoever looks at its directory: before the lock that requests wait for.
+    auto there = [&](const char* what) {
+      return attempt(what, [&] {
+        const std::string path = settings_from(m.saved[what]).path;
+        if (m.saved.contains("roots") && m.saved["roots"].contains(path)) require_root(path, root_from(m.saved["roots"][path]));
+        else root_at(path);
+      });
+    };
+    if ((m.close || m.receive) && !there("receive")) return;
+    if (m.track && !there("track")) return;
+    if (!m.close && !m.receive && !m.track) return;
+    std::lock_guard changing(changing_);
+    m = missing(name);
+    // Closed first.
+    if (m.close)
+      attempt("close", [&] {
+        StoreSettings s = settings_from(m.saved["receive"]);
+        claim_root(name, s.path);
+        close_tree(s.path);
+      });
+    if (m.receive)
+      attempt("receive", [&] {
+        StoreSettings s = settings_from(m.saved["receive"]);
+        RootId root = claim_root(name, s.path);
+        set_receiving(name, std::move(s), root, get_bool(m.saved, "active", false));
+      });
+    if (m.track)
+      attempt("track", [&] {
+        StoreSettings s = settings_from(m.saved["track"]);
+        RootId root = claim_root(name, s.path);
+        std::shared_ptr<Follower> old;
+        {
+          std::lock_guard lock(mutex_);
+          old = std::move(stores_[name].follower);
+        }
+        const char* why = old ? "its file system was mounted again; changes may have been missed"
+                              : "the agent was started again; changes may have been missed";
+        old.reset();
+        auto f = std::make_shared<Follower>(host_, accounts_, name, std::move(s), root, why);
+        {
+          std::lock_guard lock(mutex_);
+          stores_[name].follower = f;
+        }
+        if (m.saved.contains("copy")) f->start_copy(get_int(m.saved["copy"], "bwlimit", 0));
+        if (m.saved.contains("follow"))
+          f->follow(Millis(get_int(m.saved["follow"], "interval_ms")), get_int(m.saved["follow"], "bwlimit", 0));
+      });
+  }
+
   Json on_track(const Json& request, AgentConnection&) {
     std::string store = get_string(request, "store");
+    std::lock_guard changing(changing_);
     StoreSettings settings = settings_from(request);
+    RootId root = claim_root(store, settings.path);
     std::shared_ptr<Follower> old;
     {
       std::lock_guard lock(mutex_);
@@ -211,7 +351,14 @@ class TrackModule : public AgentModule {
     }
     old.reset();
     remember(store, "track", to_json(settings));
-    auto f = std::make_shared<Follower>(host_, accounts_, store, settings, "");
+    std::shared_ptr<Follower> f;
+    try {
+      f = std::make_shared<Follower>(host_, accounts_, store, settings, root, "");
+    } catch (...) {
+      remember(store, "track", Json());
+      throw;
+    }
+    set_trouble(store, "track", "");
     {
       std::lock_guard lock(mutex_);
       stores_[store].follower = f;
@@ -222,21 +369,32 @@ class TrackModule : public AgentModule {
 
   Json on_untrack(const Json& request, AgentConnection&) {
     std::string store = get_string(request, "store");
+    std::lock_guard changing(changing_);
     std::shared_ptr<Follower> old;
+    bool receives;
     {
       std::lock_guard lock(mutex_);
       old = std::move(stores_[store].follower);
+      receives = stores_[store].saved.contains("receive");
     }
     old.reset();
     for (const char* key : {"track", "copy", "follow"}) remember(store, key, Json());
+    if (!receives) remember(store, "roots", Json());
+    set_trouble(store, "track", "");
     return Json::object();
   }
 
   Json on_receive(const Json& request, AgentConnection&) {
     std::string store = get_string(request, "store");
+    std::lock_guard changing(changing_);
     StoreSettings settings = settings_from(request);
-    bool active = get_bool(request, "active", false), made = !exists(settings.path);
-    if (made) make_directories(settings.path, 0755);
+    // Made only where the run has had none: in place of one that is missing it would be filled in vain.
+    bool active = get_bool(request, "active", false), made = !knows_root(store, settings.path) && !exists(settings.path);
+    if (made) {
+      make_directories(settings.path, 0755);
+      fsync_directory(parent_path(settings.path));
+    }
+    RootId root = claim_root(store, settings.path);
     std::shared_ptr<Receiving> old;
     {
       std::lock_guard lock(mutex_);
@@ -252,15 +410,17 @@ class TrackModule : public AgentModule {
       old->revoke();
       old->root.unmount();
     }
-    set_receiving(store, settings, active);
+    set_receiving(store, settings, root, active);
     remember(store, "receive", to_json(settings));
     remember(store, "active", active);
+    set_trouble(store, "receive", "");
     return {{"made", made}};
   }
 
   Json on_forget(const Json& request, AgentConnection&) {
     std::string store = get_string(request, "store");
     Kept old;
+    std::lock_guard changing(changing_);
     {
       std::lock_guard lock(mutex_);
       auto it = stores_.find(store);
@@ -278,6 +438,7 @@ class TrackModule : public AgentModule {
     unmount_all(private_place(store));
     std::lock_guard lock(mutex_);
     stores_.erase(store);
+    troubles_.erase(store);
     save();
     return Json::object();
   }
@@ -334,8 +495,17 @@ class TrackModule : public AgentModule {
         }
         out["closed"] = get_bool(it->second.saved, "closed", false);
       }
-      for (const auto& [what, why] : troubles_)
-        if (what.starts_with(store + ": ")) out["trouble"] = what.substr(store.size() + 2) + ": " + why;
+      if (std::string why = trouble(store); !why.empty()) out["trouble"] = why;
+      if (it != stores_.end() && !f && it->second.saved.contains("track")) {
+        const Json& saved = it->second.saved;
+        out["state"] = "waiting";
+        out["reason"] = trouble(store);
+        out["path"] = get_string(saved["track"], "path");
+        out["following"] = saved.contains("follow");
+        out["tracking"] = out["copied"] = false;
+        out["dirty"] = 0;
+        out["copy"] = {{"running", false}, {"bytes", 0}, {"percent", 0}};
+      }
     }
     if (f) {
       Json s = f->status();
@@ -468,9 +638,11 @@ class TrackModule : public AgentModule {
   }
 
   Json on_close(const Json& request, AgentConnection&) {
+    std::lock_guard changing(changing_);
     auto r = receiving(request);
     std::string store = get_string(request, "store");
     Json answer{{"closed", true}};
+    r->require_place();
     // Written down first: a crash in between leaves a tree that is closed at the next start, not one that nobody opens.
     remember(store, "closed", true);
     try {
@@ -488,6 +660,7 @@ class TrackModule : public AgentModule {
   Json on_open(const Json& request, AgentConnection&) {
     std::string store = get_string(request, "store"), path;
     std::shared_ptr<Receiving> r;
+    std::lock_guard changing(changing_);
     {
       std::lock_guard lock(mutex_);
       auto it = stores_.find(store);
@@ -501,15 +674,18 @@ class TrackModule : public AgentModule {
     if (r) r->revoke();
     if (!path.empty()) open_tree(path);
     remember(store, "closed", Json());
+    set_trouble(store, "close", "");
     return {{"open", true}};
   }
 
   Json on_apply(const Json& request, AgentConnection& c) {
     auto r = receiving(request);
     Stream stream(*r, c.fd.get(), get_string(request, "store"));
+    r->require_place();
     send_all(c.fd, "{\"ok\":true}\n", Deadline::in(Millis(5000)));
     Channel channel(c.fd.get(), c.in.take_buffered());
-    Receiver(*r->tree, r->filter, accounts_, {.owner_by_name = r->settings.owner_by_name}).serve(channel, host_.stopping());
+    Receiver(*r->tree, r->filter, accounts_, {.owner_by_name = r->settings.owner_by_name, .check = [&] { r->require_place(); }})
+        .serve(channel, host_.stopping());
     return Json();
   }
 
@@ -522,6 +698,7 @@ class TrackModule : public AgentModule {
       if (!r->rsync_failure.empty())
         throw Error(Code::store, r->settings.path + ": " + r->rsync_failure, "mend that on the " + host_.side() + "; it is tried again", true);
     }
+    r->require_place();
     if (::syncfs(r->root.dir()) != 0) throw errno_error(errno, "sync the file system of", r->settings.path);
     return Json::object();
   }
@@ -567,6 +744,7 @@ class TrackModule : public AgentModule {
   Json on_rsync_server(const Json& request, AgentConnection& c) {
     auto r = receiving(request);
     Stream stream(*r, c.fd.get(), get_string(request, "store"));
+    r->require_place();
     // Told to files.sync, which the other side asks for before it counts the pass as done.
     struct Running {
       Receiving& r;
@@ -617,9 +795,13 @@ class TrackModule : public AgentModule {
 
   AgentHost& host_;
   Accounts accounts_;
-  std::mutex mutex_;
+  std::mutex changing_;  // of requests and restore(): what is tracked, received and closed changes in one of them at a time
+  std::mutex mutex_;     // of what is below; taken after changing_
   std::map<std::string, Kept> stores_;
-  std::map<std::string, std::string> troubles_;
+  std::map<std::string, std::map<std::string, std::string>> troubles_;  // store, what -> why
+  std::condition_variable wake_;
+  bool ending_ = false;
+  std::thread minder_;
 };
 
 }  // namespace

@@ -198,8 +198,9 @@ TEST_F(Files, TheOtherWayRound) {
   target.call("files.open", {{"store", "files"}});
   source.call("files.close", {{"store", "files"}});
   EXPECT_EQ(run({.argv = {"bash", "-c", "echo new >> d/1; mv d e; ln e/2 two"}, .directory = to}).status, 0);
+  Json was = target.call("files.status", {{"store", "files"}});
   Json f = target.call("files.flush", {{"store", "files"}, {"final", true}});
-  EXPECT_EQ(f["rescanned"], false);
+  EXPECT_EQ(f["rescanned"], false) << was.dump(1);
   EXPECT_EQ(differences(to, from), "");
   // A side that is in use is not written from the other, whatever that one believes.
   source.call("files.open", {{"store", "files"}});

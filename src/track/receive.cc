@@ -592,6 +592,7 @@ void Receiver::on_commit(Channel& channel, bool durable) {
     }
   }
   try {
+    if (options_.check) options_.check();
     if (durable) make_durable();
   } catch (const Error& e) {
     // Not known to be durable: the sender must not count any of it as done.

@@ -52,6 +52,9 @@ class FilesCut : public Cut {
  private:
   void require_clean(Deadline deadline) {
     Json s = yields_.call("files.status", store_.named(), deadline);
+    if (get_string(s, "state") == "waiting" || get_string(s, "state") == "none")
+      throw Error(Code::verify, "store " + store_.name() + " is not followed now: " + get_string(s, "trouble", "its agent does not know it"),
+                  "see status, then switch again", true);
     std::int64_t dirty = get_int(s, "dirty");
     // Without a watch the pass that was just made read everything.
     bool watched = get_bool(s, "tracking", false);
