@@ -229,8 +229,7 @@ void Follower::whole_tree(Dirty dirty, std::int64_t bandwidth, bool copy) {
   copied_ = true;
 }
 
-std::vector<Writer> Follower::add_mapped(bool final) {
-  auto writers = find_writers(*tree_, {.path = settings_.path, .mapped_only = !final});
+void Follower::add_mapped(const std::vector<Writer>& writers, bool final) {
   for (const auto& w : writers) {
     if (!w.mapped) continue;
     struct stat st {};
@@ -249,7 +248,6 @@ std::vector<Writer> Follower::add_mapped(bool final) {
     else if (filter_.includes(w.path, false)) dirty_.add(w.path, why_content | why_attributes);
     if (mapped_seen_.size() > 10000) mapped_seen_.clear();
   }
-  return writers;
 }
 
 Flushed Follower::pass(bool final, Deadline deadline, std::int64_t bandwidth) {
@@ -257,15 +255,14 @@ Flushed Follower::pass(bool final, Deadline deadline, std::int64_t bandwidth) {
   Ticks began = system_clock().now();
   require_place();
   if (!watch_) dirty_.rescan(watch_trouble_);
-  if (watch_) {
-    Ticks from = system_clock().now();
-    static constexpr auto every = mapped_every.count() * 1'000'000;
-    if (final || from - last_mapped_ > every) {
-      auto writers = add_mapped(final);
-      if (final) out.writers = std::move(writers);
-      last_mapped_ = system_clock().now();
-      out.scan_ms = ms_between(from, last_mapped_);
-    }
+  Ticks from = system_clock().now();
+  static constexpr auto every = mapped_every.count() * 1'000'000;
+  if (final || (watch_ && from - last_mapped_ > every)) {
+    auto writers = find_writers(*tree_, {.path = settings_.path, .mapped_only = !final});
+    add_mapped(writers, final);
+    if (final) out.writers = std::move(writers);
+    last_mapped_ = system_clock().now();
+    out.scan_ms = ms_between(from, last_mapped_);
   }
   try {
     for (int round = 0; round < (final ? 10 : 3); round++) {
@@ -282,7 +279,10 @@ Flushed Follower::pass(bool final, Deadline deadline, std::int64_t bandwidth) {
       if (dirty.rescan) {
         out.rescanned = true;
         whole_tree(std::move(dirty), bandwidth, false);
-        if (!watch_) break;
+        // rsync takes a file for unchanged by its time, which a write through memory moves later; and what was noted while
+        // everything was dirty is not kept.
+        if (final) add_mapped(out.writers, true);
+        else if (!watch_) break;
         continue;
       }
       Sent sent = sender_->send(*c, std::move(dirty), dirty_, {.durable = true, .bandwidth = bandwidth, .deadline = deadline, .stop = &stop_});

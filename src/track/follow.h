@@ -66,7 +66,7 @@ class Follower {
   void require_place();
   Flushed pass(bool final, Deadline deadline, std::int64_t bandwidth);
   void whole_tree(Dirty dirty, std::int64_t bandwidth, bool copy);
-  std::vector<Writer> add_mapped(bool final);
+  void add_mapped(const std::vector<Writer>& writers, bool final);
   Channel& channel(Deadline deadline);
   void hang_up();
 

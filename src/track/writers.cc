@@ -46,7 +46,7 @@ bool below(std::string_view path, std::string_view directory) {
 
 class Scan {
  public:
-  Scan(const Tree& tree, const WriterQuery& query) : query_(query) {
+  Scan(const Tree& tree, const WriterQuery& query) : tree_(tree), query_(query) {
     struct stat st;
     if (::fstat(tree.root(), &st) != 0) throw errno_error(errno, "stat", tree.label());
     dev_ = st.st_dev;
@@ -90,6 +90,16 @@ class Scan {
     return true;
   }
 
+  // Whether this file can be one of the tree's. Most are on its device; those of an overlay or of a subvolume have another one
+  // each, and are known by being what the tree has at their path. `st_dev` 0: not known.
+  bool may_be_ours(const struct stat& st, const std::string& path) {
+    if (st.st_dev == dev_) return true;
+    std::string relative;
+    struct stat here;
+    if (!inside(path, relative) || ::fstatat(tree_.root(), relative.c_str(), &here, AT_SYMLINK_NOFOLLOW) != 0) return false;
+    return here.st_ino == st.st_ino && (st.st_dev == 0 || here.st_dev == st.st_dev);
+  }
+
   void maps(pid_t pid, const std::string& text) {
     for (std::size_t at = 0; at < text.size();) {
       auto end = text.find('\n', at);
@@ -101,13 +111,26 @@ class Scan {
       if (space == std::string_view::npos || line.substr(space + 1, 4).size() < 4) continue;
       std::string_view perms = line.substr(space + 1, 4);
       if (perms[1] != 'w' || perms[3] != 's') continue;
+      unsigned long low, high;
       unsigned major, minor;
       unsigned long long ino;
       int used = 0;
-      if (std::sscanf(std::string(line).c_str(), "%*s %*s %*s %x:%x %llu %n", &major, &minor, &ino, &used) < 3 || ino == 0) continue;
-      if (makedev(major, minor) != dev_) continue;
+      if (std::sscanf(std::string(line).c_str(), "%lx-%lx %*s %*s %x:%x %llu %n", &low, &high, &major, &minor, &ino, &used) < 5 || ino == 0)
+        continue;
+      // The device in this line is the file system's own, which is not always the one that stat tells (btrfs): the file itself
+      // is asked where that is allowed.
+      char name[64];
+      std::snprintf(name, sizeof name, "/map_files/%lx-%lx", low, high);
+      const std::string one = "/proc/" + pid_ + name;
       std::string path(line.substr(std::min(line.size(), static_cast<std::size_t>(used))));
-      add(pid, path, static_cast<ino_t>(ino), true);
+      struct stat st {};
+      if (::stat(one.c_str(), &st) == 0) {
+        path = link_text(one);
+      } else {
+        st.st_ino = static_cast<ino_t>(ino);
+        st.st_dev = makedev(major, minor) == dev_ ? dev_ : 0;
+      }
+      if (may_be_ours(st, path)) add(pid, path, st.st_ino, true);
     }
   }
 
@@ -119,8 +142,9 @@ class Scan {
       struct stat link, st;
       // The mode of the link itself says how the file was opened.
       if (e->d_name[0] == '.' || ::lstat(one.c_str(), &link) != 0 || !(link.st_mode & S_IWUSR)) continue;
-      if (::stat(one.c_str(), &st) != 0 || !S_ISREG(st.st_mode) || st.st_dev != dev_) continue;
-      add(pid, link_text(one), st.st_ino, false);
+      if (::stat(one.c_str(), &st) != 0 || !S_ISREG(st.st_mode)) continue;
+      std::string path = link_text(one);
+      if (may_be_ours(st, path)) add(pid, path, st.st_ino, false);
     }
     ::closedir(d);
   }
@@ -174,6 +198,7 @@ class Scan {
     if (found_.size() > from && query_.except.contains(found_[from].pid)) found_.resize(from);
   }
 
+  const Tree& tree_;
   const WriterQuery& query_;
   dev_t dev_ = 0;
   std::string own_space_, place_, pid_, space_;
