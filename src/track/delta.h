@@ -85,6 +85,7 @@ class Sender {
   void answer_need(Unpacker in);
   void send_data(std::uint32_t index, std::uint64_t offset, std::string_view bytes);
   bool dirty_name(const std::string& path) const;
+  void require_running() const;
   void throttle();
 
   const Tree& tree_;
@@ -93,6 +94,7 @@ class Sender {
   Accounts& accounts_;
   Cursor cursor_;
   std::set<std::pair<int, id_t>> told_;
+  std::uint64_t accounts_then_ = 0;  // when they were told
 
   // of one send()
   Channel* channel_ = nullptr;
@@ -147,6 +149,8 @@ class Receiver {
   int need_parent(const std::string& path, std::string& name);
   void fail(const std::string& path, const std::string& why, bool parent_missing = false);
   void make_durable();
+  void set_owner(const std::pair<const std::pair<Accounts::Kind, id_t>, std::string>& told);
+  void renew_owners();
 
   const Tree& tree_;
   const Filter& filter_;
@@ -154,6 +158,9 @@ class Receiver {
   ReceiveOptions options_;
   Cursor cursor_;
   OwnerMap owners_;
+  std::map<std::pair<Accounts::Kind, id_t>, std::string> told_;
+  std::uint64_t accounts_then_ = 0;
+  bool between_batches_ = true;
 
   std::vector<Pending> batch_;
   Fd writing_;

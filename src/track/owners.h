@@ -3,12 +3,15 @@
 
 #include <sys/types.h>
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <map>
 #include <mutex>
 #include <optional>
 #include <string>
+
+#include "base/clock.h"
 
 namespace rehome::track {
 
@@ -22,12 +25,21 @@ class Accounts {
   std::optional<id_t> id(Kind kind, const std::string& name);
   // Reads the files again: accounts may have been made since.
   void refresh();
+  // The same where a file has changed since it was read; and what getent did not know some time ago is asked again. To be
+  // called before every pass. The number differs from the last one's when answers may differ.
+  std::uint64_t renew();
 
  private:
+  using FileState = std::array<std::int64_t, 6>;
+  static const char* file(Kind kind) { return kind == Kind::user ? "/etc/passwd" : "/etc/group"; }
+  static FileState state_of(const char* file);
   void load(Kind kind);
   std::mutex mutex_;
+  std::uint64_t generation_ = 0;
   struct Table {
     bool loaded = false;
+    FileState state{};    // of the file, before it was read
+    Ticks unknown_at = 0; // when the first that is unknown now was asked for; 0: none is
     std::map<id_t, std::string> names;
     std::map<std::string, std::optional<id_t>> ids;
   } tables_[2];

@@ -70,12 +70,14 @@ void Receiver::serve(Channel& channel, const std::atomic<bool>& stop) {
     if (!channel.readable(Millis(200))) continue;
     if (!channel.receive_or_end(f)) return;
     Unpacker u(f.payload);
+    if (between_batches_) renew_owners();
+    between_batches_ = false;
     switch (f.type) {
       case FrameType::owner: {
         auto kind = u.u8() ? Accounts::Kind::group : Accounts::Kind::user;
         id_t id = u.u32();
         if (!options_.owner_by_name) break;
-        if (auto here = accounts_.id(kind, std::string(u.bytes()))) owners_.set(kind, id, *here);
+        set_owner(*told_.insert_or_assign({kind, id}, std::string(u.bytes())).first);
         break;
       }
       case FrameType::hint: {
@@ -130,6 +132,19 @@ void Receiver::serve(Channel& channel, const std::atomic<bool>& stop) {
       default: throw Error(Code::io, "a frame of type " + std::to_string(static_cast<int>(f.type)) + " makes no sense here");
     }
   }
+}
+
+void Receiver::set_owner(const std::pair<const std::pair<Accounts::Kind, id_t>, std::string>& told) {
+  auto [kind, id] = told.first;
+  owners_.set(kind, id, accounts_.id(kind, told.second).value_or(id));
+}
+
+// Accounts that were made here since the connection began take effect with the next batch.
+void Receiver::renew_owners() {
+  auto now = accounts_.renew();
+  if (now == accounts_then_) return;
+  accounts_then_ = now;
+  for (const auto& told : told_) set_owner(told);
 }
 
 void Receiver::fail(const std::string& path, const std::string& why, bool parent_missing) {
@@ -611,6 +626,7 @@ void Receiver::on_commit(Channel& channel, bool durable) {
   changed_directories_.clear();
   failures_.clear();
   entries_ = 0;
+  between_batches_ = true;
 }
 
 }  // namespace rehome::track

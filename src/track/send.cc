@@ -118,6 +118,10 @@ Sent Sender::send(Channel& channel, Dirty dirty, DirtySet& again, const SendOpti
   began_ = system_clock().now();
   sent_before_ = channel.sent();
   cursor_.forget();
+  if (auto now = accounts_.renew(); now != accounts_then_) {
+    accounts_then_ = now;
+    told_.clear();
+  }
   try {
     send_all(channel, dirty, again);
   } catch (...) {
@@ -382,6 +386,7 @@ void Sender::send_entry(const std::string& path, Meta meta, std::uint8_t why) {
   pending_ += payload.size();
   asked_.push_back({e.path, why});
   uncommitted_ = true;
+  throttle();
   if (asked_.size() >= most_entries || pending_ >= most_pending) finish_batch();
 }
 
@@ -390,13 +395,23 @@ void Sender::send_data(std::uint32_t index, std::uint64_t offset, std::string_vi
   throttle();
 }
 
-void Sender::throttle() {
+void Sender::require_running() const {
   if (options_.stop && *options_.stop) throw Error(Code::interrupted, "the agent stops");
+}
+
+void Sender::throttle() {
+  require_running();
   if (options_.bandwidth <= 0) return;
   auto sent = channel_->sent() - sent_before_;
   double should = static_cast<double>(sent) / static_cast<double>(options_.bandwidth) * 1000.0;
-  double took = ms_between(began_, system_clock().now());
-  if (should > took + 5) system_clock().sleep(Millis(static_cast<std::int64_t>(std::min(should - took, 500.0))));
+  while (true) {
+    double ahead = should - ms_between(began_, system_clock().now());
+    if (ahead <= 5) return;
+    if (options_.deadline.passed()) throw Error(Code::timeout, "what changed in " + tree_.label() + " could not be sent in time at the bandwidth that is allowed", "raise limits: bandwidth", true);
+    // In steps: whoever stops the agent does not wait for a large file's turn.
+    system_clock().sleep(Millis(static_cast<std::int64_t>(std::min(ahead, 500.0))));
+    require_running();
+  }
 }
 
 void Sender::answer_need(Unpacker in) {

@@ -60,8 +60,9 @@ class Sending : public ::testing::Test {
     ::chmod(dir.path().c_str(), 0755);
     ::chmod((dir.path() + "/shut").c_str(), 0700);
   }
-  Sent send(Dirty dirty) {
-    return sender.send(*peer.channel, std::move(dirty), again, {.durable = true, .deadline = Deadline::in(Millis(10'000))});
+  Sent send(Dirty dirty) { return send(sender, std::move(dirty)); }
+  Sent send(Sender& by, Dirty dirty) {
+    return by.send(*peer.channel, std::move(dirty), again, {.durable = true, .deadline = Deadline::in(Millis(10'000))});
   }
   std::uint8_t kept(const std::string& path) {
     Dirty d = again.take();
@@ -106,7 +107,9 @@ TEST_F(Sending, TooManyOpenFilesRemoveNothing) {
     low.rlim_cur = static_cast<rlim_t>(lowest.get() + free);
     lowest.reset();
     ::setrlimit(RLIMIT_NOFILE, &low);
-    Sent sent = send({.paths = {{"x", why_tree}, {"x/y/2", why_content}, {"shut/in", why_content}}});
+    // With nothing open from the round before.
+    Sender fresh(tree, filter, links, accounts);
+    Sent sent = send(fresh, {.paths = {{"x", why_tree}, {"x/y/2", why_content}, {"shut/in", why_content}}});
     ::setrlimit(RLIMIT_NOFILE, &old);
     EXPECT_FALSE(sent.failed.empty()) << free;
     EXPECT_TRUE(kept("x") & why_tree) << free;
@@ -115,6 +118,34 @@ TEST_F(Sending, TooManyOpenFilesRemoveNothing) {
   peer.end();
   EXPECT_TRUE(peer.removed.empty()) << *peer.removed.begin();
   EXPECT_FALSE(peer.listed.contains("x"));
+}
+
+TEST_F(Sending, TheBandwidthLimitHoldsForSmallAndForLargeFiles) {
+  for (int i = 0; i < 40; i++) write_durably(dir.path() + "/small" + std::to_string(i), std::string(10'000, 's'), 0644);
+  Dirty dirty;
+  for (int i = 0; i < 40; i++) dirty.paths["small" + std::to_string(i)] = why_content;
+  Ticks began = system_clock().now();
+  Sent sent = sender.send(*peer.channel, std::move(dirty), again, {.bandwidth = 200'000});
+  // 400 KB at 200 KB a second: what is sent last need not be waited for.
+  EXPECT_GT(ms_between(began, system_clock().now()), 1'500);
+  EXPECT_GT(sent.bytes, 400'000);
+}
+
+TEST_F(Sending, ALimitedSendStopsAtOnce) {
+  // One frame that is worth ten seconds: more than one step of waiting.
+  write_durably(dir.path() + "/large", std::string(100'000, 'l'), 0644);
+  std::atomic<bool> stop{false};
+  std::thread stopper([&] {
+    system_clock().sleep(Millis(1'200));
+    stop = true;
+  });
+  Ticks began = system_clock().now();
+  EXPECT_THROW(sender.send(*peer.channel, {.paths = {{"large", why_content}}}, again, {.bandwidth = 10'000, .stop = &stop}), Error);
+  stopper.join();
+  double ms = ms_between(began, system_clock().now());
+  EXPECT_GT(ms, 1'000);
+  EXPECT_LT(ms, 4'000);
+  EXPECT_EQ(kept("large"), why_content);
 }
 
 }  // namespace

@@ -99,7 +99,8 @@ class Channel {
   bool readable(Millis wait);
   // False when the other end closed cleanly before a frame.
   bool receive_or_end(Frame& frame, Deadline deadline = {});
-  std::uint64_t sent() const { return sent_; }
+  // Bytes, with those that wait in the buffer.
+  std::uint64_t sent() const { return sent_ + out_.size(); }
 
  private:
   bool fill(Deadline deadline);
