@@ -5,10 +5,12 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 
 #include "base/error.h"
+#include "base/text.h"
 
 namespace rehome {
 
@@ -84,7 +86,27 @@ void make_directories(const std::string& path, unsigned mode) {
   throw errno_error(err, "make directory", path);
 }
 
+// A mount of somebody's tree that a killed process left there would be emptied with the rest.
+static void refuse_mounts_below(const std::string& path) {
+  std::error_code ec;
+  const std::string real = std::filesystem::canonical(path, ec).string();
+  if (ec) return;   // not there, or not to be looked at: the removal says so
+  // As mountinfo writes it.
+  std::string prefix;
+  for (char c : real + "/") {
+    char octal[5];
+    std::snprintf(octal, sizeof octal, "\\%03o", static_cast<unsigned>(c));
+    prefix += c == ' ' || c == '\t' || c == '\n' || c == '\\' ? std::string(octal) : std::string(1, c);
+  }
+  for (const auto& line : split(read_file("/proc/self/mountinfo"), '\n')) {
+    auto field = split(line, ' ');
+    if (field.size() > 4 && field[4].starts_with(prefix))
+      throw Error(Code::state, "something is mounted at " + field[4] + ", below " + path + ", which is not removed", "umount " + field[4]);
+  }
+}
+
 void remove_tree(const std::string& path) {
+  refuse_mounts_below(path);
   std::error_code ec;
   std::filesystem::remove_all(path, ec);
   if (ec && ec != std::errc::no_such_file_or_directory)

@@ -23,7 +23,8 @@ void fsync_directory(const std::string& path);
 void write_all(int fd, std::string_view bytes, std::string_view what);
 
 void make_directories(const std::string& path, unsigned mode = 0700);  // with parents; existing ones are fine
-void remove_tree(const std::string& path);                             // what is missing is fine
+// With all that is in it; what is missing is fine. Error(state) while anything is mounted below: it would be emptied too.
+void remove_tree(const std::string& path);
 std::vector<std::string> list_directory(const std::string& path);      // sorted names without . and ..
 std::string parent_path(const std::string& path);
 

@@ -169,7 +169,13 @@ class TrackModule : public AgentModule {
     if (value.is_null()) saved.erase(key);
     else saved[key] = value;
     if (saved == before) return;
-    save();
+    try {
+      save();
+    } catch (...) {
+      // Asked again it must not be taken for done.
+      stores_[store].saved = std::move(before);
+      throw;
+    }
   }
 
   std::shared_ptr<Follower> follower(const Json& request) {

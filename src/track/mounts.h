@@ -31,10 +31,6 @@ std::vector<Mount> mounts_below(const std::string& path);
 // part that does is resolved. Throws Error(io) where it cannot be looked at.
 std::string resolve_path(const std::string& path);
 
-// Throws Error(state), naming the first, while anything is mounted below `directory`: for who is about to remove it with all
-// that is in it, and would remove through a leftover mount of a tree that is in use.
-void refuse_mounts_below(const std::string& directory);
-
 // Takes away every mount at `place`. What is not there, or no mount, is fine. Throws Error(io).
 void unmount_all(const std::string& place);
 
