@@ -21,6 +21,8 @@
 #include "track/compare.h"
 #include "track/follow.h"
 #include "track/mounts.h"
+#include "track/probe.h"
+#include "track/receiving.h"
 #include "track/root.h"
 #include "track/writers.h"
 
@@ -30,65 +32,6 @@ namespace {
 
 // How often what could not be taken up is tried again.
 constexpr Millis restore_every{3000};
-
-// A tree that the other agent may write into.
-struct Receiving {
-  StoreSettings settings;
-  Filter filter;
-  RootId id;
-  WritableRoot root;
-  std::optional<Tree> tree;
-  Receiving(StoreSettings s, const RootId& r, const std::string& private_place)
-      : settings(std::move(s)), filter(settings.include, settings.exclude), id(r), root(settings.path, private_place) {
-    Fd copy(::fcntl(root.dir(), F_DUPFD_CLOEXEC, 3));
-    if (!copy) throw errno_error(errno, "keep open", settings.path);
-    tree.emplace(std::move(copy), settings.path);
-  }
-  // Throws unless the application will find at the path what is written here.
-  void require_place() const {
-    RootId now = require_root(settings.path, id);
-    struct stat st;
-    if (::fstat(root.dir(), &st) != 0) throw errno_error(errno, "stat", settings.path);
-    if (st.st_dev != now.dev || st.st_ino != now.ino)
-      throw Error(Code::store, settings.path + " was mounted again since it is written here", "restart the agent of that side", true);
-  }
-
-  // Streams of the peer that write here. They end, all of them, before the tree is opened to its application.
-  std::mutex mutex;
-  std::atomic<bool> revoked{true};  // the peer may write only while this is false
-  std::set<int> streams;
-  std::condition_variable ended;
-  std::string rsync_failure;  // of the last rsync server here: its client may not hear of it
-  int rsyncs = 0;             // that run
-  void revoke() {
-    std::unique_lock lock(mutex);
-    revoked = true;
-    for (int fd : streams) ::shutdown(fd, SHUT_RDWR);
-    ended.wait(lock, [&] { return streams.empty(); });
-  }
-};
-
-class Stream {
- public:
-  Stream(Receiving& r, int fd, const std::string& store) : r_(r), fd_(fd) {
-    std::lock_guard lock(r.mutex);
-    if (r.revoked)
-      throw Error(Code::denied, "store " + store + " is in use on this side; nothing is written from the other",
-                  "see status: which side serves?");
-    r.streams.insert(fd);
-  }
-  ~Stream() {
-    std::lock_guard lock(r_.mutex);
-    r_.streams.erase(fd_);
-    r_.ended.notify_all();
-  }
-  Stream(const Stream&) = delete;
-  Stream& operator=(const Stream&) = delete;
-
- private:
-  Receiving& r_;
-  int fd_;
-};
 
 struct Kept {
   std::shared_ptr<Follower> follower;
@@ -540,100 +483,8 @@ class TrackModule : public AgentModule {
     return list;
   }
 
-  // Changes nothing: what check asks of each side.
   Json on_probe(const Json& request, AgentConnection&) {
-    std::string asked = get_string(request, "path");
-    const std::string path = resolve_path(asked);
-    while (asked.ends_with('/')) asked.pop_back();
-    Json out{{"exists", exists(path)}, {"rsync", rsync_version()}, {"root", ::geteuid() == 0}};
-    std::string at = path;
-    while (!exists(at) && at.size() > 1) at = parent_path(at);
-    struct stat st;
-    if (::stat(at.c_str(), &st) != 0) throw errno_error(errno, "stat", at);
-    out["directory"] = exists(path) && S_ISDIR(st.st_mode);
-    struct statvfs v;
-    if (::statvfs(at.c_str(), &v) != 0) throw errno_error(errno, "look at the file system of", at);
-    out["free_bytes"] = static_cast<std::int64_t>(v.f_bavail) * static_cast<std::int64_t>(v.f_frsize);
-    out["free_inodes"] = static_cast<std::int64_t>(v.f_favail);
-    out["all_inodes"] = static_cast<std::int64_t>(v.f_files);
-    out["read_only"] = (v.f_flag & ST_RDONLY) != 0;
-    auto mounts = read_mounts();
-    dev_t dev = 0;
-    place_in_file_system(mounts, at, &dev);
-    for (const auto& m : mounts)
-      if (m.dev == dev) out["file_system"] = m.type;
-    Json below = Json::array();
-    // In the words of who asks, whose patterns are compared with these.
-    for (const auto& m : mounts_below(path)) below.push_back(shown(asked + m.point.substr(path == "/" ? 0 : path.size())));
-    out["mounts_below"] = below;
-    if (out["directory"].get<bool>()) {
-      out["watch_obstacle"] = Watch::obstacle(path);
-      Fd fd(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-      if (!fd) throw errno_error(errno, "open", path, "the agent must be able to read it");
-      bool empty = true;
-      each_name(fd.get(), "", [&](std::string_view, ino_t, unsigned char) { return empty = false; });
-      out["empty"] = empty;
-    }
-    if (get_bool(request, "count", false) && out["directory"].get<bool>()) count_tree(path, request, out);
-    if (get_bool(request, "attributes", false)) try_attributes(at, out);
-    return out;
-  }
-
-  void count_tree(const std::string& path, const Json& request, Json& out) {
-    StoreSettings settings = settings_from(request);
-    Filter filter(settings.include, settings.exclude);
-    Tree tree(Fd(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)), path);
-    std::int64_t files = 0, bytes = 0, linked = 0, xattrs = 0, acls = 0;
-    std::set<id_t> users, groups;
-    walk(tree, filter, [&](const std::string& p, ino_t, unsigned char, int directory) {
-      auto m = read_meta(directory, std::string(name_of(p)), p);
-      if (!m) return !host_.stopping();
-      files++;
-      if (m->is_file()) bytes += m->size / static_cast<std::int64_t>(std::max<nlink_t>(1, m->nlink));
-      linked += !m->is_directory() && m->nlink > 1;
-      for (const auto& [k, v] : m->xattrs) (is_acl(k) ? acls : xattrs)++;
-      if (users.size() < 10000) users.insert(m->uid);
-      if (groups.size() < 10000) groups.insert(m->gid);
-      for (const auto& [k, v] : m->xattrs)
-        if (is_acl(k))
-          each_acl_id(v, [&](Accounts::Kind kind, id_t id) { (kind == Accounts::Kind::user ? users : groups).insert(id); });
-      return !host_.stopping();
-    });
-    out["files"] = files;
-    out["bytes"] = bytes;
-    out["linked"] = linked;
-    out["xattrs"] = xattrs;
-    out["acls"] = acls;
-    Json names[2] = {Json::array(), Json::array()}, numbers[2] = {Json::array(), Json::array()};
-    accounts_.refresh();
-    for (auto kind : {Accounts::Kind::user, Accounts::Kind::group})
-      for (id_t id : kind == Accounts::Kind::user ? users : groups) {
-        if (id == 0) continue;
-        std::string name = accounts_.name(kind, id);
-        if (name.empty()) numbers[kind == Accounts::Kind::group].push_back(id);
-        else names[kind == Accounts::Kind::group].push_back(name);
-      }
-    out["users"] = names[0];
-    out["groups"] = names[1];
-    out["unnamed_users"] = numbers[0];
-    out["unnamed_groups"] = numbers[1];
-  }
-
-  // Whether the file system keeps attributes and ACLs: tried on a file of our own, which is removed.
-  void try_attributes(const std::string& directory, Json& out) {
-    std::string name = directory + "/.rehome-probe." + std::to_string(::getpid());
-    Fd fd(::open(name.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
-    if (!fd) throw errno_error(errno, "create", name, "the agent must be able to write there");
-    ::unlink(name.c_str());
-    out["has_xattrs"] = ::fsetxattr(fd.get(), "user.rehome", "1", 1, 0) == 0;
-    struct {
-      std::uint32_t version = 2;
-      struct {
-        std::uint16_t tag, perm;
-        std::uint32_t id;
-      } e[5] = {{1, 6, ~0u}, {2, 4, 1}, {4, 4, ~0u}, {16, 4, ~0u}, {32, 0, ~0u}};
-    } acl;
-    out["has_acls"] = ::fsetxattr(fd.get(), "system.posix_acl_access", &acl, sizeof acl, 0) == 0;
+    return probe(request, accounts_, [this] { return host_.stopping().load(); });
   }
 
   // What must be gone before STATE is removed.

@@ -1,0 +1,80 @@
+// A tree that the other agent may write into, and the streams through which it does.
+#pragma once
+
+#include <fcntl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <string>
+
+#include "base/error.h"
+#include "track/follow.h"
+#include "track/mounts.h"
+#include "track/root.h"
+
+namespace rehome::track {
+
+struct Receiving {
+  StoreSettings settings;
+  Filter filter;
+  RootId id;
+  WritableRoot root;
+  std::optional<Tree> tree;
+  Receiving(StoreSettings s, const RootId& r, const std::string& private_place)
+      : settings(std::move(s)), filter(settings.include, settings.exclude), id(r), root(settings.path, private_place) {
+    Fd copy(::fcntl(root.dir(), F_DUPFD_CLOEXEC, 3));
+    if (!copy) throw errno_error(errno, "keep open", settings.path);
+    tree.emplace(std::move(copy), settings.path);
+  }
+  // Throws unless the application will find at the path what is written here.
+  void require_place() const {
+    RootId now = require_root(settings.path, id);
+    struct stat st;
+    if (::fstat(root.dir(), &st) != 0) throw errno_error(errno, "stat", settings.path);
+    if (st.st_dev != now.dev || st.st_ino != now.ino)
+      throw Error(Code::store, settings.path + " was mounted again since it is written here", "restart the agent of that side", true);
+  }
+
+  // Streams of the peer that write here. They end, all of them, before the tree is opened to its application.
+  std::mutex mutex;
+  std::atomic<bool> revoked{true};  // the peer may write only while this is false
+  std::set<int> streams;
+  std::condition_variable ended;
+  std::string rsync_failure;  // of the last rsync server here: its client may not hear of it
+  int rsyncs = 0;             // that run
+  void revoke() {
+    std::unique_lock lock(mutex);
+    revoked = true;
+    for (int fd : streams) ::shutdown(fd, SHUT_RDWR);
+    ended.wait(lock, [&] { return streams.empty(); });
+  }
+};
+
+class Stream {
+ public:
+  Stream(Receiving& r, int fd, const std::string& store) : r_(r), fd_(fd) {
+    std::lock_guard lock(r.mutex);
+    if (r.revoked)
+      throw Error(Code::denied, "store " + store + " is in use on this side; nothing is written from the other",
+                  "see status: which side serves?");
+    r.streams.insert(fd);
+  }
+  ~Stream() {
+    std::lock_guard lock(r_.mutex);
+    r_.streams.erase(fd_);
+    r_.ended.notify_all();
+  }
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+
+ private:
+  Receiving& r_;
+  int fd_;
+};
+
+}  // namespace rehome::track
