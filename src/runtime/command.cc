@@ -7,6 +7,10 @@ namespace {
 // The agent is the last that the kernel ends when memory is short; what it starts shall not be that, too.
 constexpr char kAsOthers[] = "{ echo 0 >/proc/self/oom_score_adj; } 2>/dev/null; ";
 
+// Sets p to the pid file's process and succeeds where that lives: one that has ended, and that nobody has waited for yet, still
+// takes signals.
+constexpr char kLives[] = "p=$(cat \"$f\" 2>/dev/null) && [ -n \"$p\" ] && kill -0 $p 2>/dev/null && ! grep -q '^State:[[:space:]]*[ZX]' /proc/$p/status 2>/dev/null";
+
 class CommandService : public Service {
  public:
   explicit CommandService(const ServiceConfig& config) : config_(config) {}
@@ -35,7 +39,7 @@ class CommandService : public Service {
 
   bool running(Site& site) override {
     const std::string& file = config_.on[site.side()].pid_file;
-    return site.exec({.argv = {"sh", "-c", "p=$(cat \"$1\" 2>/dev/null) && [ -n \"$p\" ] && kill -0 $p 2>/dev/null", "sh", file}}).ok();
+    return site.exec({.argv = {"sh", "-c", std::string("f=$1; ") + kLives, "sh", file}}).ok();
   }
 
   void start(Site& site) override {
@@ -85,8 +89,7 @@ class CommandService : public Service {
     a.name = "start " + config_.name;
     // Idempotent: nothing when it runs.
     a.argv = {"sh", "-c",
-              "f=$1; shift; p=$(cat \"$f\" 2>/dev/null) && [ -n \"$p\" ] && kill -0 $p 2>/dev/null && exit 0; "
-              "[ $# -gt 0 ] || exit 0; " + std::string(kAsOthers) + "cd /; setsid \"$@\" </dev/null >/dev/null 2>&1 &",
+              std::string("f=$1; shift; ") + kLives + " && exit 0; [ $# -gt 0 ] || exit 0; " + kAsOthers + "cd /; setsid \"$@\" </dev/null >/dev/null 2>&1 &",
               "sh", on.pid_file};
     a.argv.insert(a.argv.end(), on.start.begin(), on.start.end());
     a.timeout = config_.start_timeout;

@@ -96,7 +96,7 @@ start_and_stop() { # HOST SHOP: what starts and ends its shop
   local dir=$world/$1
   cat >"$dir/start" <<SH
 #!/bin/sh
-[ ! -e '$dir/run/pid' ] || ! kill -0 "\$(cat '$dir/run/pid')" 2>/dev/null || exit 0
+[ ! -e '$dir/run/pid' ] || grep -qs '^State:[[:space:]]*[ZX]' "/proc/\$(cat '$dir/run/pid')/status" || ! kill -0 "\$(cat '$dir/run/pid')" 2>/dev/null || exit 0
 rm -f '$dir/run/pid'
 setsid '$bin/rehome-shop' --listen 127.0.0.1:$2 --db '$(site conninfo "$1")' --files '$dir/files' --threads 16 --pid-file '$dir/run/pid' </dev/null >>'$dir/shop.log' 2>&1 &
 for i in \$(seq 200); do [ ! -s '$dir/run/pid' ] || exit 0; sleep 0.05; done
