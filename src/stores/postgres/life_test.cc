@@ -27,10 +27,7 @@ TEST_P(PostgresLife, SwitchAndReverseUnderLoad) {
   PostgresStore store(w.deployment.stores[0], w.deployment);
   for (const auto& f : store.preflight(w.context())) EXPECT_NE(f.level, Finding::Level::error) << f.id << " " << f.object << ": " << f.message << " / " << f.mend;
   Load load({&source, &target}, "shop", 4);
-  store.prepare(w.context());
-  store.copy(w.context());
-  store.follow(w.context());
-  wait_until_following(w, store);
+  begin(w, store);
   EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
   EXPECT_THROW(target.session("shop")->exec("INSERT INTO public.account VALUES (-1, 0)"), PgError);
   EXPECT_THROW(target.session("shop")->exec("TRUNCATE public.log"), PgError);
@@ -90,10 +87,7 @@ TEST(PostgresChange, SchemaChangeMustBeCopiedAgain) {
   World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
   PostgresStore store(w.deployment.stores[0], w.deployment);
   Load load({&source, &target}, "shop", 2);
-  store.prepare(w.context());
-  store.copy(w.context());
-  store.follow(w.context());
-  wait_until_following(w, store);
+  begin(w, store);
   source.session("shop")->exec("SET search_path = public; CREATE TABLE added(id int PRIMARY KEY); INSERT INTO added VALUES (1); ALTER TABLE churn ADD COLUMN extra int DEFAULT 7; "
                                "CREATE TEMP TABLE t(id int); DROP TABLE t");
   auto again = store.needs_recopy(w.context());
@@ -122,10 +116,7 @@ TEST(PostgresCutTest, ControllerLostAtEachPhase) {
   source.session("shop")->exec("SET search_path = public; " + Load::schema(5));
   World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
   PostgresStore store(w.deployment.stores[0], w.deployment);
-  store.prepare(w.context());
-  store.copy(w.context());
-  store.follow(w.context());
-  wait_until_following(w, store);
+  begin(w, store);
   Direction d{Side::source};
   store.prepare_reverse(w.context(), d);
   Load load({&source, &target}, "shop", 2);
@@ -199,10 +190,7 @@ TEST(PostgresWindow, SchemaChangesAfterTheSwitch) {
   source.session("shop")->exec("SET search_path = public; " + Load::schema(2));
   World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
   PostgresStore store(w.deployment.stores[0], w.deployment);
-  store.prepare(w.context());
-  store.copy(w.context());
-  store.follow(w.context());
-  wait_until_following(w, store);
+  begin(w, store);
   switch_over(w, store, {Side::source});
   EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
   const char* change = "CREATE TABLE public.made(id bigint PRIMARY KEY, t text); ALTER TABLE public.account ADD COLUMN note text DEFAULT 'none'";

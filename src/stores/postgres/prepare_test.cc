@@ -74,10 +74,7 @@ TEST(PostgresPublish, EveryTableCanBeChangedAndIsPutBackAsItWas) {
   for (const auto& f : store.preflight(w.context()))
     if (f.id == "postgres.keyless") keyless = f.message;
   EXPECT_EQ(keyless.substr(0, 8), "4 tables") << keyless;
-  store.prepare(w.context());
-  store.copy(w.context());
-  store.follow(w.context());
-  wait_until_following(w, store);
+  begin(w, store);
   for (const char* t : names) s->exec("UPDATE public." + std::string(t) + " SET a = 7 WHERE id = 1; DELETE FROM public." + t + " WHERE id = 2");
   Verdict verdict = store.verify(w.context());
   EXPECT_TRUE(verdict.equal) << (verdict.differences.empty() ? "" : verdict.differences[0].object + " " + verdict.differences[0].what);
@@ -107,10 +104,7 @@ TEST(PostgresExtension, ConfigurationIsCopiedFollowedAndFenced) {
   s->exec("SET search_path = public; CREATE EXTENSION rehome_config; INSERT INTO kinds VALUES (2, 'ours'); INSERT INTO jobs(kind, what) VALUES (2, 'sweep'), (1, 'mop'); CREATE TABLE plain(id int PRIMARY KEY)");
   World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
   PostgresStore store(w.deployment.stores[0], w.deployment);
-  store.prepare(w.context());
-  store.copy(w.context());
-  store.follow(w.context());
-  wait_until_following(w, store);
+  begin(w, store);
   s->exec("SET search_path = public; INSERT INTO jobs(kind, what) VALUES (2, 'dust'); DELETE FROM jobs WHERE what = 'mop'; CREATE EXTENSION rehome_more; INSERT INTO words VALUES ('b')");
   store.recopy(w.context());
   wait_until_following(w, store);
@@ -162,10 +156,7 @@ TEST(PostgresSettings, RowsLookTheSameWhateverTheServersSay) {
   PostgresStore store(w.deployment.stores[0], w.deployment);
   EXPECT_EQ(store.ask(w.context(), Side::source, "shop", "SELECT count(*) || ' ' || current_setting('TimeZone') FROM item"), "50 Asia/Tokyo");
   EXPECT_THROW(store.ask(w.context(), Side::source, "shop", "DELETE FROM item RETURNING 1"), PgError);
-  store.prepare(w.context());
-  store.copy(w.context());
-  store.follow(w.context());
-  wait_until_following(w, store);
+  begin(w, store);
   s->exec("UPDATE app.item SET at = at + interval '1 minute'");
   Verdict verdict = store.verify(w.context());
   EXPECT_TRUE(verdict.equal) << (verdict.differences.empty() ? "" : verdict.differences[0].object + " " + verdict.differences[0].what);
@@ -192,10 +183,7 @@ TEST(PostgresNames, DatabaseAndUserOfAnyName) {
   PostgresStore store(w.deployment.stores[0], w.deployment);
   for (const auto& f : store.preflight(w.context())) EXPECT_NE(f.level, Finding::Level::error) << f.id << " " << f.object << ": " << f.message;
   store.estimate(w.context());
-  store.prepare(w.context());
-  store.copy(w.context());
-  store.follow(w.context());
-  wait_until_following(w, store);
+  begin(w, store);
   source.session(name)->exec("ALTER TABLE public.item ADD COLUMN b int DEFAULT 3");
   EXPECT_EQ(store.needs_recopy(w.context()).size(), 1u);
   store.recopy(w.context());
@@ -243,10 +231,7 @@ TEST(PostgresSequences, AdvancedWithoutACut) {
                                "CREATE TABLE downwards(id int PRIMARY KEY); CREATE SEQUENCE down_seq INCREMENT -1 OWNED BY downwards.id; INSERT INTO downwards VALUES (-50); CREATE SEQUENCE alone");
   World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
   PostgresStore store(w.deployment.stores[0], w.deployment);
-  store.prepare(w.context());
-  store.copy(w.context());
-  store.follow(w.context());
-  wait_until_following(w, store);
+  begin(w, store);
   store.make_up_for_cut(w.context(), {Side::source});
   auto t = target.session("shop");
   auto at = [&](const std::string& sequence) { return t->number("SELECT last_value FROM public." + sequence); };

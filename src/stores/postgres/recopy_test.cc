@@ -27,13 +27,6 @@ bool said(World& w, const std::string& what) {
   return std::any_of(w.lines.begin(), w.lines.end(), [&](const std::string& l) { return l.find(what) != std::string::npos; });
 }
 
-void begin(World& w, PostgresStore& store) {
-  store.prepare(w.context());
-  store.copy(w.context());
-  store.follow(w.context());
-  wait_until_following(w, store);
-}
-
 class PostgresRecopy : public ::testing::TestWithParam<std::pair<int, int>> {};
 
 TEST_P(PostgresRecopy, OnlyTheTablesConcerned) {

@@ -72,6 +72,13 @@ void wait_until_following(World& w, PostgresStore& store) {
   }
 }
 
+void begin(World& w, PostgresStore& store) {
+  store.prepare(w.context());
+  store.copy(w.context());
+  store.follow(w.context());
+  wait_until_following(w, store);
+}
+
 double switch_over(World& w, PostgresStore& store, Direction d, const std::function<void()>& opened, const std::function<void()>& fenced) {
   store.prepare_reverse(w.context(), d);
   ActionSets sets = store.actions(w.context(), d);

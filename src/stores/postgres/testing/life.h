@@ -12,6 +12,8 @@ namespace rehome::testing {
 
 // Fails the test after a minute.
 void wait_until_following(World& w, PostgresStore& store);
+// All that `begin` does of a store, until it follows.
+void begin(World& w, PostgresStore& store);
 // `fenced` is called when the yielding side refuses, `opened` when the other is open. Returns the milliseconds between the
 // soft fence's request and the hard fence.
 double switch_over(World& w, PostgresStore& store, Direction d, const std::function<void()>& opened = {}, const std::function<void()>& fenced = {});
