@@ -91,19 +91,21 @@ CheckResult ask_sql(Store& store, StoreContext& context, const CheckConfig& chec
   return r;
 }
 
-CheckResult run_check(Run& run, const CheckConfig& check, Side side) {
+namespace {
+
+CheckResult try_check(Run& run, const CheckConfig& check, Side side, Deadline deadline) {
   Ticks from = system_clock().now();
   CheckResult r{.name = check.name, .side = side};
   try {
     switch (check.kind) {
       case CheckConfig::Kind::http:
-        return HttpCanary(run.deployment(), run.site(side), check, false).ask(Deadline::in(check.timeout));
+        return HttpCanary(run.deployment(), run.site(side), check, false).ask(deadline);
       case CheckConfig::Kind::sql:
         for (auto& store : run.stores())
           if (store->name() == check.store) return ask_sql(*store, run.stores_context(), check, side);
         break;
       case CheckConfig::Kind::command: {
-        Outcome o = run.site(side).exec({.argv = check.command}, Deadline::in(check.timeout));
+        Outcome o = run.site(side).exec({.argv = check.command}, deadline);
         r.ok = o.ok();
         if (!r.ok) r.said = "status " + std::to_string(o.status) + ": " + std::string(trim(o.err)).substr(0, 200);
         break;
@@ -114,6 +116,17 @@ CheckResult run_check(Run& run, const CheckConfig& check, Side side) {
   }
   r.ms = ms_between(from, system_clock().now());
   return r;
+}
+
+}  // namespace
+
+CheckResult run_check(Run& run, const CheckConfig& check, Side side) {
+  const Deadline until = Deadline::in(check.timeout);
+  for (Millis wait(50);; wait = std::min(2 * wait, Millis(500))) {
+    CheckResult r = try_check(run, check, side, until);
+    if (r.ok || until.left(check.timeout) <= wait) return r;
+    system_clock().sleep(wait);
+  }
 }
 
 bool meant_for(const CheckConfig& check, Side side) {

@@ -18,7 +18,8 @@ struct CheckResult {
 // Is this check asked of that side (its `where`)?
 bool meant_for(const CheckConfig& check, Side side);
 
-// Runs one check at one side; a check that cannot be run is a failed one that says why.
+// Runs one check at one side; a check that cannot be run is a failed one that says why. One that fails is asked again until its timeout:
+// a service that kept connections to a server that went meanwhile answers an error once for each of them.
 CheckResult run_check(Run& run, const CheckConfig& check, Side side);
 // One of SQL, in a session of its own; a write canary may write.
 CheckResult ask_sql(Store& store, StoreContext& context, const CheckConfig& check, Side side);

@@ -124,7 +124,7 @@ phase_is following source
 say "a failing write canary after the commit reverses by itself"
 cp "$good" "$world/shared/canary.yaml"
 yaml=$world/shared/canary.yaml
-sed -i 's#^checks:#checks:\n  - {name: cart, command: [/bin/false], where: target, canary: write}#' "$yaml"
+sed -i 's#^checks:#checks:\n  - {name: cart, command: [/bin/false], where: target, canary: write, timeout: 1s}#' "$yaml"
 status=0
 rehome -q switch >"$world/shared/canary.out" 2>&1 || status=$?
 [ $status = 10 ] || { cat "$world/shared/canary.out"; fail "a switch with a failing write canary ended with $status"; }
@@ -149,7 +149,7 @@ phase_is following source
 
 say "switch --when-ready and --plan waits for a long transaction"
 yaml=$world/shared/sql.yaml
-sed "s#^checks:#checks:\n  - {name: any, sql: select id from public.bulk limit 0, store: db}\n  - {name: sell, sql: \"insert into public.bulk values (-2, 'canary')\", store: db, where: target, canary: write}#" "$good" >"$yaml"
+sed "s#^checks:#checks:\n  - {name: second, command: [sh, -c, \"[ -e '$world/shared/asked' ] || { touch '$world/shared/asked'; exit 1; }\"], where: target}\n  - {name: any, sql: select id from public.bulk limit 0, store: db}\n  - {name: sell, sql: \"insert into public.bulk values (-2, 'canary')\", store: db, where: target, canary: write}#" "$good" >"$yaml"
 rehome plan --out "$world/shared/friday.plan" >/dev/null
 pg psql old 5432 -q -d shop -c "BEGIN; INSERT INTO bulk VALUES (-1, 'long'); SELECT pg_sleep(6); COMMIT" >/dev/null &
 long=$!
@@ -161,6 +161,7 @@ ends ready 0
 phase_is switched target
 [ "$(sql new shop "SELECT t FROM bulk WHERE id = -1")" = long ] || fail "the long transaction's row is not on the target"
 [ "$(sql new shop "SELECT t FROM bulk WHERE id = -2")" = canary ] || fail "the write canary in SQL wrote nothing"
+[ -e "$world/shared/asked" ] || fail "the check that fails at first was not asked"
 yaml=$good
 rehome -q reverse
 
