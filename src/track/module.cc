@@ -1,13 +1,9 @@
 #include "track/module.h"
 
-#include <fcntl.h>
-#include <sys/socket.h>
-#include <sys/statvfs.h>
-#include <sys/xattr.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
-#include <csignal>
 #include <condition_variable>
 #include <map>
 #include <mutex>
@@ -17,7 +13,6 @@
 #include "agent/module.h"
 #include "base/error.h"
 #include "sys/fs.h"
-#include "sys/process.h"
 #include "track/compare.h"
 #include "track/follow.h"
 #include "track/mounts.h"
@@ -413,7 +408,7 @@ class TrackModule : public AgentModule {
     bool final = get_bool(request, "final", false);
     Flushed r = f->flush(final, Deadline::in(Millis(get_int(request, "timeout_ms", 30'000))));
     return {{"files", r.sent.files}, {"bytes", r.sent.bytes}, {"ms", r.ms}, {"passes", r.passes}, {"rescanned", r.rescanned},
-            {"scan_ms", r.scan_ms}, {"paths", hex(r.sent.paths)}, {"writers", writers_json(r.writers)}};
+            {"scan_ms", r.scan_ms}, {"paths", hex(r.sent.paths)}, {"writers", to_json(r.writers)}};
   }
 
   Json on_arm(const Json& request, AgentConnection&) {
@@ -466,21 +461,7 @@ class TrackModule : public AgentModule {
   Json on_writers(const Json& request, AgentConnection&) {
     // With a path also before anything is tracked: check asks.
     const std::string path = request.contains("path") ? settings_from(request).path : follower(request)->settings().path;
-    Tree tree(Fd(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)), path);
-    if (tree.root() < 0) throw errno_error(errno, "open directory", path);
-    WriterQuery q{.path = path};
-    if (request.contains("pids"))
-      for (const auto& p : request["pids"]) q.except.insert(p.get<pid_t>());
-    if (request.contains("cgroups"))
-      for (const auto& g : request["cgroups"]) q.except_cgroups.push_back(g.get<std::string>());
-    return {{"writers", writers_json(find_writers(tree, q))}};
-  }
-  static Json writers_json(const std::vector<Writer>& writers) {
-    Json list = Json::array();
-    for (const auto& w : writers)
-      list.push_back({{"pid", w.pid}, {"program", w.program}, {"cgroup", w.cgroup}, {"path", shown(w.path)}, {"mapped", w.mapped},
-                      {"frozen", w.frozen}});
-    return list;
+    return writers_answer(request, path);
   }
 
   Json on_probe(const Json& request, AgentConnection&) {
@@ -548,13 +529,7 @@ class TrackModule : public AgentModule {
 
   Json on_sync(const Json& request, AgentConnection&) {
     auto r = receiving(request);
-    {
-      std::unique_lock lock(r->mutex);
-      if (!r->ended.wait_for(lock, std::chrono::seconds(15), [&] { return r->rsyncs == 0; }))
-        throw Error(Code::timeout, "rsync has not ended on the " + host_.side(), "see its agent's log", true);
-      if (!r->rsync_failure.empty())
-        throw Error(Code::store, r->settings.path + ": " + r->rsync_failure, "mend that on the " + host_.side() + "; it is tried again", true);
-    }
+    await_rsync(host_, *r);
     r->require_place();
     if (::syncfs(r->root.dir()) != 0) throw errno_error(errno, "sync the file system of", r->settings.path);
     return Json::object();
@@ -602,51 +577,7 @@ class TrackModule : public AgentModule {
     auto r = receiving(request);
     Stream stream(*r, c.fd.get(), get_string(request, "store"));
     r->require_place();
-    // Told to files.sync, which the other side asks for before it counts the pass as done.
-    struct Running {
-      Receiving& r;
-      std::string failure = "rsync here could not be run to its end";
-      explicit Running(Receiving& receiving) : r(receiving) {
-        std::lock_guard lock(r.mutex);
-        r.rsyncs++;
-      }
-      ~Running() {
-        std::lock_guard lock(r.mutex);
-        r.rsyncs--;
-        r.rsync_failure = failure;
-        r.ended.notify_all();
-      }
-    } running(*r);
-    Command command{.argv = check_server_argv(request.at("argv").get<std::vector<std::string>>()),
-                    // The descriptor, not the path: the path may be closed by our own bind mount.
-                    .directory = "/proc/self/fd/" + std::to_string(r->root.dir())};
-    int pair[2];
-    if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) != 0) throw errno_error(errno, "make a socket pair for", "rsync");
-    Fd ours(pair[0]), theirs(pair[1]);
-    Child child(command, {.err = true, .in_fd = theirs.get(), .out_fd = theirs.get()});
-    theirs.reset();
-    send_all(c.fd, "{\"ok\":true}\n", Deadline::in(Millis(5000)));
-    std::string ahead = c.in.take_buffered();
-    if (!ahead.empty()) send_all(ours, ahead, Deadline::in(Millis(30'000)));
-    relay(c.fd, ours, host_.stopping());
-    ours.reset();
-    if (r->revoked) child.kill(SIGKILL);
-    int status = 0;
-    std::string said;
-    try {
-      status = child.wait(Deadline::in(Millis(10'000)));
-    } catch (const Error&) {
-      child.kill(SIGKILL);
-      status = 137;
-    }
-    if (status != 0) {
-      ::fcntl(child.err.get(), F_SETFL, O_NONBLOCK);
-      char buf[600];
-      ssize_t n = ::read(child.err.get(), buf, sizeof buf);
-      said = "rsync here ended with status " + std::to_string(status) + ": " + std::string(buf, static_cast<std::size_t>(std::max<ssize_t>(0, n)));
-      host_.log("files " + get_string(request, "store") + ": " + said);
-    }
-    running.failure = said;
+    serve_rsync(host_, *r, request, c);
     return Json();
   }
 

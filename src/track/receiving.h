@@ -12,6 +12,7 @@
 #include <set>
 #include <string>
 
+#include "agent/module.h"
 #include "base/error.h"
 #include "track/follow.h"
 #include "track/mounts.h"
@@ -76,5 +77,12 @@ class Stream {
   Receiving& r_;
   int fd_;
 };
+
+// The receiving end of a pass of rsync, which writes below the tree's descriptor; the connection is joined to it until it ends. How it
+// ended is left in `r` for files.sync. `request`: files.rsync_server's; its argv is judged first.
+void serve_rsync(AgentHost& host, Receiving& r, const Json& request, AgentConnection& connection);
+
+// Until no rsync writes into it; throws what the last one failed with.
+void await_rsync(const AgentHost& host, Receiving& r);
 
 }  // namespace rehome::track

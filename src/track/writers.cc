@@ -210,4 +210,22 @@ class Scan {
 
 std::vector<Writer> find_writers(const Tree& tree, const WriterQuery& query) { return Scan(tree, query).run(); }
 
+Json to_json(const std::vector<Writer>& writers) {
+  Json list = Json::array();
+  for (const auto& w : writers)
+    list.push_back({{"pid", w.pid}, {"program", w.program}, {"cgroup", w.cgroup}, {"path", shown(w.path)}, {"mapped", w.mapped}, {"frozen", w.frozen}});
+  return list;
+}
+
+Json writers_answer(const Json& request, const std::string& path) {
+  Tree tree(Fd(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)), path);
+  if (tree.root() < 0) throw errno_error(errno, "open directory", path);
+  WriterQuery q{.path = path};
+  if (request.contains("pids"))
+    for (const auto& p : request["pids"]) q.except.insert(p.get<pid_t>());
+  if (request.contains("cgroups"))
+    for (const auto& g : request["cgroups"]) q.except_cgroups.push_back(g.get<std::string>());
+  return {{"writers", to_json(find_writers(tree, q))}};
+}
+
 }  // namespace rehome::track

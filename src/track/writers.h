@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "base/json.h"
 #include "track/tree.h"
 
 namespace rehome::track {
@@ -29,5 +30,9 @@ struct WriterQuery {
 
 // Processes of others are seen by root only. Kernel threads and those that end meanwhile are left out.
 std::vector<Writer> find_writers(const Tree& tree, const WriterQuery& query);
+
+Json to_json(const std::vector<Writer>& writers);
+// The answer to files.writers, of the tree at `path`: a request may name processes and cgroups to leave out.
+Json writers_answer(const Json& request, const std::string& path);
 
 }  // namespace rehome::track
