@@ -8,26 +8,13 @@
 #include <thread>
 
 #include "site/agent_site.h"
+#include "site/here.h"
 
 namespace rehome {
 namespace {
 
-// Answers as an agent does.
-class OneSite : public Site {
- public:
-  Side side() const override { return Side::source; }
-  std::string label() const override { return "source"; }
-  std::string state() const override { return "/nowhere"; }
-  std::int64_t generation() const override { return 1; }
-  Json call(const std::string&, Json args, Deadline deadline) override {
-    return outcome_to_json(run({.argv = args.at("argv").get<std::vector<std::string>>()}, deadline));
-  }
-  Fd open_relay(const std::string&, const std::string&, const std::string&) override { return {}; }
-  std::string local_socket_for(const std::string&, const std::string&, const std::string&) override { return {}; }
-};
-
 TEST(Site, OutputIsBytes) {
-  OneSite site;
+  Here site;
   // Pieces that split a character.
   std::string text = "gr\xc3\xbc\xc3\x9f", all;
   for (std::size_t i = 0; i < text.size(); i++)

@@ -11,11 +11,16 @@ refuses() { # HOST: it comes to that by itself
   done
   grep -q "does not serve" "$world/shared/refused" || { cat "$world/shared/refused"; fail "the host that came back takes writes"; }
 }
+new_world() {
+  [ -z "${world:-}" ] || stop_world
+  world= background=() CONTROLLER=new
+  make_world
+  both_sites -- --tables 5 --rows 500
+  MAX_PAUSE=5s write_yaml
+}
 
 say "the target is lost in the fallback window"
-make_world
-both_sites -- --tables 5 --rows 500
-MAX_PAUSE=5s write_yaml
+new_world
 load all 20 --keep-alive
 rehome -q begin
 rehome -q switch --when-ready
@@ -45,13 +50,9 @@ grep -qE '"failed": ?0[,}]' "$world/shared/all.verdict" || {
   on old sh -c 'tail -n 5 /var/log/nginx/*error* /var/log/shop*'
   fail "the side that was opened again does not take every order"
 }
-stop_world
-world= background=() CONTROLLER=new
 
 say "the source is lost before any switch"
-make_world
-both_sites -- --tables 5 --rows 500
-MAX_PAUSE=5s write_yaml
+new_world
 sql old shop "CREATE MATERIALIZED VIEW totals AS SELECT count(*) AS n FROM orders" >/dev/null
 load before 20 --keep-alive
 rehome -q begin
@@ -80,13 +81,9 @@ nothing_left() { # HOST: of rehome, but for what its application has
   on "$1" sh -c '[ ! -e /var/lib/rehome/shop ] && ! ls -d /var/lib/rehome-pg-* 2>/dev/null && ! grep -r 127.0.0.1:8001 /etc/nginx/sites-enabled' || fail "files of rehome are left on $1"
   [ -z "$(agent_pid "$1")" ] || fail "an agent is left on $1"
 }
-stop_world
-world= background=()
 
 say "the target is lost before a switch: cancel from the source alone"
-make_world
-both_sites -- --tables 5 --rows 500
-MAX_PAUSE=5s write_yaml
+new_world
 load here 20 --keep-alive
 rehome -q begin
 hosts power-cut "$world" new
@@ -100,13 +97,9 @@ finish "$here_pid"
 nothing_left old
 judge here old target here
 grep -qE '"failed": ?0[,}]' "$world/shared/here.verdict" || fail "requests failed"
-stop_world
-world= background=() CONTROLLER=new
 
 say "the source is lost after the switch: complete from the target alone"
-make_world
-both_sites -- --tables 5 --rows 500
-MAX_PAUSE=5s write_yaml
+new_world
 rehome -q begin
 rehome -q switch
 hosts power-cut "$world" old
