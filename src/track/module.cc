@@ -137,6 +137,16 @@ class TrackModule : public AgentModule {
     return it->second.receiving;
   }
   void set_receiving(const std::string& store, StoreSettings settings, const RootId& id, bool active) {
+    std::shared_ptr<Receiving> old;
+    {
+      std::lock_guard lock(mutex_);
+      old = std::move(stores_[store].receiving);
+    }
+    if (old) {
+      // Who holds it still must not unmount what takes its place.
+      old->revoke();
+      old->root.unmount();
+    }
     auto r = std::make_shared<Receiving>(std::move(settings), id, private_place(store));
     r->revoked = !active;
     std::lock_guard lock(mutex_);
@@ -207,7 +217,7 @@ class TrackModule : public AgentModule {
     if (it == stores_.end()) return m;
     const Kept& kept = it->second;
     m.saved = kept.saved;
-    m.receive = kept.saved.contains("receive") && !kept.receiving;
+    m.receive = kept.saved.contains("receive") && (!kept.receiving || kept.receiving->stale());
     // The bind mount did not outlive a reboot.
     auto t = troubles_.find(name);
     m.close = get_bool(kept.saved, "closed", false) && (m.receive || (t != troubles_.end() && t->second.contains("close")));
@@ -339,7 +349,6 @@ class TrackModule : public AgentModule {
       fsync_directory(parent_path(settings.path));
     }
     RootId root = claim_root(store, settings.path);
-    std::shared_ptr<Receiving> old;
     {
       std::lock_guard lock(mutex_);
       auto& kept = stores_[store];
@@ -347,12 +356,6 @@ class TrackModule : public AgentModule {
       if (kept.receiving && to_json(kept.receiving->settings) == to_json(settings) && !made) return {{"made", false}};
       if (get_bool(kept.saved, "closed", false))
         throw Error(Code::state, "store " + store + " is closed on the " + host_.side(), "send files.open first");
-      old = std::move(kept.receiving);
-    }
-    if (old) {
-      // Who holds it still must not unmount what takes its place.
-      old->revoke();
-      old->root.unmount();
     }
     set_receiving(store, settings, root, active);
     remember(store, "receive", to_json(settings));

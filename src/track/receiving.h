@@ -32,13 +32,24 @@ struct Receiving {
     if (!copy) throw errno_error(errno, "keep open", settings.path);
     tree.emplace(std::move(copy), settings.path);
   }
+  bool holds(const RootId& now) const {
+    struct stat st;
+    if (::fstat(root.dir(), &st) != 0) throw errno_error(errno, "stat", settings.path);
+    return st.st_dev == now.dev && st.st_ino == now.ino;
+  }
   // Throws unless the application will find at the path what is written here.
   void require_place() const {
     RootId now = require_root(settings.path, id);
-    struct stat st;
-    if (::fstat(root.dir(), &st) != 0) throw errno_error(errno, "stat", settings.path);
-    if (st.st_dev != now.dev || st.st_ino != now.ino)
-      throw Error(Code::store, settings.path + " was mounted again since it is written here", "restart the agent of that side", true);
+    if (!holds(now))
+      throw Error(Code::store, settings.path + " was mounted again since it is written here", "it is taken up again in a few seconds", true);
+  }
+  // The path is the run's directory, and what is written here is not what it shows: another Receiving is needed.
+  bool stale() const {
+    try {
+      return !holds(require_root(settings.path, id));
+    } catch (const Error&) {
+      return false;  // not there now: whoever writes is told so by require_place()
+    }
   }
 
   // Streams of the peer that write here. They end, all of them, before the tree is opened to its application.

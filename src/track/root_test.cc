@@ -150,5 +150,33 @@ TEST_F(Volumes, AVolumeThatIsMountedAgainWhileItIsFollowedIsReadAgain) {
   unmount(from);
 }
 
+TEST_F(Volumes, AReceivingVolumeThatIsMountedAgainIsTakenUpAgain) {
+  unmount(to);
+  std::string image = dir.path() + "/image";
+  run_ok({.argv = {"bash", "-c", "truncate -s 8M " + image + " && mkfs.ext4 -q -F " + image + " && mount -o loop " + image + " " + to + " && rmdir " + to + "/lost+found"}});
+  sh("echo 1 > 1");
+  begin();
+  source.call("files.follow", {{"store", "files"}, {"interval_ms", 50}});
+  wait([&] { return exists(to + "/1"); });
+  for (const char* closed : {"", "closed"}) {
+    if (*closed) target.call("files.close", {{"store", "files"}});
+    run_ok({.argv = {"bash", "-c", "sync -f " + to + "; cp " + image + " " + image + "2"}});
+    image += "2";
+    unmount(to);
+    sh(std::string("echo 2 > 2") + closed);
+    EXPECT_THROW(flush(), Error);
+    // Another instance of the same file system.
+    run_ok({.argv = {"mount", "-o", "loop", image, to}});
+    wait([&] { return exists(to + "/2" + closed); });
+    wait([&] { return trouble().empty(); });
+    EXPECT_EQ(run({.argv = {"touch", to + "/x"}}).ok(), !*closed);
+    if (!*closed) run_ok({.argv = {"bash", "-c", "rm " + to + "/x; touch -r " + from + " " + to}});
+    flush();
+    EXPECT_EQ(differences(), "");
+  }
+  target.down();
+  unmount(to);
+}
+
 }  // namespace
 }  // namespace rehome
