@@ -172,7 +172,7 @@ void Agent::start_residents() {
   for (const auto& [name, l] : listeners.items())
     attempt("listener " + name, [&] {
       listeners_.listen(name, Address::parse(get_string(l, "at")), get_string(l, "service"),
-                        static_cast<unsigned>(get_int(l, "mode", 0600)), true);
+                        static_cast<unsigned>(get_int(l, "mode", 0600)), get_int(l, "account", -1), true);
     });
   for (const auto& [name, c] : children.items())
     attempt("child " + name, [&] { children_.set(name, command_from_json(c), Millis(get_int(c, "restart_ms", 1000))); });

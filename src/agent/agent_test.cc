@@ -268,6 +268,9 @@ TEST(Agent, ResidentsComeBackWithTheAgent) {
     // Its own peer: what goes out by the link comes in again.
     a.call("link.set", {{"socket", a.socket()}});
     a.call("listen.set", {{"name", "l"}, {"at", "unix:" + dir.path() + "/s/run/l/x/.s"}, {"service", "echo"}});
+    // For one account: here daemon's, whose number is 1 everywhere.
+    a.call("listen.set", {{"name", "one"}, {"at", "unix:" + dir.path() + "/one/.s"}, {"service", "echo"}, {"mode", 0666}, {"account", 1}});
+    for (const auto& path : {dir.path(), dir.path() + "/one"}) ASSERT_EQ(::chmod(path.c_str(), 0711), 0);
     Deadline deadline = Deadline::in(Millis(5000));
     while (starts(a)["starts"] < 3 && !deadline.passed()) system_clock().sleep(Millis(10));
     Json s = starts(a);
@@ -284,6 +287,13 @@ TEST(Agent, ResidentsComeBackWithTheAgent) {
   EXPECT_EQ(in.line(Deadline::in(Millis(2000))), "hello");
   send_all(fd, "through the link\n");
   EXPECT_EQ(in.line(Deadline::in(Millis(2000))), "through the link");
+  auto greets = [&](const char* account) {
+    Fd caller = connect_to({.path = dir.path() + "/one/.s"}, Deadline::in(Millis(2000)), account);
+    return Reader(caller).line(Deadline::in(Millis(2000))).value_or("");
+  };
+  EXPECT_EQ(greets("daemon"), "hello");
+  EXPECT_EQ(greets("root"), "hello");
+  EXPECT_EQ(greets("nobody"), "");
   a.call("child.drop", {{"name", "k"}});
   EXPECT_EQ(code_of([&] { starts(a); }), Code::state);
   a.call("listen.drop", {{"name", "l"}});

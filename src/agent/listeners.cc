@@ -1,5 +1,6 @@
 #include "agent/listeners.h"
 
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include "agent/wire.h"
@@ -8,12 +9,13 @@
 
 namespace rehome {
 
-void Listeners::listen(const std::string& name, const Address& at, const std::string& service, unsigned mode, bool later) {
+void Listeners::listen(const std::string& name, const Address& at, const std::string& service, unsigned mode, std::int64_t account, bool later) {
   drop_listener(name);
   auto l = std::make_unique<Listener>();
   l->at = at;
   l->service = service;
   l->mode = mode;
+  l->account = account;
   if (at.is_unix()) make_directories(parent_path(at.path));
   try {
     l->fd = listen_on(at, mode);
@@ -49,6 +51,7 @@ void Listeners::loop(Listener& l) {
       auto shared = std::make_shared<Fd>(std::move(*caller));
       l.connections.run([this, &l, shared] {
         try {
+          require_account(l, *shared);
           Fd there = link_.open({{"op", "peer.service"}, {"name", l.service}}, Deadline::in(Millis(5000)));
           relay(*shared, there, l.stop);
         } catch (const std::exception& e) {
@@ -61,6 +64,16 @@ void Listeners::loop(Listener& l) {
       system_clock().sleep(Millis(100));
     }
   }
+}
+
+// Behind the socket somebody else's rights may wait: the service connects as an account that the server over there trusts.
+void Listeners::require_account(const Listener& l, const Fd& caller) {
+  if (l.account < 0) return;
+  ucred who{};
+  socklen_t size = sizeof who;
+  if (::getsockopt(caller.get(), SOL_SOCKET, SO_PEERCRED, &who, &size) != 0) throw errno_error(errno, "ask who calls at", l.at.text());
+  if (who.uid != l.account && who.uid != 0 && who.uid != ::geteuid())
+    throw Error(Code::denied, "refused process " + std::to_string(who.pid) + " of uid " + std::to_string(who.uid) + ": " + l.at.text() + " is for uid " + std::to_string(l.account));
 }
 
 void Listeners::end(std::unique_ptr<Listener> l) {

@@ -25,8 +25,9 @@ class Listeners {
   Listeners(Link& link, std::function<void(const std::string&)> log) : link_(link), log_(std::move(log)) {}
   ~Listeners() { stop(); }
 
-  // Throws Error(io) when the address is taken; with `later` it is tried again each second instead.
-  void listen(const std::string& name, const Address& at, const std::string& service, unsigned mode, bool later);
+  // `account`: of a unix socket's callers only those of this uid, root and the agent's own account get through; -1: whoever
+  // may open it. Throws Error(io) when the address is taken; with `later` it is tried again each second instead.
+  void listen(const std::string& name, const Address& at, const std::string& service, unsigned mode, std::int64_t account, bool later);
   void drop_listener(const std::string& name);
   void serve(const std::string& name, Service service);
   void drop_service(const std::string& name);
@@ -41,6 +42,7 @@ class Listeners {
     Address at;
     std::string service;
     unsigned mode;
+    std::int64_t account;
     Fd fd;
     std::uint16_t port = 0;
     std::string error;
@@ -50,6 +52,7 @@ class Listeners {
     Threads connections;
   };
   void loop(Listener& l);
+  static void require_account(const Listener& l, const Fd& caller);
   static void end(std::unique_ptr<Listener> l);
 
   Link& link_;

@@ -34,9 +34,9 @@ Json Agent::op_service_drop(const Json& request, AgentConnection&) {
 Json Agent::op_listen_set(const Json& request, AgentConnection&) {
   std::string name = get_string(request, "name"), service = get_string(request, "service");
   Address at = Address::parse(get_string(request, "at"));
-  auto mode = get_int(request, "mode", 0600);
-  listeners_.listen(name, at, service, static_cast<unsigned>(mode), false);
-  set_config("listeners", name, {{"at", at.text()}, {"service", service}, {"mode", mode}});
+  auto mode = get_int(request, "mode", 0600), account = get_int(request, "account", -1);
+  listeners_.listen(name, at, service, static_cast<unsigned>(mode), account, false);
+  set_config("listeners", name, {{"at", at.text()}, {"service", service}, {"mode", mode}, {"account", account}});
   for (const auto& one : listeners_.status())
     if (one["name"] == name && one.contains("port")) return {{"port", one["port"]}};
   return Json::object();

@@ -56,6 +56,10 @@ say "begin, verify, switch"
 load all 40 --keep-alive
 probe first
 rehome -q begin
+# What the followers use leads to a superuser of the other server: it is for the server's account alone.
+directory=$(on new sh -c 'echo /var/lib/rehome-pg-*')
+on new runuser -u nobody -- psql -h "$directory" -U postgres -d shop -qAtc 'SELECT current_user' >"$world/shared/nobody" 2>&1 && fail "nobody gets through $directory"
+grep -q "Permission denied" "$world/shared/nobody" || { cat "$world/shared/nobody"; fail "nobody was refused by something else than $directory"; }
 rehome -q verify
 rehome -q switch
 sleep 1

@@ -220,12 +220,23 @@ void PostgresStore::open_path(StoreContext& c, const std::string& database, cons
   Site& there = c.at(flow.publisher);
   Site& here = c.at(flow.subscriber());
   there.call("service.set", {{"name", flow.service}, {"to", server_address(flow.publisher)}, {"as_user", server(flow.publisher).os_user}});
-  // The server's account must reach the socket, and the agent's state is closed to it.
+  auto subscriber = session(c, flow.subscriber(), database);
+  const std::string data = subscriber->value("SHOW data_directory");
+  Outcome owner = here.exec({.argv = {"stat", "-c", "%u", data}}, Deadline::in(Millis(10000)));
+  if (!owner.ok())
+    throw Error(Code::config, here.label() + ": the account of the PostgreSQL server is not known, for its data directory cannot be seen: " + std::string(trim(owner.err)),
+                "the agent must run on the server's own host, and see that directory: mount it there under the same path");
+  const std::string account(trim(owner.out));
+  // The server's account must reach the socket, and the agent's state is closed to it. Nobody else may: over there the service
+  // connects as the account that the configuration names, which is a superuser's.
   std::string dir = socket_directory(c, flow.subscriber());
   c.note("socket directory " + dir, {{"where", here.label()}, {"undo", "removed"}});
-  here.exec_ok({.argv = {"sh", "-c", "mkdir \"$1\" 2>/dev/null; [ -d \"$1\" ] && [ ! -L \"$1\" ] && [ -O \"$1\" ] && chmod 755 \"$1\"", "sh", dir}}, Deadline::in(Millis(10000)), ("making " + dir).c_str());
-  here.call("listen.set", {{"name", flow.listener}, {"at", "unix:" + dir + "/.s.PGSQL.5432"}, {"mode", 0666}, {"service", flow.service}});
-  auto subscriber = session(c, flow.subscriber(), database);
+  here.exec_ok({.argv = {"sh", "-c", R"(mkdir -m 700 "$1" 2>/dev/null; [ -d "$1" ] && [ ! -L "$1" ] || exit 1
+own=$(stat -c %u "$1") me=$(id -u)
+[ "$own" = "$me" ] || [ "$own" = "$2" ] || exit 1
+if [ "$me" = 0 ]; then chown "$2" "$1" && chmod 700 "$1"; elif [ "$me" = "$2" ]; then chmod 700 "$1"; else chmod 711 "$1"; fi)", "sh", dir, account}},
+               Deadline::in(Millis(10000)), ("making " + dir).c_str());
+  here.call("listen.set", {{"name", flow.listener}, {"at", "unix:" + dir + "/.s.PGSQL.5432"}, {"mode", 0666}, {"account", std::stoll(account)}, {"service", flow.service}});
   // In a container, on another host, or with a /tmp of its own the server does not see it, and would say so only when everything is copied.
   std::string seen;
   try {
@@ -240,10 +251,9 @@ void PostgresStore::open_path(StoreContext& c, const std::string& database, cons
   std::string password = secret(flow.publisher, database);
   if (!password.empty()) {
     // In a file of the server's account: in the connection string it would be in the log, pg_subscription and pg_stat_activity.
-    std::string owner = c.at(flow.subscriber()).exec_ok({.argv = {"sh", "-c", "stat -c %U \"$1\"", "sh", subscriber->value("SHOW data_directory")}}).out;
     std::string file = dir + "/pgpass";
     here.call("put", {{"path", file}, {"content", passfile_line(password)}, {"mode", 0600}});
-    here.exec_ok({.argv = {"chown", std::string(trim(owner)), file}});
+    here.exec_ok({.argv = {"chown", account, file}});
   }
 }
 
