@@ -75,6 +75,13 @@ TEST(LagSeries, ThinsAndOutlivesAnAgent) {
   EXPECT_LE(again.read(0, 10).size(), 11u);
   EXPECT_EQ(get_int(again.read(0, 10).back(), "bytes"), 149);
   EXPECT_TRUE(again.read(get_int(all.back(), "at"), 10).empty());
+  // A short peak of one store of two is what is looked for.
+  LagSeries two(dir.path() + "/two.jsonl", 200, 0);
+  for (int i = 0; i < 300; i++) two.add("db", i == 151 ? 1'000'000 : 10, 0), two.add("files", 20, 0);
+  std::map<std::string, std::int64_t> most, times;
+  for (const Json& s : two.read(0, 20)) most[get_string(s, "store")] = std::max(most[get_string(s, "store")], get_int(s, "bytes")), times[get_string(s, "store")]++;
+  EXPECT_EQ(most, (std::map<std::string, std::int64_t>{{"db", 1'000'000}, {"files", 20}}));
+  EXPECT_NEAR(static_cast<double>(times["db"]), static_cast<double>(times["files"]), 2);
   // The other site's agent takes it over, each sample once.
   LagSeries other(dir.path() + "/other.jsonl", 100, 0);
   again.add("db", 4711, 3);

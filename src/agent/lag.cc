@@ -3,11 +3,34 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
+
 #include "base/clock.h"
 #include "base/text.h"
 #include "sys/fs.h"
 
 namespace rehome {
+namespace {
+
+// Of each store's samples the worst of every `step`, for a peak is what people look for, and its newest.
+std::vector<Json> worst_of_each(const std::vector<Json>& all, std::size_t step) {
+  std::map<std::string, std::vector<const Json*>> by_store;
+  for (const auto& j : all) by_store[get_string(j, "store", "")].push_back(&j);
+  auto behind = [](const Json* j) { return std::pair(get_int(*j, "bytes", 0), get_int(*j, "ms", 0)); };
+  std::vector<const Json*> kept;
+  for (const auto& [store, samples] : by_store) {
+    for (std::size_t i = 0; i < samples.size(); i += step)
+      kept.push_back(*std::max_element(samples.begin() + static_cast<std::ptrdiff_t>(i), samples.begin() + static_cast<std::ptrdiff_t>(std::min(i + step, samples.size())),
+                                       [&](const Json* a, const Json* b) { return behind(a) < behind(b); }));
+    if (kept.back() != samples.back()) kept.push_back(samples.back());
+  }
+  std::stable_sort(kept.begin(), kept.end(), [](const Json* a, const Json* b) { return get_int(*a, "at", 0) < get_int(*b, "at", 0); });
+  std::vector<Json> out;
+  for (const Json* j : kept) out.push_back(*j);
+  return out;
+}
+
+}  // namespace
 
 LagSeries::LagSeries(std::string path, std::size_t most, std::int64_t every_us) : path_(std::move(path)), most_(most), every_us_(every_us) {
   count_ = lines().size();
@@ -57,10 +80,8 @@ void LagSeries::take(const Json& samples) {
 
 void LagSeries::thin() {
   std::string kept;
-  std::map<std::string, int> seen;
   count_ = 0;
-  for (const auto& j : lines())
-    if (seen[get_string(j, "store", "")]++ % 2 == 0) kept += dump_line(j) + "\n", count_++;
+  for (const auto& j : worst_of_each(lines(), 2)) kept += dump_line(j) + "\n", count_++;
   write_durably(path_, kept);
 }
 
@@ -69,12 +90,7 @@ Json LagSeries::read(std::int64_t from_us, std::size_t limit) const {
   std::vector<Json> found;
   for (auto& j : lines())
     if (get_int(j, "at", 0) > from_us) found.push_back(std::move(j));
-  std::size_t step = found.size() / std::max<std::size_t>(limit, 1) + 1;
-  Json out = Json::array();
-  // The newest is always among them.
-  for (std::size_t i = 0; i < found.size(); i++)
-    if ((found.size() - 1 - i) % step == 0) out.push_back(std::move(found[i]));
-  return out;
+  return worst_of_each(found, found.size() / std::max<std::size_t>(limit, 1) + 1);
 }
 
 }  // namespace rehome

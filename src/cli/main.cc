@@ -10,6 +10,7 @@
 #include "ops/ops.h"
 #include "ops/run.h"
 #include "ui/terminal.h"
+#include "ui/text_view.h"
 
 namespace {
 
@@ -35,7 +36,12 @@ std::int64_t parse_when(const std::string& text) {
   day.tm_sec = 0;
   day.tm_isdst = -1;
   std::time_t at = std::mktime(&day);
-  if (at < now && text.size() <= 5) at += 86400;
+  if (at < now && text.size() <= 5) {
+    // The same time of tomorrow: days are not all of one length.
+    day.tm_mday++;
+    day.tm_isdst = -1;
+    at = std::mktime(&day);
+  }
   if (at < now) throw Error(Code::usage, "--at " + text + " is in the past", "name a time to come");
   return static_cast<std::int64_t>(at) * 1'000'000;
 }
@@ -103,14 +109,20 @@ int main(int argc, char** argv) {
 
   ops::StatusOptions status;
   bool watch = false;
-  c = command("status", "who serves, how far behind the other is, what is waited for", "  rehome status\n  rehome status --watch\n  rehome status --json");
+  c = command("status", "who serves, how far behind the other is, what is waited for", "  rehome status\n  rehome status --watch\n  rehome status --json\nEnds with 0 as long as it is known who serves, also while a site is not reached.");
   c->add_flag("--watch", watch, "again every second, until Ctrl-C");
   c->callback([&] {
     action = [&] {
       int result = ops::status(common(status));
       while (watch && !ops::cancel_flag()) {
         system_clock().sleep(Millis(1000));
-        result = ops::status(status);
+        try {
+          result = ops::status(status);
+        } catch (const Error& e) {
+          // An agent went away between two of its answers: the next look says what is there.
+          if (!e.retryable && e.code != Code::unreachable) throw;
+          terminal->error(e);
+        }
       }
       return result;
     };
@@ -186,6 +198,13 @@ int main(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
+    if (auto words = app.remaining(); e.get_exit_code() != 0 && app.get_subcommands().empty() && !words.empty() && !words[0].starts_with('-')) {
+      std::vector<std::string> known;
+      for (const auto* s : app.get_subcommands(nullptr)) known.push_back(s->get_name());
+      auto meant = nearest(words[0], known);
+      std::fprintf(stderr, "rehome: '%s' is no command%s; rehome --help lists them\n", ui::printable(words[0]).c_str(), meant ? (", did you mean " + *meant + "?").c_str() : "");
+      return error_info(Code::usage).exit_status;
+    }
     return app.exit(e) == 0 ? 0 : error_info(Code::usage).exit_status;
   }
   terminal.emplace(print);

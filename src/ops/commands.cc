@@ -63,13 +63,18 @@ auto controlled(Run& run, Work work) -> decltype(work()) {
   }
 }
 
-// What may be lost with the target: the newest sample of each store's lag that reached the source's journal, in words.
-std::string last_lag(Run& run) {
+// The newest sample of each store's lag that this side has.
+std::map<std::string, Json> newest_lag(Run& run, Side side) {
   std::map<std::string, Json> newest;
-  const Json seen = run.site(Side::source).call("lag.read");
+  const Json seen = run.site(side).call("lag.read");
   for (const auto& s : seen.at("samples")) newest[get_string(s, "store")] = s;
+  return newest;
+}
+
+// What may be lost with the target, in words.
+std::string last_lag(Run& run) {
   std::vector<std::string> parts;
-  for (const auto& [store, e] : newest)
+  for (const auto& [store, e] : newest_lag(run, Side::source))
     parts.push_back(store + " was " + human_bytes(get_int(e, "bytes", 0)) + " (" + human_duration(Millis(get_int(e, "ms", 0))) + ") behind at " + format_wall(get_int(e, "at")));
   Json link = run.site(Side::source).call("hello").value("link", Json::object());
   return "what the target acknowledged and the source had not yet followed is lost: the link has been down for " + human_duration(Millis(get_int(link, "since_ms", 0))) +
@@ -222,14 +227,14 @@ int switch_over(const SwitchOptions& o) {
   } catch (const Error& e) {
     if (e.code != Code::check_failed || run.serves() != Side::target) throw;
     // A write canary failed after the commit: the way back is the same cut.
-    run.journal().append("error", error_to_json(e));
+    run.journal().append("error", {{"error", error_to_json(e)}});
     std::string also;
     try {
       emit_result(o.emit, "reverse", switch_run(run, {Side::target}, true, Millis(60000)));
     } catch (const Error& back) {
       // The same canary may fail at the source too: it serves all the same.
       if (back.code != Code::check_failed || run.serves() != Side::source) throw;
-      run.journal().append("error", error_to_json(back));
+      run.journal().append("error", {{"error", error_to_json(back)}});
       also = "; there too: " + back.message;
     }
     throw Error(Code::backed_out, e.message + "; reversed: the source serves, nothing is lost" + also, "mend the target, then switch again");
@@ -425,7 +430,15 @@ int status(const StatusOptions& o) {
     exit_status = error_info(e.code).exit_status;
   }
   Json stores = Json::object();
-  if (run->has(Side::source) && run->has(Side::target) && (out["phase"] == "following" || out["phase"] == "switched")) {
+  const bool follows = out["phase"] == "following" || out["phase"] == "switched";
+  if (follows && run->has(Side::source) != run->has(Side::target)) {
+    const Side here = run->has(Side::source) ? Side::source : Side::target;
+    for (const auto& [store, e] : newest_lag(*run, here))
+      stores[store] = {{"following", false}, {"lag_bytes", get_int(e, "bytes", 0)}, {"lag_ms", get_int(e, "ms", 0)}, {"seen_at_us", get_int(e, "at")},
+                       {"trouble", "the " + std::string(side_name(other(here))) + " is not reached; seen last at " + format_wall(get_int(e, "at")) + ": " +
+                                       human_bytes(get_int(e, "bytes", 0)) + " (" + human_duration(Millis(get_int(e, "ms", 0))) + ") behind"}};
+  }
+  if (follows && run->has(Side::source) && run->has(Side::target)) {
     for (auto& store : run->stores()) {
       try {
         FollowStatus s = store->follow_status(run->stores_context());

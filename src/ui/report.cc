@@ -70,6 +70,8 @@ class Report {
   }
 
  private:
+  // A run may take days: with the date where that is not the first one's.
+  std::string when(std::int64_t us) const { return (date_utc(us) == date_utc(s_.from_us) ? "" : date_utc(us) + " ") + time_utc(us); }
   std::string serving() const { return s_.serves.empty() ? "source" : s_.serves.back().side; }
   std::string site(const std::string& side) const {
     auto it = s_.sites.find(side);
@@ -97,8 +99,8 @@ class Report {
       text = "A person said that the other host is off. If it comes back, it meets the higher epoch and fences itself.";
     } else if (cancelled()) {
       tone = "warn";
-      title = "Cancelled: the source serves, as it did all the time";
-      text = "What was copied to the target has been removed.";
+      title = last_ ? "Cancelled: the source serves again" : "Cancelled: the source serves, as it did all the time";
+      text = last_ ? "The way back was at " + when(last_->at_us) + " UTC. What was copied to the target has been removed." : "What was copied to the target has been removed.";
     } else if (newest && newest->result.empty()) {
       tone = "bad";
       title = "The journal ends inside a " + std::string(newest->direction.empty() ? "switch" : newest->direction);
@@ -106,13 +108,13 @@ class Report {
     } else if (serving() == "target" && last_) {
       tone = differs() ? "bad" : "good";
       title = (s_.name.empty() ? std::string("The deployment") : s_.name) + " runs on the target";
-      text = "The switch at " + time_utc(last_->at_us) + " UTC paused writes for " + exact_ms(last_->total_ms) + ".";
+      text = "The switch at " + when(last_->at_us) + " UTC paused writes for " + exact_ms(last_->total_ms) + ".";
       if (completed()) text += " The migration is complete.";
       else text += " The source follows the target: until “rehome complete”, “rehome reverse” goes back and loses nothing.";
     } else if (last_ && last_->direction == "reverse") {
       tone = "warn";
       title = "Reversed: the source serves again";
-      text = "The way back at " + time_utc(last_->at_us) + " UTC paused writes for " + exact_ms(last_->total_ms) + "; the target's writes came along.";
+      text = "The way back at " + when(last_->at_us) + " UTC paused writes for " + exact_ms(last_->total_ms) + "; the target's writes came along.";
     } else if (newest && newest->result == "backed out") {
       tone = "warn";
       title = "The switch backed out: the source serves as before";
@@ -138,7 +140,7 @@ class Report {
   }
 
   std::string cards() const {
-    std::string out = "<div class=\"cards\">\n" + card("Serves", serving(), serving() == "source" && s_.serves.empty() ? "never stopped" : "since " + time_utc(s_.serves.empty() ? s_.from_us : s_.serves.back().at_us) + " UTC");
+    std::string out = "<div class=\"cards\">\n" + card("Serves", serving(), serving() == "source" && s_.serves.empty() ? "never stopped" : "since " + when(s_.serves.empty() ? s_.from_us : s_.serves.back().at_us) + " UTC");
     if (last_) {
       std::string more = last_->predicted_ms > 0 ? "predicted " + exact_ms(last_->predicted_ms) : "";
       if (s_.max_pause_ms > 0) more += std::string(more.empty() ? "" : ", ") + "allowed " + exact_ms(s_.max_pause_ms);
@@ -168,26 +170,17 @@ class Report {
       return it == s_.milestones.end() ? std::int64_t{0} : it->second;
     };
     std::vector<Mark> marks{{"Begun", s_.from_us}, {"Everything follows", reached("following")}};
-    if (cancelled()) {
-      marks.push_back({"Cancelled", reached("cancelled")});
-    } else {
-      marks.push_back({"Compared", s_.verified.empty() ? 0 : s_.verified.back().at_us});
-      bool any = false;
-      for (const auto& a : s_.attempts)
-        if (a.switched()) {
-          marks.push_back({a.direction == "reverse" ? "Reversed" : "Switched", a.at_us});
-          any = true;
-        }
-      if (!any) marks.push_back({"Switched", reached("switched")});
-      marks.push_back({"Completed", reached("completed")});
-    }
+    if (!s_.verified.empty() || !cancelled()) marks.push_back({"Compared", s_.verified.empty() ? 0 : s_.verified.back().at_us});
+    for (const auto& a : s_.attempts)
+      if (a.switched()) marks.push_back({a.direction == "reverse" ? "Reversed" : "Switched", a.at_us});
+    if (!last_ && !cancelled()) marks.push_back({"Switched", reached("switched")});
+    marks.push_back(cancelled() ? Mark{"Cancelled", reached("cancelled")} : Mark{"Completed", reached("completed")});
     // What has happened in its order; what has not, after it.
     std::stable_sort(marks.begin(), marks.end(), [](const Mark& a, const Mark& b) { return (a.at == 0 ? INT64_MAX : a.at) < (b.at == 0 ? INT64_MAX : b.at); });
     std::string out = "<ol class=\"life\" id=\"life\">\n";
-    std::string day = date_utc(s_.from_us);
     for (const auto& m : marks) {
       out += std::string("<li class=\"") + (m.at ? "done" : "open") + "\"><b>" + esc(m.title) + "</b>";
-      out += m.at ? (date_utc(m.at) == day ? "" : date_utc(m.at) + " ") + time_utc(m.at) : "not yet";
+      out += m.at ? when(m.at) : "not yet";
       out += "</li>\n";
     }
     return out + "</ol>\n";
@@ -241,7 +234,7 @@ class Report {
     std::string out = "<p>" + std::string(a.switched() ? badge(true, a.direction == "reverse" ? "reversed" : "switched")
                                           : a.result.empty() ? "<span class=\"badge warn\">! not finished</span>"
                                                              : "<span class=\"badge warn\">↺ " + esc(a.result) + "</span>");
-    out += " <span class=\"soft\">attempt " + std::to_string(a.number) + " at " + time_ms_utc(a.at_us) + " UTC";
+    out += " <span class=\"soft\">attempt " + std::to_string(a.number) + " at " + (date_utc(a.at_us) == date_utc(s_.from_us) ? "" : date_utc(a.at_us) + " ") + time_ms_utc(a.at_us) + " UTC";
     if (a.predicted_ms > 0) out += ", predicted " + exact_ms(a.predicted_ms);
     if (s_.max_pause_ms > 0) out += ", allowed " + exact_ms(s_.max_pause_ms);
     out += "</span></p>\n";
@@ -267,7 +260,7 @@ class Report {
       std::vector<std::vector<Cell>> rows;
       for (const auto& v : s_.verified)
         rows.push_back({{"<b>" + esc(v.store) + "</b>"}, {v.equal ? badge(true, "equal") : badge(false, "differs")}, {grouped(v.compared), "n"},
-                        {grouped(static_cast<std::int64_t>(v.differences.size()) + v.more), "n"}, {time_utc(v.at_us), "t"}});
+                        {grouped(static_cast<std::int64_t>(v.differences.size()) + v.more), "n"}, {when(v.at_us), "t"}});
       out += table({{"Store"}, {"Result"}, {"Compared", "n"}, {"Differences", "n"}, {"At (UTC)", "t"}}, rows);
     }
     for (const auto& [name, v] : newest_) {
@@ -281,7 +274,7 @@ class Report {
     std::vector<std::vector<Cell>> rows;
     for (const auto& c : s_.checks)
       rows.push_back({{esc(c.name)}, {esc(c.kind == "canary" ? "canary" + (c.side.empty() ? "" : ", " + c.side) : c.side)}, {c.ok ? badge(true, "passed") : badge(false, "failed")}, {exact_ms(c.ms), "n"},
-                      {time_utc(c.at_us), "t"}, {c.said.empty() ? "" : "<code class=\"lines\">" + esc(c.said) + "</code>"}});
+                      {when(c.at_us), "t"}, {c.said.empty() ? "" : "<code class=\"lines\">" + esc(c.said) + "</code>"}});
     return out + "<h3>Checks and canaries</h3>\n" + table({{"Name"}, {"Where"}, {"Result"}, {"Took", "n"}, {"At (UTC)", "t"}, {"It said"}}, rows);
   }
 
@@ -343,7 +336,7 @@ class Report {
     else out += "<p>Everything below has been taken back, except what protects the old side:</p>" + list(s_.left);
     if (s_.changes.empty()) return out + none("No change has been written down.");
     std::vector<std::vector<Cell>> rows;
-    for (const auto& c : s_.changes) rows.push_back({{time_utc(c.at_us), "t"}, {lines(c.what)}, {esc(c.where)}, {esc(c.undo)}});
+    for (const auto& c : s_.changes) rows.push_back({{when(c.at_us), "t"}, {lines(c.what)}, {esc(c.where)}, {esc(c.undo)}});
     return out + "<details" + std::string(rows.size() <= 12 ? " open=\"open\"" : "") + "><summary>" + plural(static_cast<std::int64_t>(rows.size()), "change", "changes") + ", each written down before it was made</summary>\n" +
            table({{"At (UTC)"}, {"What"}, {"Where"}, {"Taken back by"}}, rows) + "</details>\n";
   }
@@ -355,8 +348,8 @@ class Report {
       std::string text = lines(n.text);
       if (n.error) text = badge(false, "error") + " " + text;
       if (!n.hint.empty()) text += "<br/><span class=\"soft\">" + lines(n.hint) + "</span>";
-      if (n.times > 1) text += " <span class=\"soft\">(" + grouped(n.times) + " times, until " + time_utc(n.until_us) + ")</span>";
-      rows.push_back({{time_utc(n.at_us), "t"}, {text}});
+      if (n.times > 1) text += " <span class=\"soft\">(" + grouped(n.times) + " times, until " + when(n.until_us) + ")</span>";
+      rows.push_back({{when(n.at_us), "t"}, {text}});
     }
     return table({{"At (UTC)"}, {"Message"}}, rows);
   }

@@ -105,7 +105,11 @@ TEST(Report, SaysWhoServes) {
   EXPECT_NE(page_of({phase, target, switched}).find("shop runs on the target"), std::string::npos);
   EXPECT_NE(page_of({phase, target, switched, source, back}).find("Reversed: the source serves again"), std::string::npos);
   EXPECT_NE(page_of({{{"kind", "serves"}, {"at", 3}, {"side", "target"}, {"forced", true}}}).find("opened by hand"), std::string::npos);
-  EXPECT_NE(page_of({{{"kind", "fact"}, {"key", "phase"}, {"value", "cancelled"}}}).find("Cancelled"), std::string::npos);
+  Json cancelled{{"kind", "fact"}, {"at", std::int64_t{2} * 86'400'000'000 + 5'000'000}, {"key", "phase"}, {"value", "cancelled"}};
+  EXPECT_NE(page_of({cancelled}).find("Cancelled: the source serves, as it did all the time"), std::string::npos);
+  std::string there_and_back = page_of({phase, target, switched, source, back, cancelled});
+  for (const char* text : {"Cancelled: the source serves again", "<b>Switched</b>", "<b>Reversed</b>", "3 Jan 1970 00:00:05"})
+    EXPECT_NE(there_and_back.find(text), std::string::npos) << text;
 }
 
 TEST(Report, EscapesWhatTheSitesSay) {

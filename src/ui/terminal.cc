@@ -87,24 +87,26 @@ Terminal::Sink to_terminal(int fd) {
   return [patient](std::string_view text) { return patient->write(text); };
 }
 
-std::size_t terminal_columns() {
+Window terminal_window() {
   const char* term = std::getenv("TERM");
-  if (!::isatty(STDOUT_FILENO) || !term || std::string_view(term) == "dumb") return 0;
+  if (!::isatty(STDOUT_FILENO) || !term || std::string_view(term) == "dumb") return {};
   winsize size{};
-  return ::ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : 80;
+  if (::ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) != 0 || size.ws_col == 0) return {.columns = 80};
+  return {.columns = size.ws_col, .rows = size.ws_row};
 }
 
 // At most `width` columns; a longer line would wrap, and the block could not be erased.
 std::string clipped(const std::string& text, std::size_t width) {
   if (columns(text) <= width) return text;
-  std::string out;
-  std::size_t used = 0;
-  for (char c : text) {
-    bool first = (static_cast<unsigned char>(c) & 0xC0) != 0x80;
-    if (first && ++used >= width) break;
-    out += c;
+  std::size_t used = 0, end = 0;
+  while (end < text.size()) {
+    std::size_t next = end + 1;
+    while (next < text.size() && (static_cast<unsigned char>(text[next]) & 0xC0) == 0x80) next++;
+    used += columns(std::string_view(text).substr(end, next - end));
+    if (used >= width) break;
+    end = next;
   }
-  return out + "…";
+  return text.substr(0, end) + "…";
 }
 
 std::string amount(std::int64_t n, const std::string& unit) {
@@ -114,10 +116,10 @@ std::string amount(std::int64_t n, const std::string& unit) {
 }  // namespace
 
 Terminal::Terminal(TerminalOptions options)
-    : Terminal(options, to_terminal(STDOUT_FILENO), to_terminal(STDERR_FILENO), terminal_columns(), system_clock()) {}
+    : Terminal(options, to_terminal(STDOUT_FILENO), to_terminal(STDERR_FILENO), terminal_window, system_clock()) {}
 
-Terminal::Terminal(TerminalOptions options, Sink out, Sink err, std::size_t columns, Clock& clock)
-    : options_(options), out_(std::move(out)), err_(std::move(err)), columns_(columns), clock_(clock) {}
+Terminal::Terminal(TerminalOptions options, Sink out, Sink err, std::function<Window()> window, Clock& clock)
+    : options_(options), out_(std::move(out)), err_(std::move(err)), window_(std::move(window)), columns_(window_().columns), clock_(clock) {}
 
 Terminal::~Terminal() {
   std::lock_guard lock(mutex_);
@@ -145,6 +147,20 @@ void Terminal::news(const std::vector<std::string>& lines) {
   draw(true);
 }
 
+// What will be erased again must not be higher than the window, nor wider.
+void Terminal::block(std::vector<std::string> lines) {
+  Window window = window_();
+  if (columns_ > 0 && window.columns > 0) columns_ = window.columns;
+  if (window.rows > 1 && lines.size() >= window.rows) {
+    std::size_t fit = window.rows - 2;
+    std::string more = "  … and " + std::to_string(lines.size() - fit) + " lines more";
+    lines.resize(fit);
+    lines.push_back(more);
+  }
+  for (const auto& l : lines) pending_ += clipped(l, columns_ - 1) + "\n";
+  drawn_ = lines.size();
+}
+
 void Terminal::draw(bool now) {
   if (columns_ == 0) return write({});
   Ticks t = clock_.now();
@@ -158,8 +174,7 @@ void Terminal::draw(bool now) {
   std::vector<std::string> lines;
   for (const auto& [id, title] : steps_) lines.push_back("  … " + title);
   for (const Work* w : order) lines.push_back(work_line(*w, width));
-  for (const auto& l : lines) pending_ += clipped(l, width) + "\n";
-  drawn_ = lines.size();
+  block(std::move(lines));
   write({});
 }
 
@@ -230,10 +245,16 @@ void Terminal::operator()(const Json& e) {
   if (kind == "status") {
     auto lines = status_lines(e);
     // A status that follows a status replaces it: status --watch.
+    const bool again = drawn_ > 0;
     erase();
     status_ = lines;
-    for (const auto& l : lines) pending_ += (columns_ > 0 ? clipped(l, columns_ - 1) : l) + "\n";
-    if (columns_ > 0) drawn_ = lines.size();
+    if (columns_ > 0 && again) {
+      block(lines);
+    } else {
+      // Asked once it is printed whole.
+      for (const auto& l : lines) pending_ += (columns_ > 0 ? clipped(l, columns_ - 1) : l) + "\n";
+      if (columns_ > 0) drawn_ = lines.size();
+    }
     return write({});
   }
   if (kind == "plan") return news(plan_lines(e));

@@ -20,6 +20,11 @@ struct TerminalOptions {
   bool quiet = false;  // results, findings, plans, status and errors only
 };
 
+struct Window {
+  std::size_t columns = 0;   // 0: no terminal
+  std::size_t rows = 0;      // 0: without end
+};
+
 // Renders journal entries and the other objects a command emits. Thread-safe. A closed or broken terminal stops nothing:
 // from the first failed write on, output is dropped.
 class Terminal {
@@ -29,8 +34,8 @@ class Terminal {
 
   // Standard output and standard error of this process, with a block when standard output is a terminal.
   explicit Terminal(TerminalOptions options);
-  // For tests: `columns` is 0 for what is no terminal.
-  Terminal(TerminalOptions options, Sink out, Sink err, std::size_t columns, Clock& clock);
+  // For tests. `window` is asked each time that something is drawn.
+  Terminal(TerminalOptions options, Sink out, Sink err, std::function<Window()> window, Clock& clock);
   ~Terminal();
   Terminal(const Terminal&) = delete;
   Terminal& operator=(const Terminal&) = delete;
@@ -51,11 +56,13 @@ class Terminal {
   std::string work_line(const Work& w, std::size_t width) const;
   void erase();
   void draw(bool now);
+  void block(std::vector<std::string> lines);
   void write(std::string_view text);
 
   TerminalOptions options_;
   Sink out_, err_;
   bool out_alive_ = true, err_alive_ = true;
+  std::function<Window()> window_;
   std::size_t columns_;
   Clock& clock_;
   std::mutex mutex_;

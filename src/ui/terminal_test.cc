@@ -25,6 +25,10 @@ Json copying(std::int64_t done, std::int64_t total, const std::string& detail = 
   return {{"kind", "progress"}, {"store", "db"}, {"phase", "copy"}, {"done", done}, {"total", total}, {"unit", "bytes"}, {"detail", detail}};
 }
 
+std::function<Window()> window(std::size_t columns, std::size_t rows = 0) {
+  return [=] { return Window{columns, rows}; };
+}
+
 struct Screen {
   std::string out, err;
   bool alive = true;
@@ -73,7 +77,7 @@ std::vector<std::string> shown(const std::string& bytes) {
 
 TEST(Terminal, PlainLinesComeEveryTenSecondsAndAtTheEnd) {
   Screen s;
-  Terminal t({}, s.to_out(), s.to_err(), 0, s.clock);
+  Terminal t({}, s.to_out(), s.to_err(), window(0), s.clock);
   for (int i = 0; i <= 250; i++) {
     t(copying(i * 4'000'000, 1'000'000'000));
     s.clock.sleep(Millis(100));
@@ -88,7 +92,7 @@ TEST(Terminal, PlainLinesComeEveryTenSecondsAndAtTheEnd) {
 TEST(Terminal, TheBlockIsRedrawnAndNewsScrollAboveIt) {
   Screen s;
   {
-    Terminal t({}, s.to_out(), s.to_err(), 80, s.clock);
+    Terminal t({}, s.to_out(), s.to_err(), window(80), s.clock);
     t({{"kind", "step"}, {"id", "link"}, {"title", "connect the two agents"}, {"state", "started"}});
     t({{"kind", "step"}, {"id", "link"}, {"title", "connect the two agents"}, {"state", "done"}});
     t({{"kind", "step"}, {"id", "copy db"}, {"title", "copy db"}, {"state", "started"}});
@@ -110,7 +114,7 @@ TEST(Terminal, TheBlockIsRedrawnAndNewsScrollAboveIt) {
 
 TEST(Terminal, TheBlockIsNotRedrawnMoreThanTenTimesASecond) {
   Screen s;
-  Terminal t({}, s.to_out(), s.to_err(), 80, s.clock);
+  Terminal t({}, s.to_out(), s.to_err(), window(80), s.clock);
   for (int i = 0; i < 10000; i++) {
     t(copying(i, 10000));
     s.clock.t += 100'000;
@@ -118,10 +122,43 @@ TEST(Terminal, TheBlockIsNotRedrawnMoreThanTenTimesASecond) {
   EXPECT_LE(s.writes, 12);
 }
 
+TEST(Terminal, WideCharactersTakeTwoColumnsAndCombiningOnesNone) {
+  EXPECT_EQ(columns("\u8868\uff21\uac00"), 6u);
+  EXPECT_EQ(columns("e\u0301\u2026\u2588"), 3u);
+  Screen s;
+  Terminal t({}, s.to_out(), s.to_err(), window(40), s.clock);
+  std::string table;
+  for (int i = 0; i < 60; i++) table += "\u8868";
+  t(copying(1, 2, table));
+  for (const auto& line : shown(s.out)) EXPECT_LE(columns(line), 39u) << line;
+}
+
+TEST(Terminal, TheBlockFollowsTheWindow) {
+  Screen s;
+  Window now{.columns = 100, .rows = 8};
+  Terminal t({}, s.to_out(), s.to_err(), [&] { return now; }, s.clock);
+  auto all = [&] {
+    for (int i = 0; i < 12; i++) {
+      s.clock.sleep(Millis(200));
+      t({{"kind", "progress"}, {"store", "db" + std::to_string(i)}, {"phase", "copy"}, {"done", 1}, {"total", 2}, {"detail", std::string(200, 'x')}});
+    }
+    s.clock.sleep(Millis(200));
+    t(copying(1, 2));
+    return shown(s.out);
+  };
+  auto lines = all();
+  EXPECT_EQ(lines.size(), 8u);
+  EXPECT_NE(lines[6].find("7 lines more"), std::string::npos) << lines[6];
+  now = {.columns = 50, .rows = 20};
+  lines = all();
+  EXPECT_EQ(lines.size(), 14u);
+  for (const auto& line : lines) EXPECT_LE(columns(line), 49u) << line;
+}
+
 TEST(Terminal, AStatusReplacesTheOneBeforeIt) {
   Screen s;
   {
-    Terminal t({}, s.to_out(), s.to_err(), 80, s.clock);
+    Terminal t({}, s.to_out(), s.to_err(), window(80), s.clock);
     t({{"kind", "status"}, {"name", "shop"}, {"phase", "following"}, {"serves", "source"}, {"source", {{"link", {{"up", true}}}}}});
     t({{"kind", "status"}, {"name", "shop"}, {"phase", "switched"}, {"serves", "target"}});
   }
@@ -130,7 +167,7 @@ TEST(Terminal, AStatusReplacesTheOneBeforeIt) {
 
 TEST(Terminal, JsonIsOneObjectALineAndNothingElse) {
   Screen s;
-  Terminal t({.json = true}, s.to_out(), s.to_err(), 80, s.clock);
+  Terminal t({.json = true}, s.to_out(), s.to_err(), window(80), s.clock);
   t(copying(1, 2));
   t({{"kind", "message"}, {"text", "two\nlines"}});
   t.error(Error(Code::verify, "the sites differ"));
@@ -147,7 +184,7 @@ TEST(Terminal, JsonIsOneObjectALineAndNothingElse) {
 
 TEST(Terminal, QuietKeepsResultsAndErrors) {
   Screen s;
-  Terminal t({.quiet = true}, s.to_out(), s.to_err(), 0, s.clock);
+  Terminal t({.quiet = true}, s.to_out(), s.to_err(), window(0), s.clock);
   t(copying(1, 2));
   t({{"kind", "message"}, {"text", "hm"}});
   t({{"kind", "result"}, {"what", "switch"}, {"pause_ms", 83.4}});
@@ -159,14 +196,14 @@ TEST(Terminal, QuietKeepsResultsAndErrors) {
 TEST(Terminal, AClosedTerminalIsWrittenToOnce) {
   Screen s;
   s.alive = false;
-  Terminal t({}, s.to_out(), s.to_err(), 0, s.clock);
+  Terminal t({}, s.to_out(), s.to_err(), window(0), s.clock);
   for (int i = 0; i < 5; i++) t({{"kind", "serves"}, {"side", "target"}});
   EXPECT_EQ(s.writes, 1);
 }
 
 TEST(Terminal, TextFromTheSitesCannotMoveTheCursor) {
   Screen s;
-  Terminal t({}, s.to_out(), s.to_err(), 80, s.clock);
+  Terminal t({}, s.to_out(), s.to_err(), window(80), s.clock);
   t({{"kind", "verify"}, {"store", "f"}, {"equal", false}, {"compared", 1}, {"differences", {{{"object", "a\x1b[2J\nb\xc2\x9b" "2J"}, {"what", "differs"}}}}});
   EXPECT_NE(s.out.find("a\\x1b[2J\\x0ab\\x9b2J: differs"), std::string::npos) << s.out;
 }
@@ -174,12 +211,12 @@ TEST(Terminal, TextFromTheSitesCannotMoveTheCursor) {
 TEST(Terminal, OddObjectsAreNoError) {
   for (const char* kind : {"status", "plan", "result", "finding", "step", "progress", "message", "verify", "check", "canary", "serves", "pause", "error", "unheard of", ""}) {
     Screen s;
-    Terminal t({}, s.to_out(), s.to_err(), 80, s.clock);
+    Terminal t({}, s.to_out(), s.to_err(), window(80), s.clock);
     t({{"kind", kind}});
     t({{"kind", kind}, {"stores", 3}, {"steps", {1, 2}}, {"phases", {{"a", 1}}}, {"error", "x"}, {"ms", "y"}, {"differences", {{"a", 2}}}, {"left", {1}}, {"ledger", 7}, {"source", "s"}, {"pause", 1}, {"traffic", {{"a", 1}}}});
   }
   Screen s;
-  Terminal t({}, s.to_out(), s.to_err(), 80, s.clock);
+  Terminal t({}, s.to_out(), s.to_err(), window(80), s.clock);
   t(Json(3));
 }
 

@@ -26,7 +26,7 @@ std::string exact_ms(double ms);
 std::string grouped(std::int64_t n);
 // Control characters, which could move the cursor or hide text, shown as \xNN.
 std::string printable(std::string_view text);
-// How many columns UTF-8 text takes, each character counted as one.
+// How many columns UTF-8 text takes on a terminal: none for what combines, two for what is wide (Unicode Standard Annex 11).
 std::size_t columns(std::string_view text);
 
 }  // namespace rehome::ui

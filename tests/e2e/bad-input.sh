@@ -102,7 +102,7 @@ refused "broken YAML" 3 "case.yaml:[0-9]+:[0-9]+" -- begin
 but 's/^max_pause/max_paus/; s/  - name: db/  - nam: db/; s/warm: true/warm: perhaps/; s/^drain_deadline: 5s/drain_deadline: 5/'
 refused "four mistakes at once" 3 "case.yaml:[0-9]+:1: .*max_paus\b" "did you mean.*max_pause" "case.yaml:[0-9]+:[0-9]+: .*nam\b" \
   "case.yaml:[0-9]+:[0-9]+: .*warm" "case.yaml:[0-9]+:[0-9]+: .*drain_deadline|drain_deadline.*5" -- check
-refused "an unknown command" 2 "swich|subcommand" -- swich
+refused "an unknown command" 2 "did you mean switch" -- swich
 but 's/os_user: postgres/user: postgres, password: secret/'
 refused "a password in the file" 3 "case.yaml:[0-9]+:[0-9]+" "env" -- begin
 
