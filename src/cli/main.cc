@@ -198,11 +198,11 @@ int main(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
-    if (auto words = app.remaining(); e.get_exit_code() != 0 && app.get_subcommands().empty() && !words.empty() && !words[0].starts_with('-')) {
+    if (auto words = app.remaining(); e.get_exit_code() != 0 && app.get_subcommands().empty() && !words.empty()) {
       std::vector<std::string> known;
       for (const auto* s : app.get_subcommands(nullptr)) known.push_back(s->get_name());
       auto meant = nearest(words[0], known);
-      std::fprintf(stderr, "rehome: '%s' is no command%s; rehome --help lists them\n", ui::printable(words[0]).c_str(), meant ? (", did you mean " + *meant + "?").c_str() : "");
+      std::fprintf(stderr, "rehome: '%s' is no %s%s; rehome --help lists them\n", ui::printable(words[0]).c_str(), words[0].starts_with('-') ? "option" : "command", meant ? (", did you mean " + *meant + "?").c_str() : "");
       return error_info(Code::usage).exit_status;
     }
     return app.exit(e) == 0 ? 0 : error_info(Code::usage).exit_status;
