@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstring>
 #include <set>
 
 #include "base/error.h"
@@ -59,12 +60,19 @@ void count_tree(const std::string& path, const Json& request, Accounts& accounts
   out["unnamed_groups"] = numbers[1];
 }
 
-// Whether the file system keeps attributes and ACLs: tried on a file of our own, which is removed.
+// Whether the file system keeps attributes and ACLs: tried on a file of our own, which has no name, so that the directory stays as it
+// is down to its times. Where no such file can be made (FUSE, old NFS), one with a name is, and removed.
 void try_attributes(const std::string& directory, Json& out) {
-  std::string name = directory + "/.rehome-probe." + std::to_string(::getpid());
-  Fd fd(::open(name.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
-  if (!fd) throw errno_error(errno, "create", name, "the agent must be able to write there");
-  ::unlink(name.c_str());
+  Fd fd(::open(directory.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600));
+  if (!fd && (errno == EOPNOTSUPP || errno == EISDIR)) {
+    std::string name = directory + "/.rehome-probe." + std::to_string(::getpid());
+    fd = Fd(::open(name.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
+    if (fd) ::unlink(name.c_str());
+  }
+  if (!fd) {
+    out["write_trouble"] = std::strerror(errno);
+    return;
+  }
   out["has_xattrs"] = ::fsetxattr(fd.get(), "user.rehome", "1", 1, 0) == 0;
   struct {
     std::uint32_t version = 2;
@@ -90,6 +98,7 @@ Json probe(const Json& request, Accounts& accounts, const std::function<bool()>&
   out["directory"] = exists(path) && S_ISDIR(st.st_mode);
   struct statvfs v;
   if (::statvfs(at.c_str(), &v) != 0) throw errno_error(errno, "look at the file system of", at);
+  out["all_bytes"] = static_cast<std::int64_t>(v.f_blocks) * static_cast<std::int64_t>(v.f_frsize);
   out["free_bytes"] = static_cast<std::int64_t>(v.f_bavail) * static_cast<std::int64_t>(v.f_frsize);
   out["free_inodes"] = static_cast<std::int64_t>(v.f_favail);
   out["all_inodes"] = static_cast<std::int64_t>(v.f_files);
@@ -112,7 +121,7 @@ Json probe(const Json& request, Accounts& accounts, const std::function<bool()>&
     out["empty"] = empty;
   }
   if (get_bool(request, "count", false) && out["directory"].get<bool>()) count_tree(path, request, accounts, stopping, out);
-  if (get_bool(request, "attributes", false)) try_attributes(at, out);
+  if (get_bool(request, "attributes", false) && !get_bool(out, "read_only") && S_ISDIR(st.st_mode)) try_attributes(at, out);
   return out;
 }
 

@@ -18,9 +18,13 @@ on new bash -c 'set -e
   printf "[Service]\nExecStart=/bin/true --mode older --at bold.example\n" >/etc/systemd/system/other.service
   mkdir -p /var/lib/postgresql; mount -t tmpfs -o size=110m,mode=755 tmpfs /var/lib/postgresql; chown postgres /var/lib/postgresql
   mkdir -p /srv/small; mount -t tmpfs -o size=4m,nr_inodes=5 tmpfs /srv/small
+  # A file system without extended attributes and ACLs, one that is read-only, a file where a directory shall be.
+  mkdir -p /srv/bare /srv/sealed; mount -t ramfs ramfs /srv/bare; mount --bind -o ro /srv/sealed /srv/sealed; touch /srv/file
   mount --bind /dev/null /usr/bin/rsync'
 
-pg init old 15 5432 max_prepared_transactions=4 max_connections=20 max_locks_per_transaction=10 &
+pg init old 15 5432 max_prepared_transactions=4 max_connections=20 max_locks_per_transaction=10 \
+  autovacuum_freeze_max_age=100000 autovacuum_naptime=1 autovacuum_vacuum_cost_delay=100 autovacuum_vacuum_cost_limit=1 \
+  autovacuum_analyze_threshold=1000000000 autovacuum_vacuum_threshold=1000000000 autovacuum_vacuum_insert_threshold=-1 &
 servers=$!
 pg init new 15 5432 wal_level=replica max_replication_slots=1 max_wal_senders=0 max_logical_replication_workers=0 max_worker_processes=0
 wait $servers
@@ -45,6 +49,10 @@ sql old bad "
 sql old bad "SELECT pg_create_logical_replication_slot('others', 'pgoutput')" >/dev/null
 sql old bad "CREATE SUBSCRIPTION inbound CONNECTION 'host=127.0.0.1 port=1 dbname=none' PUBLICATION none WITH (connect = false)" >/dev/null 2>&1
 sql old bad "ALTER SUBSCRIPTION inbound ENABLE" >/dev/null
+sql old postgres "CREATE DATABASE words TEMPLATE template0 LOCALE_PROVIDER icu ICU_LOCALE 'de' LOCALE 'C.UTF-8'" >/dev/null
+sql new postgres "CREATE DATABASE words TEMPLATE template0 LOCALE 'C.UTF-8'" >/dev/null
+# A hundred thousand transactions later every table is old enough; at that pace its vacuum lasts for minutes.
+sql old bad "DO \$\$ BEGIN FOR i IN 1..101000 LOOP BEGIN INSERT INTO t2 VALUES (i); EXCEPTION WHEN division_by_zero THEN END; END LOOP; END \$\$" >/dev/null
 pg psql old 5432 -q -d bad -c "BEGIN; INSERT INTO t1 VALUES (1); PREPARE TRANSACTION 'left over'" >/dev/null
 sql new postgres "CREATE ROLE weak LOGIN PASSWORD 'weak'" >/dev/null
 sql new postgres "CREATE DATABASE bad TEMPLATE template0 ENCODING 'LATIN1' LOCALE 'C'" >/dev/null
@@ -56,6 +64,7 @@ on old bash -c 'set -e
   mount -t tmpfs tmpfs /srv/data/inner
   for i in 1 2 3 4 5 6 7 8 9; do echo $i >/srv/data/many/$i; done
   truncate -s 100M /srv/data/large
+  mkdir /srv/attributes /srv/one /srv/two; touch /srv/attributes/one; setfattr -n user.one -v 1 /srv/attributes/one; setfacl -m u:1:r /srv/attributes/one
   chown plain /srv/data/many/1'
 # Somebody at the target works with the source's database.
 on new env PGPASSWORD=weak setsid psql -h 10.77.0.1 -U weak -d bad -c "SELECT pg_sleep(120)" >/dev/null 2>&1 &
@@ -63,7 +72,14 @@ background+=($!)
 on new setsid python3 -m http.server --bind 127.0.0.1 8100 --directory /srv/small >/dev/null 2>&1 &
 background+=($!)
 
-before() { for h in old new; do sql $h postgres "SELECT name, setting FROM pg_settings WHERE source <> 'default' ORDER BY 1; SELECT slot_name FROM pg_replication_slots; SELECT datname FROM pg_database; SELECT pubname FROM pg_publication; SELECT evtname FROM pg_event_trigger"; on $h cat /var/lib/postgresql/15/main/postgresql.auto.conf; done; }
+on old setsid python3 -c 'import time; f = open("/srv/attributes/one", "w"); time.sleep(600)' >/dev/null 2>&1 &
+background+=($!)
+for i in $(seq 100); do
+  [ -z "$(sql old postgres "SELECT 1 FROM pg_stat_activity WHERE query LIKE '%to prevent wraparound%' AND backend_type = 'autovacuum worker' LIMIT 1")" ] || break
+  sleep 0.1
+done
+
+before() { for h in old new; do sql $h postgres "SELECT name, setting FROM pg_settings WHERE source <> 'default' ORDER BY 1; SELECT slot_name FROM pg_replication_slots; SELECT datname FROM pg_database; SELECT pubname FROM pg_publication; SELECT evtname FROM pg_event_trigger"; on $h cat /var/lib/postgresql/15/main/postgresql.auto.conf; on $h find /srv -printf '%p %s %m %T@ %C@\n' | sort; done; }
 before >"$world/shared/before"
 say "provoked"
 
@@ -104,6 +120,14 @@ stores:
     postgres: {databases: [bad], host: /run/postgresql, os_user: postgres}
   - name: files
     files: {path: /srv/data, target: /srv/small}
+  - name: attributes
+    files: {path: /srv/attributes, target: /srv/bare}
+  - name: sealed
+    files: {path: /srv/one, target: /srv/sealed}
+  - name: none
+    files: {path: /srv/none}
+  - name: file
+    files: {path: /srv/two, target: /srv/file}
 services:
   - name: app
     command: {start: [/bin/true], stop: [/bin/true], pid_file: /run/app.pid}
@@ -121,6 +145,8 @@ error${T}postgres.max_logical_replication_workers${T}target${T}ALTER SYSTEM SET 
 error${T}postgres.max_worker_processes${T}target${T}ALTER SYSTEM SET max_worker
 error${T}postgres.max_locks_per_transaction${T}source: database bad${T}max_locks_per_transaction = [0-9]+, then restart
 error${T}postgres.prepared${T}source.*left over${T}ROLLBACK PREPARED
+warning${T}postgres.wraparound${T}source: an anti-wraparound autovacuum runs${T}wait for its end
+warning${T}postgres.wraparound${T}source: database bad.*due.*public.big${T}VACUUM .FREEZE.
 note${T}postgres.keyless${T}database bad.*tables without a usable replica identity${T}
 error${T}postgres.identity_full${T}database bad.*keyless_json.*json${T}primary key
 warning${T}postgres.unlogged${T}database bad.*1 unlogged${T}logged
@@ -141,6 +167,12 @@ warning${T}postgres.client_on_target${T}target.*psql \(process [0-9]+${T}point i
 warning${T}postgres.unit_on_target${T}unit worker.service.*/var/lib/worker.env.*10.77.0.1${T}target's own server
 error${T}files.space${T}target: /srv/small${T}room
 error${T}files.inodes${T}target: /srv/small${T}inodes
+error${T}files.xattrs${T}target: /srv/bare.*has 1${T}use a file system that does
+error${T}files.acls${T}target: /srv/bare.*has 1${T}use a file system that does
+error${T}files.read_only${T}target: /srv/sealed${T}mount it writable
+error${T}files.missing${T}source: /srv/none.*no such directory${T}correct the store's path
+error${T}files.missing${T}target: /srv/file.*not a directory${T}correct the path
+note${T}files.writers${T}source: /srv/attributes.*python3 .process [0-9]+${T}services
 error${T}files.mount${T}source: /srv/data.*/srv/data/inner${T}exclude .*/inner.*as a store instead of the tree
 warning${T}files.owners${T}target.*plain${T}useradd.*owner: number
 error${T}files.rsync${T}target${T}install
@@ -153,21 +185,72 @@ grep -q other.service "$world/shared/findings" && fail "a unit that only has a s
 # An account and a role without rights. The locales and the port that were wrong stay wrong: only what is new is looked for.
 cat >"$yaml" <<'E'
 name: bad
-source: {ssh: plain@old, boot: cron}
+source: {ssh: plain@old, boot: none}
 target: {local: true, boot: "directory:/var/lib/boot.d"}
-link: {from: target, to: plain@old}
+link: {from: target, to: nobody@old}
 stores:
   - name: db
     postgres: {databases: [bad], host: 127.0.0.1, user: weak, password: {env: WEAK}}
   - name: files
     files: {path: /srv/data, target: /srv/small, exclude: [/inner/]}
+  - name: nowhere
+    files: {path: /srv/attributes, target: /proc/rehome}
+services:
+  - name: app
+    command: {start: [/no/such], stop: [/bin/true], pid_file: /run/app.pid}
 E
 WEAK=weak checked 4
 found "$world/shared/findings" <<E
+error${T}link.ssh${T}target to nobody@old${T}key
+warning${T}agent.supervisor${T}source.*nothing starts the agent again${T}boot: to cron
+error${T}service.missing${T}source.*/no/such${T}correct the command
+warning${T}service.freeze${T}source.*cannot be frozen as a whole${T}root
+error${T}files.not_writable${T}target: /proc/rehome.*no file can be made${T}root
 error${T}postgres.superuser${T}source.*weak is not a superuser${T}SUPERUSER
 error${T}postgres.superuser${T}target.*weak is not a superuser${T}SUPERUSER
 warning${T}files.root${T}source.*not root${T}root, or sudo
 warning${T}files.watch${T}source.*cannot be followed${T}root
+E
+
+# Another provider of locales in a database that is there already; one that the target's server does not have.
+on new mount -o remount,size=1g /var/lib/postgresql
+pg init new 13 5434
+yaml_of() { # DATABASE SOURCE TARGET: keys of the two servers
+  cat >"$yaml" <<E
+name: newer
+source: {ssh: root@old, boot: "directory:/var/lib/boot.d"}
+target: {local: true, boot: "directory:/var/lib/boot.d"}
+link: {from: target, to: root@old}
+stores:
+  - name: db
+    postgres:
+      databases: [$1]
+      source: {$2}
+      target: {$3}
+E
+}
+here() { echo "host: /run/postgresql, os_user: postgres, port: $1"; }
+yaml_of words "$(here 5432)" "$(here 5432)"
+checked 4
+found "$world/shared/findings" <<E
+warning${T}postgres.locale${T}target: database words.*C.UTF-8 libc, .*C.UTF-8 icu de${T}drop it
+E
+yaml_of words "$(here 5432)" "$(here 5434)"
+checked 4
+found "$world/shared/findings" <<E
+error${T}postgres.locale_provider${T}target.*database words.*13 does not have${T}PostgreSQL 15 or later
+warning${T}postgres.downgrade${T}target.*13.*15${T}newer
+E
+yaml_of wrods "$(here 5432)" "$(here 5432)"
+checked 4
+found "$world/shared/findings" <<E
+error${T}postgres.database${T}source: database wrods.*does not exist${T}did you mean words
+E
+yaml_of words "$(here 5999)" "host: 10.77.0.2, user: nobody"
+checked 4
+found "$world/shared/findings" <<E
+error${T}postgres.connect${T}source.*5999${T}is the server running
+error${T}postgres.connect${T}target.*nobody${T}pg_hba.conf
 E
 before | diff "$world/shared/before" - || fail "check changed something"
 
@@ -175,20 +258,36 @@ before | diff "$world/shared/before" - || fail "check changed something"
 pg stop old 15 5432
 pg init old 17 5433
 sql17() { pg psql old 5433 -qAt -v ON_ERROR_STOP=1 "$@"; }
-sql17 -c "CREATE DATABASE newer" >/dev/null
-cat >"$yaml" <<'E'
-name: newer
-source: {ssh: root@old, boot: "directory:/var/lib/boot.d"}
-target: {local: true, boot: "directory:/var/lib/boot.d"}
-link: {from: target, to: root@old}
-stores:
-  - name: db
-    postgres: {databases: [newer], host: /run/postgresql, os_user: postgres, source: {port: 5433}}
-E
+sql17 -c "CREATE DATABASE newer TEMPLATE template0 LOCALE_PROVIDER builtin BUILTIN_LOCALE 'C.UTF-8'" >/dev/null
+yaml_of newer "$(here 5433)" "$(here 5432)"
 checked 4
 found "$world/shared/findings" <<E
 error${T}postgres.pg_dump${T}15.*17${T}postgresql-client-17
 error${T}postgres.pg_restore${T}15.*17${T}postgresql-client-17
 warning${T}postgres.downgrade${T}target.*15.*17${T}newer
+error${T}postgres.locale_provider${T}target.*database newer.*15 does not have${T}PostgreSQL 17 or later
+E
+
+# Versions that are not known: an old one, and one that calls itself newer on its way here.
+pg init old 12 5435
+cat >"$world/shared/newer.py" <<'P'
+import socket, threading
+listener = socket.create_server(("127.0.0.1", 5499))
+def carry(a, b, change):
+    while data := a.recv(65536): b.sendall(change(data))
+    b.shutdown(socket.SHUT_WR)
+while True:
+    client, server = listener.accept()[0], socket.create_connection(("10.77.0.1", 5433))
+    threading.Thread(target=carry, args=(client, server, lambda d: d), daemon=True).start()
+    threading.Thread(target=carry, args=(server, client, lambda d: d.replace(b"17.10", b"19.10")), daemon=True).start()
+P
+on new setsid python3 "$world/shared/newer.py" >"$world/shared/newer.out" 2>&1 &
+background+=($!)
+for i in $(seq 100); do on new bash -c ': </dev/tcp/127.0.0.1/5499' 2>/dev/null && break; sleep 0.1; done
+yaml_of newer "$(here 5435)" "host: 127.0.0.1, port: 5499, password: {env: PASSWORD}"
+PASSWORD=$(pg password old) checked 4
+found "$world/shared/findings" <<E
+error${T}postgres.version${T}source.*12.22 is older than 13${T}pg_upgrade
+error${T}postgres.version${T}target.*19.10 is newer.*18${T}newer rehome
 E
 say "every finding was seen"

@@ -6,7 +6,7 @@ set -euo pipefail
 major=${1:?major}
 if [ -x "/usr/lib/postgresql/$major/bin/postgres" ]; then echo "/usr/lib/postgresql/$major/bin"; exit 0; fi
 case $major in
-  13) version=13.23.0-beta.16 ;; 14) version=14.23.0-beta.17 ;; 16) version=16.14.0-beta.17 ;;
+  12) version=12.22.0-beta.15 ;; 13) version=13.23.0-beta.16 ;; 14) version=14.23.0-beta.17 ;; 16) version=16.14.0-beta.17 ;;
   17) version=17.10.0-beta.17 ;; 18) version=18.4.0-beta.17 ;;
   *) echo "fetch-pg.sh: no PostgreSQL $major is to be had" >&2; exit 1 ;;
 esac

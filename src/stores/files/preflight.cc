@@ -71,12 +71,14 @@ std::vector<Finding> FilesStore::preflight(StoreContext& c) {
     add(Level::error, "not_empty", Side::target, "the directory is not empty", "move away what is in it, or correct the path");
   if (get_bool(target, "read_only") && !begun)
     add(Level::error, "read_only", Side::target, "its file system is mounted read-only", "mount it writable");
+  if (std::string trouble = get_string(target, "write_trouble", ""); !trouble.empty())
+    add(Level::error, "not_writable", Side::target, "no file can be made there: " + trouble, "use root, or sudo, for that site, or let its account write there");
 
   std::int64_t bytes = get_int(source, "bytes"), files = get_int(source, "files");
-  if (!begun && get_int(target, "free_bytes") < bytes + bytes / 50)
+  // Some file systems (ramfs) count no blocks, and some (btrfs) no inodes.
+  if (!begun && get_int(target, "all_bytes") > 0 && get_int(target, "free_bytes") < bytes + bytes / 50)
     add(Level::error, "space", Side::target, "it has " + human_bytes(get_int(target, "free_bytes")) + " free, and the source holds " + human_bytes(bytes),
         "make room, or choose another path");
-  // Some file systems (btrfs) count no inodes.
   if (!begun && get_int(target, "all_inodes") > 0 && get_int(target, "free_inodes") < files)
     add(Level::error, "inodes", Side::target, "its file system has " + std::to_string(get_int(target, "free_inodes")) + " inodes free, and the source holds " +
         std::to_string(files) + " files and directories", "make a file system with more inodes");

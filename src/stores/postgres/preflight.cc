@@ -35,10 +35,15 @@ std::string names(const std::vector<PgRow>& rows, std::size_t most = 8) {
   return out;
 }
 
+bool known_version(PgSession& s, Side side, Findings& f) {
+  std::string here(side_name(side)), version = "PostgreSQL " + s.value("SHOW server_version");
+  if (s.major() < 13) f.error("version", here, version + " is older than 13", "update it to 13 or later first (pg_upgrade), or move it by dump and restore");
+  if (s.major() > 18) f.error("version", here, version + " is newer than what this rehome knows (18)", "use a newer rehome");
+  return s.major() >= 13 && s.major() <= 18;
+}
+
 void check_server(PgSession& s, Side side, std::size_t databases, Findings& f) {
   std::string here(side_name(side));
-  if (s.major() < 13) f.error("version", here, "PostgreSQL " + s.value("SHOW server_version") + " is older than 13", "update it to a minor of 13 or later first");
-  if (s.major() > 18) f.error("version", here, "PostgreSQL " + s.value("SHOW server_version") + " is newer than what this rehome knows (18)", "use a newer rehome");
   if (s.value("SELECT rolsuper FROM pg_roles WHERE rolname = current_user") != "t")
     f.error("superuser", here, s.address().user + " is not a superuser", "connect as one: fences, event triggers and origins need it (ALTER ROLE ... SUPERUSER)");
   if (s.value("SHOW wal_level") != "logical")
@@ -81,6 +86,12 @@ void check_database(PgSession& s, const std::vector<PgTable>& tables, Findings& 
       f.error("identity_full", where, "without a key, and with a column that has no equality operator, so that a changed row cannot be found: " + names(bad),
               "add a primary key to these tables");
   }
+  // The server starts one by itself when the age is reached; what is small is done before anybody waits.
+  auto aged = s.query("SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind IN ('r', 'm') AND c.relpersistence <> 't' "
+                      "AND n.nspname NOT IN ('pg_catalog', 'information_schema') AND pg_relation_size(c.oid) > 8000000 AND (age(c.relfrozenxid) > 0.95 * current_setting('autovacuum_freeze_max_age')::bigint OR "
+                      "mxid_age(c.relminmxid) > 0.95 * current_setting('autovacuum_multixact_freeze_max_age')::bigint) ORDER BY pg_relation_size(c.oid) DESC");
+  if (!aged.empty())
+    f.warn("wraparound", where, "an anti-wraparound autovacuum, which never yields to a lock, is due or nearly so: " + names(aged), "VACUUM (FREEZE) them before the switch");
   std::int64_t unlogged = 0, unlogged_bytes = 0;
   for (const auto& t : tables)
     if (t.unlogged && !t.partitioned) unlogged++, unlogged_bytes += t.bytes;
@@ -103,6 +114,14 @@ void check_database(PgSession& s, const std::vector<PgTable>& tables, Findings& 
     f.warn("pg_cron", where, "pg_cron runs jobs in this database: on both sides after the copy", "set cron.database_name, or disable the jobs on the side that does not serve");
   auto foreign_tables = s.query("SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind = 'f' LIMIT 20");
   if (!foreign_tables.empty()) f.note("foreign_tables", where, "foreign tables keep pointing where they point: " + names(foreign_tables));
+}
+
+// Encoding, LC_COLLATE, LC_CTYPE, and what the order of words is taken from: another provider sorts otherwise by the same LC_COLLATE.
+std::string locale_of(PgSession& s) {
+  std::string provider = s.major() < 15 ? "'libc'"
+                                        : "CASE datlocprovider WHEN 'i' THEN 'icu' WHEN 'b' THEN 'builtin' ELSE 'libc' END || coalesce(' ' || " + std::string(s.major() >= 17 ? "datlocale" : "daticulocale") + ", '')" +
+                                              (s.major() >= 16 ? " || coalesce(' with rules ' || daticurules, '')" : "");
+  return s.value("SELECT pg_encoding_to_char(encoding) || ' ' || datcollate || ' ' || datctype || ' ' || " + provider + " FROM pg_database WHERE datname = current_database()");
 }
 
 // What words are compared by must be at the target before its database is made. Its own library is asked: a name that it does
@@ -157,6 +176,9 @@ std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
     if (!psql.ok()) f.error("psql", std::string(side_name(side)), "psql is not on that host; the agent needs it to undo and to open without us", "install postgresql-client there, or name it with psql: in the site");
   }
   if (!admin.source || !admin.target) return f.all;
+  // What is asked below is in the words of the versions that are known.
+  bool source_known = known_version(*admin.source, Side::source, f), target_known = known_version(*admin.target, Side::target, f);
+  if (!source_known || !target_known) return f.all;
   std::vector<std::string> list;
   try {
     list = databases(c);
@@ -212,8 +234,7 @@ std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
       auto full = t->query("SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind IN ('r', 'p', 'v', 'm', 'S') AND n.nspname NOT IN "
                            "('pg_catalog', 'information_schema') AND n.nspname NOT LIKE 'pg\\_toast%' LIMIT 20");
       if (!full.empty()) f.error("not_empty", "target: database " + database, "it is not empty: " + names(full), "drop or rename it, or correct the target");
-      const char* settings = "SELECT pg_encoding_to_char(encoding) || ' ' || datcollate || ' ' || datctype FROM pg_database WHERE datname = current_database()";
-      std::string here = t->value(settings), wanted = s->value(settings);
+      std::string here = locale_of(*t), wanted = locale_of(*s);
       if (here.substr(0, here.find(' ')) != wanted.substr(0, wanted.find(' ')))
         f.error("encoding", "target: database " + database, "it is there already, with " + here + ", and the source's has " + wanted, "drop it: rehome makes it as the source's is");
       else if (here != wanted)
