@@ -30,9 +30,17 @@ void check_link(Run& run, std::vector<Finding>& found) {
 
 void check_supervisor(Run& run, Side side, std::vector<Finding>& found) {
   const SiteConfig& config = run.deployment().site[side];
-  bool none = config.boot == "none" || (config.boot.empty() && !run.site(side).has_systemd());
-  if (!none) return;
+  std::string how = config.boot.empty() ? run.site(side).has_systemd() ? "systemd" : "none" : config.boot;
   std::string object = std::string(side_name(side)) + ": supervisor";
+  if (how != "none") {
+    // What begin will do, tried as far as nothing is changed.
+    std::string place = how == "systemd" ? "/etc/systemd/system" : how == "cron" ? "crontab" : how.substr(how.find(':') + 1);
+    if (!run.site(side).exec({.argv = {"sh", "-c", how == "cron" ? "command -v crontab >/dev/null" : "[ -d \"$1\" ] && [ -w \"$1\" ]", "sh", place}}).ok())
+      found.push_back({Finding::Level::error, "agent.supervisor", object,
+                       how == "cron" ? "there is no crontab, which shall start the agent again after a reboot" : "this account cannot write into " + place + ", from where the agent shall be started again after a reboot",
+                       "use root for that site, or set boot: to cron, or to directory:/a/directory whose programs the host runs at boot"});
+    return;
+  }
   if (run.deployment().traffic.empty())
     found.push_back({Finding::Level::warning, "agent.supervisor", object, "nothing starts the agent again after a reboot",
                      "set boot: to cron, or to directory:/a/directory whose programs the host runs at boot"});
@@ -61,6 +69,9 @@ void check_ports(Run& run, Side side, std::vector<Finding>& found) {
     if (t.kind != TrafficConfig::Kind::nginx && t.take != TrafficConfig::Take::listen) continue;
     Address listen = Address::parse(t.on[side].listen);
     if (listen.is_unix()) continue;
+    if (!run.site(side).exec({.argv = {"sh", "-c", "[ \"$(id -u)\" = 0 ] || [ \"$1\" -ge \"$(cat /proc/sys/net/ipv4/ip_unprivileged_port_start)\" ]", "sh", std::to_string(listen.port)}}).ok())
+      found.push_back({Finding::Level::error, "traffic.port_rights", std::string(side_name(side)) + ": traffic " + t.name, "the gate shall listen at " + listen.text() + ", and only root may listen at so low a port",
+                       "use root for that site, or give the gate a port from 1024 on"});
     if (!all) all = tcp_sockets(run.site(side));
     std::vector<TcpSocket> there;
     for (const auto& s : *all)

@@ -11,6 +11,9 @@ constexpr char kAsOthers[] = "{ echo 0 >/proc/self/oom_score_adj; } 2>/dev/null;
 // takes signals.
 constexpr char kLives[] = "p=$(cat \"$f\" 2>/dev/null) && [ -n \"$p\" ] && kill -0 $p 2>/dev/null && ! grep -q '^State:[[:space:]]*[ZX]' /proc/$p/status 2>/dev/null";
 
+// Succeeds where it lives and takes no signal of ours.
+constexpr char kOthers[] = "p=$(cat \"$f\" 2>/dev/null) && [ -n \"$p\" ] && [ -d /proc/$p ] && ! kill -0 $p 2>/dev/null && [ -d /proc/$p ]";
+
 class CommandService : public Service {
  public:
   explicit CommandService(const ServiceConfig& config) : config_(config) {}
@@ -31,7 +34,11 @@ class CommandService : public Service {
     if (!get_bool(hello.at("capabilities"), "freeze", false))
       found.push_back({Finding::Level::warning, "service.freeze", where, "its processes cannot be frozen as a whole there: in the pause they are stopped by a signal, one by one",
                        "fine for a service that starts no processes of its own; otherwise use an account on that host that is root"});
-    if (side == Side::source && !running(context.at(side)))
+    const bool others = context.at(side).exec({.argv = {"sh", "-c", std::string("f=$1; ") + kOthers, "sh", on.pid_file}}).ok();
+    if (others)
+      found.push_back({Finding::Level::error, "service.rights", where, "the process of " + on.pid_file + " belongs to another account, and this one may not stop it",
+                       "use root, or that account, for that site"});
+    if (side == Side::source && !others && !running(context.at(side)))
       found.push_back({Finding::Level::warning, "service.down", where,
                        "no process of " + on.pid_file + " runs", "start the service, or correct pid_file"});
     return found;

@@ -131,6 +131,8 @@ Child::Child(const Command& command, const Pipes& pipes) {
     account = find_account(command.user);
     env["HOME"] = account->home;
     env["USER"] = env["LOGNAME"] = command.user;
+    // Who is that account already needs no right to become it.
+    if (account->uid == ::geteuid()) account.reset();
   }
   for (const auto& [k, v] : command.env) env[k] = v;
   std::string program = find_program(command.argv[0], env);

@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 #include <sys/resource.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <csignal>
@@ -92,6 +93,25 @@ TEST(Process, AnOutcomeCrossesTheWireWhole) {
   EXPECT_EQ(o.out.size(), 16u << 20);
   EXPECT_TRUE(o.truncated);
   EXPECT_THROW(outcome_from_json({{"status", 0}}), Error);
+}
+
+TEST(Process, WhoIsTheAccountAlreadyNeedsNoRightToBecomeIt) {
+  auto as_nobody = [](const char* account) {
+    pid_t pid = ::fork();
+    if (pid == 0) {
+      if (::geteuid() == 0 && ::setresuid(65534, 65534, 65534) != 0) ::_exit(3);
+      try {
+        ::_exit(run({.argv = {"true"}, .user = account}).ok() ? 0 : 1);
+      } catch (const Error&) {
+        ::_exit(2);
+      }
+    }
+    int status = 0;
+    ::waitpid(pid, &status, 0);
+    return WEXITSTATUS(status);
+  };
+  EXPECT_EQ(as_nobody("nobody"), 0);
+  EXPECT_EQ(as_nobody("www-data"), 2);
 }
 
 TEST(Process, ProgramsGetTheFileLimitOfTheStart) {

@@ -24,13 +24,14 @@ void count_tree(const std::string& path, const Json& request, Accounts& accounts
   StoreSettings settings = settings_from(request);
   Filter filter(settings.include, settings.exclude);
   Tree tree(Fd(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)), path);
-  std::int64_t files = 0, bytes = 0, linked = 0, xattrs = 0, acls = 0;
+  std::int64_t files = 0, bytes = 0, linked = 0, devices = 0, xattrs = 0, acls = 0;
   std::set<id_t> users, groups;
   walk(tree, filter, [&](const std::string& p, ino_t, unsigned char, int directory) {
     auto m = read_meta(directory, std::string(name_of(p)), p);
     if (!m) return !stopping();
     files++;
     if (m->is_file()) bytes += m->size / static_cast<std::int64_t>(std::max<nlink_t>(1, m->nlink));
+    devices += S_ISCHR(m->mode) || S_ISBLK(m->mode);
     linked += !m->is_directory() && m->nlink > 1;
     for (const auto& [k, v] : m->xattrs) (is_acl(k) ? acls : xattrs)++;
     if (users.size() < 10000) users.insert(m->uid);
@@ -43,6 +44,7 @@ void count_tree(const std::string& path, const Json& request, Accounts& accounts
   out["files"] = files;
   out["bytes"] = bytes;
   out["linked"] = linked;
+  out["devices"] = devices;
   out["xattrs"] = xattrs;
   out["acls"] = acls;
   Json names[2] = {Json::array(), Json::array()}, numbers[2] = {Json::array(), Json::array()};

@@ -72,6 +72,10 @@ class UnixSocketTraffic : public Traffic {
         else if (devices[0] != devices[1])
           error("unix_socket.file_system", p.gate + " and " + p.application + " are on two file systems, so one cannot take the other's name",
                 "put the gate's socket (`listen`) beside the application's");
+        // Its name is to be given to a hard link, and the gate's socket its owner.
+        const char* rights = "[ \"$(id -u)\" = 0 ] || { [ -w \"$2\" ] && { [ ! -e \"$1\" ] || [ -O \"$1\" ]; }; }";
+        if (!site.exec({.argv = {"sh", "-c", rights, "sh", p.application, parent_path(p.application)}}).ok())
+          error("unix_socket.rights", "this account cannot take the name of " + p.application + ": the socket is another's, or its directory may not be written", "use root, or the application's account, for that site");
         // On the target it may come with the application's start, which the kept program sees.
         if (s == Side::source && !site.exec({.argv = {"test", "-S", p.application}}).ok())
           error("unix_socket.application", p.application + " is not a socket", "start the application, or correct `application`");

@@ -64,6 +64,8 @@ on old bash -c 'set -e
   mount -t tmpfs tmpfs /srv/data/inner
   for i in 1 2 3 4 5 6 7 8 9; do echo $i >/srv/data/many/$i; done
   truncate -s 100M /srv/data/large
+  echo 1 >/run/of-root.pid
+  mkdir -p -m 700 /srv/secret/below; chmod 700 /srv/secret
   mkdir /srv/attributes /srv/one /srv/two; touch /srv/attributes/one; setfattr -n user.one -v 1 /srv/attributes/one; setfacl -m u:1:r /srv/attributes/one
   chown plain /srv/data/many/1'
 # Somebody at the target works with the source's database.
@@ -185,7 +187,7 @@ grep -q other.service "$world/shared/findings" && fail "a unit that only has a s
 # An account and a role without rights. The locales and the port that were wrong stay wrong: only what is new is looked for.
 cat >"$yaml" <<'E'
 name: bad
-source: {ssh: plain@old, boot: none}
+source: {ssh: plain@old, boot: systemd}
 target: {local: true, boot: "directory:/var/lib/boot.d"}
 link: {from: target, to: nobody@old}
 stores:
@@ -193,22 +195,36 @@ stores:
     postgres: {databases: [bad], host: 127.0.0.1, user: weak, password: {env: WEAK}}
   - name: files
     files: {path: /srv/data, target: /srv/small, exclude: [/inner/]}
+  - name: secret
+    files: {path: /srv/secret, target: /srv/not-secret}
   - name: nowhere
     files: {path: /srv/attributes, target: /proc/rehome}
 services:
   - name: app
-    command: {start: [/no/such], stop: [/bin/true], pid_file: /run/app.pid}
+    command: {start: [/no/such], stop: [/bin/true], pid_file: /run/of-root.pid}
+traffic:
+  - name: low
+    gate: {listen: "127.0.0.1:81", application: "127.0.0.1:8000"}
+  - name: socket
+    gate: {take: unix_socket, listen: "unix:/srv/gate.sock", application: "unix:/srv/app.sock"}
+  - name: port
+    gate: {take: redirect, listen: "127.0.0.1:8200", application: "127.0.0.1:8300"}
 E
 WEAK=weak checked 4
 found "$world/shared/findings" <<E
 error${T}link.ssh${T}target to nobody@old${T}key
-warning${T}agent.supervisor${T}source.*nothing starts the agent again${T}boot: to cron
+error${T}agent.supervisor${T}source.*cannot write into /etc/systemd/system${T}boot: to cron
+error${T}service.rights${T}source: service app.*another account${T}root, or that account
+error${T}traffic.port_rights${T}source: traffic low.*127.0.0.1:81${T}port from 1024
+error${T}unix_socket.rights${T}source.*traffic socket.*/srv/app.sock${T}root
+error${T}redirect.iptables${T}source.*traffic port${T}root
+error${T}store${T}store secret: .*/srv/secret.*Permission denied${T}able to read it
 error${T}service.missing${T}source.*/no/such${T}correct the command
 warning${T}service.freeze${T}source.*cannot be frozen as a whole${T}root
 error${T}files.not_writable${T}target: /proc/rehome.*no file can be made${T}root
 error${T}postgres.superuser${T}source.*weak is not a superuser${T}SUPERUSER
 error${T}postgres.superuser${T}target.*weak is not a superuser${T}SUPERUSER
-warning${T}files.root${T}source.*not root${T}root, or sudo
+warning${T}files.root${T}source.*not root${T}use root
 warning${T}files.watch${T}source.*cannot be followed${T}root
 E
 
@@ -218,7 +234,7 @@ pg init new 13 5434
 yaml_of() { # DATABASE SOURCE TARGET: keys of the two servers
   cat >"$yaml" <<E
 name: newer
-source: {ssh: root@old, boot: "directory:/var/lib/boot.d"}
+source: {ssh: ${AS:-root}@old, boot: none}
 target: {local: true, boot: "directory:/var/lib/boot.d"}
 link: {from: target, to: root@old}
 stores:
@@ -233,6 +249,7 @@ here() { echo "host: /run/postgresql, os_user: postgres, port: $1"; }
 yaml_of words "$(here 5432)" "$(here 5432)"
 checked 4
 found "$world/shared/findings" <<E
+warning${T}agent.supervisor${T}source.*nothing starts the agent again${T}boot: to cron
 warning${T}postgres.locale${T}target: database words.*C.UTF-8 libc, .*C.UTF-8 icu de${T}drop it
 E
 yaml_of words "$(here 5432)" "$(here 5434)"
@@ -240,6 +257,11 @@ checked 4
 found "$world/shared/findings" <<E
 error${T}postgres.locale_provider${T}target.*database words.*13 does not have${T}PostgreSQL 15 or later
 warning${T}postgres.downgrade${T}target.*13.*15${T}newer
+E
+AS=plain yaml_of words "host: 127.0.0.1, password: {env: OLD}" "host: 127.0.0.1, password: {env: NEW}"
+OLD=$(pg password old) NEW=$(on new cat /var/lib/postgresql/superuser-password) checked 4
+found "$world/shared/findings" <<E
+error${T}postgres.passfile${T}source.*no file with the other server's password${T}server's account
 E
 yaml_of wrods "$(here 5432)" "$(here 5432)"
 checked 4
@@ -253,6 +275,23 @@ error${T}postgres.connect${T}source.*5999${T}is the server running
 error${T}postgres.connect${T}target.*nobody${T}pg_hba.conf
 E
 before | diff "$world/shared/before" - || fail "check changed something"
+
+# Devices, to where their like cannot be made.
+on new sh -c 'mkdir /srv/devices; mknod /srv/devices/null c 1 3'
+cat >"$yaml" <<'E'
+name: newer
+source: {local: true, boot: none}
+target: {ssh: plain@old, boot: none}
+link: {from: source, to: plain@old}
+stores:
+  - name: files
+    files: {path: /srv/devices, target: /tmp/devices}
+E
+checked 4
+found "$world/shared/findings" <<E
+error${T}files.devices${T}target: /tmp/devices.*1 device${T}exclude
+warning${T}files.root${T}target.*nothing closes the tree${T}root
+E
 
 # A source newer than pg_dump and than the target. Its server first needs the room of the other.
 pg stop old 15 5432

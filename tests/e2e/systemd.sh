@@ -113,6 +113,16 @@ rehome check >"$world/shared/hard" 2>&1 && fail "check says nothing of it"
 grep -q "ReadWritePaths /srv/shop meets /srv/shop" "$world/shared/hard" || { cat "$world/shared/hard"; fail "check says something else"; }
 on new sh -c 'rm -r /etc/systemd/system/shop.service.d; systemctl daemon-reload'
 rehome -q check
+say "an account that may not touch units"
+on old bash -c 'set -e
+  cp /etc/passwd /run/passwd; echo "plain:x:4242:4242::/var/lib/plain:/bin/bash" >>/run/passwd; mount --bind /run/passwd /etc/passwd
+  mkdir -p /var/lib/plain/.ssh; cp /root/.ssh/authorized_keys /var/lib/plain/.ssh/; chown -R 4242:4242 /var/lib/plain; chmod 700 /var/lib/plain/.ssh'
+sed 's/root@old/plain@old/' "$yaml" >"$world/shared/plain.yaml"
+(yaml=$world/shared/plain.yaml; rehome --json check) >"$world/shared/plain" 2>&1 && fail "check says nothing of it"
+for id in service.rights agent.supervisor; do
+  grep -q "\"id\":\"$id\",.*\"message\":\"this account cannot write into /etc/systemd/system" "$world/shared/plain" || { cat "$world/shared/plain"; fail "check does not say $id"; }
+done
+on old bash -c 'umount /etc/passwd; rm -r /var/lib/plain'
 load all 25 --keep-alive
 probe first
 

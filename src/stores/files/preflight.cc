@@ -72,7 +72,7 @@ std::vector<Finding> FilesStore::preflight(StoreContext& c) {
   if (get_bool(target, "read_only") && !begun)
     add(Level::error, "read_only", Side::target, "its file system is mounted read-only", "mount it writable");
   if (std::string trouble = get_string(target, "write_trouble", ""); !trouble.empty())
-    add(Level::error, "not_writable", Side::target, "no file can be made there: " + trouble, "use root, or sudo, for that site, or let its account write there");
+    add(Level::error, "not_writable", Side::target, "no file can be made there: " + trouble, "use root for that site, or let its account write there");
 
   std::int64_t bytes = get_int(source, "bytes"), files = get_int(source, "files");
   // Some file systems (ramfs) count no blocks, and some (btrfs) no inodes.
@@ -82,6 +82,8 @@ std::vector<Finding> FilesStore::preflight(StoreContext& c) {
   if (!begun && get_int(target, "all_inodes") > 0 && get_int(target, "free_inodes") < files)
     add(Level::error, "inodes", Side::target, "its file system has " + std::to_string(get_int(target, "free_inodes")) + " inodes free, and the source holds " +
         std::to_string(files) + " files and directories", "make a file system with more inodes");
+  if (!get_bool(target, "root") && get_int(source, "devices") > 0)
+    add(Level::error, "devices", Side::target, "the source has " + std::to_string(get_int(source, "devices")) + " device files, and only root makes such", "use root for that site, or exclude them");
   if (!get_bool(target, "has_xattrs", true) && get_int(source, "xattrs") > 0)
     add(Level::error, "xattrs", Side::target, "its file system keeps no extended attributes, and the source has " + std::to_string(get_int(source, "xattrs")),
         "use a file system that does, or mount it with user_xattr");
@@ -95,7 +97,7 @@ std::vector<Finding> FilesStore::preflight(StoreContext& c) {
     if (version.empty()) add(Level::error, "rsync", side, "rsync is not installed", "install the package rsync there");
     else if (old_rsync(version)) add(Level::error, "rsync", side, "rsync " + version + " compares times to the second only", "install rsync 3.1.3 or newer");
     if (!get_bool(p, "root"))
-      add(Level::warning, "root", side, "the agent is not root: owners cannot be kept, and files of others may not be readable", "use root, or sudo, for that site");
+      add(Level::warning, "root", side, "the agent is not root: owners cannot be kept, files of others may not be readable, and nothing closes the tree there while that side does not serve", "use root for that site; docs/WITHOUT-ROOT.md says what that changes");
     for (const auto& m : p.value("mounts_below", Json::array())) {
       std::string point = m.get<std::string>();
       bool excluded = false;
