@@ -167,6 +167,7 @@ Json Gate::status(std::int64_t older_than_ms) {
     longest = std::max(longest, ms_between(conn->wait_since, now_));
   }
   return {{"attempt", attempt_},
+          {"pid", ::getpid()},
           {"state_ms", static_cast<std::int64_t>(ms_between(entered_at_, now_))},
           {"in_flight", in_flight_count},
           {"idle", idle_count},

@@ -178,6 +178,10 @@ Prediction Switchover::predict(bool measure) {
     // What has been open for so long will not end now; finding that out would cost everybody else a pause.
     if (std::int64_t longer = get_int(status, "older"); longer > 0)
       (cuts_longer(d) ? p.reasons : p.obstacles).push_back(long_connections(d, longer));
+    if (measure) {
+      count_past_gate();
+      if (past_gate_.value_or(0) > 0) p.reasons.push_back(past_gate_text(*past_gate_));
+    }
   }
   // Round trips and durable writes of the protocol itself, from this very path.
   Ticks from = system_clock().now();
@@ -339,7 +343,7 @@ void Switchover::back_out(const Error& reason) {
     throw Error(Code::unknown, std::string("the controller failed after the commit (") + reason.what() + "); the agents finish it",
                 "rehome resume follows them to the end");
   double ms = ms_between(pause_from_, system_clock().now());
-  write_ledger();
+  write_ledger(false);
   run_.journal().append("pause", {{"attempt", attempt_}, {"direction", direction_.yields == Side::source ? "switch" : "reverse"},
                                   {"total_ms", ms}, {"predicted_ms", predicted_ms_}, {"result", "backed out"},
                                   {"error", error_to_json(reason)}});
@@ -349,9 +353,20 @@ void Switchover::back_out(const Error& reason) {
               reason.hint.empty() ? "try again, or see rehome report" : reason.hint);
 }
 
+// Before the pause: in it nothing is spawned. They are ended by the switch, and nobody else would tell.
+void Switchover::count_past_gate() {
+  past_gate_.reset();
+  if (!gated()) return;
+  try {
+    past_gate_ = past_gate(run_.deployment(), yields());
+  } catch (const Error& e) {
+    run_.journal().append("message", {{"text", "connections past the gate are not counted: " + std::string(e.what())}});
+  }
+}
+
 // What the gates did to connections in this pause: written once nobody who was held waits any more, or after two seconds
 // with what is known then. A gate that does not answer, or is older than this program, leaves its part out.
-void Switchover::write_ledger() {
+void Switchover::write_ledger(bool switched) {
   if (!gated()) return;
   Deadline deadline = Deadline::in(Millis(2000));
   Json total;
@@ -371,6 +386,7 @@ void Switchover::write_ledger() {
     if (still == 0 || deadline.passed()) break;
     system_clock().sleep(Millis(10));
   }
+  if (past_gate_) total["past_gate"] = switched ? *past_gate_ : 0;
   result_.ledger = total;
   run_.journal().append("ledger", total);
 }
@@ -419,6 +435,7 @@ CutResult Switchover::cut() {
     canaries_.push_back(std::make_unique<HttpCanary>(run_.deployment(), takes(), check, true));
     canaries_.back()->open();
   }
+  count_past_gate();
   attempt_ = get_int(yields().call("attempt.open"), "attempt");
   result_.attempt = attempt_;
   // Enough for the phase that is at work when max_pause ends; nothing is renewed for the sake of a later one.
@@ -455,7 +472,7 @@ CutResult Switchover::cut() {
   Side serves = direction_.takes();
   run_.journal().append("serves", {{"side", side_name(serves)}, {"epoch", epoch_}});
   run_.journal().append("fact", {{"key", "phase"}, {"value", serves == Side::target ? "switched" : "following"}});
-  write_ledger();
+  write_ledger(true);
   run_.journal().append("pause", {{"attempt", attempt_}, {"direction", direction_.yields == Side::source ? "switch" : "reverse"},
                                   {"total_ms", result_.pause_ms}, {"predicted_ms", predicted_ms_}, {"result", "switched"}});
   run_.journal().flush();

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -56,7 +57,8 @@ class Switchover {
   void freeze();
   void ask_canaries();
   void commit();
-  void write_ledger();
+  void count_past_gate();
+  void write_ledger(bool switched);
   void flush_journal();
   [[noreturn]] void back_out(const Error& reason);
   Json decided(Deadline deadline);
@@ -73,6 +75,7 @@ class Switchover {
   Deadline pause_deadline_;
   Ticks pause_from_ = 0;
   double predicted_ms_ = 0;
+  std::optional<std::int64_t> past_gate_;
   CutResult result_;
 };
 

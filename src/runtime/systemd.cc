@@ -35,7 +35,7 @@ class SystemdService : public Service {
     } else if (side == Side::source && o.out.find("ActiveState=active") == std::string::npos) {
       found.push_back({Finding::Level::warning, "service.down", where, "the service does not run", "start it: systemctl start " + unit});
     }
-    if (o.ok() && !context.at(side).exec({.argv = {"sh", "-c", "[ -w /etc/systemd/system ]"}}).ok())
+    if (!context.at(side).exec({.argv = {"sh", "-c", "[ ! -d /etc/systemd/system ] || [ -w /etc/systemd/system ]"}}).ok())
       found.push_back({Finding::Level::error, "service.rights", where, "this account cannot write into /etc/systemd/system, where its start condition is to be, nor start and freeze system units",
                        "use root for that site, or run the service with command: and a pid_file"});
     if (std::string why = keeps_closed_view(context, side); config_.warm && !why.empty())

@@ -56,7 +56,7 @@ class RedirectTraffic : public Traffic {
 
   std::vector<std::string> plan_notes() override {
     auto notes = common_notes(deployment_, t_, Front::none);
-    notes.push_back("connections of before begin stay with the application, and are in nobody's count; they end when it is frozen for good");
+    notes.push_back("connections of before begin stay with the application and are not held; those that are still open at a switch are ended by it with the application, counted, and reported");
     if (!t_.proxy_protocol) notes.push_back("through the gate, the application sees connections from its own host");
     notes.push_back("after a reboot, or when a firewall loads its rules anew, the rule is back within two seconds of the agent's start; until then clients reach the application's port itself");
     return notes;

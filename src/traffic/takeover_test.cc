@@ -246,6 +246,9 @@ TEST(RedirectTraffic, TakesThePortAndGivesItBackUnderLoad) {
     // A connection of before goes on, and with the application.
     EXPECT_EQ(old->ask("/").body.substr(0, 6), "source");
     EXPECT_TRUE(old->connected());
+    // It is the only one that did not come through the gate, however many come and go, to and from the same ports.
+    for (int i = 0; i < 20; i++) EXPECT_EQ(past_gate(r.world.deployment, r.world.source), 1);
+    EXPECT_EQ(past_gate(r.world.deployment, r.world.target), 0);
     // Nobody passes the gate by: while it holds, the application hears nothing new.
     r.world.hold();
     drain(r.world.source);

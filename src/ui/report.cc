@@ -146,7 +146,7 @@ class Report {
       if (s_.max_pause_ms > 0) more += std::string(more.empty() ? "" : ", ") + "allowed " + exact_ms(s_.max_pause_ms);
       out += card("Pause of the last " + last_->direction, exact_ms(last_->total_ms), more);
       if (last_->ledger.is_object())
-        out += card("Connections dropped", grouped(whole(last_->ledger, "dropped") + whole(last_->ledger, "resets")),
+        out += card("Connections dropped", grouped(whole(last_->ledger, "dropped") + whole(last_->ledger, "resets") + whole(last_->ledger, "past_gate")),
                     plural(whole(last_->ledger, "held"), "waited", "waited") + ", " + grouped(whole(last_->ledger, "cut")) + " cut");
     }
     if (!newest_.empty()) {
@@ -287,11 +287,11 @@ class Report {
       any = true;
       const Json& l = a.ledger;
       rows.push_back({{name}, {grouped(whole(l, "held")), "n"}, {exact_ms(num(l, "longest_wait_ms")), "n"}, {grouped(whole(l, "dropped")), "n"}, {grouped(whole(l, "cut")), "n"},
-                      {at(l, "resets").is_number() ? grouped(whole(l, "resets")) : "not counted", "n"}});
+                      {at(l, "resets").is_number() ? grouped(whole(l, "resets")) : "not counted", "n"}, {at(l, "past_gate").is_number() ? grouped(whole(l, "past_gate")) : "not counted", "n"}});
     }
     if (!any) return none(s_.attempts.empty() ? "There was no pause." : "No gate kept count: traffic is not rehome's here, or the attempt backed out before it was asked.");
-    return table({{"Attempt"}, {"Waited", "n"}, {"Longest wait", "n"}, {"Dropped", "n"}, {"Cut", "n"}, {"Resets", "n"}}, rows) +
-           "<p class=\"soft small\">Waited: new connections that the gate kept until the pause was over. Dropped: given up because too many waited, or too long. Cut: closed by us while a request was in flight.</p>\n";
+    return table({{"Attempt"}, {"Waited", "n"}, {"Longest wait", "n"}, {"Dropped", "n"}, {"Cut", "n"}, {"Resets", "n"}, {"Past the gate", "n"}}, rows) +
+           "<p class=\"soft small\">Waited: new connections that the gate kept until the pause was over. Dropped: given up because too many waited, or too long. Cut: closed by us while a request was in flight. Past the gate: made before begin, or at the application's own port, and ended with the application by the switch.</p>\n";
   }
 
   std::string lag() const {

@@ -41,6 +41,7 @@ std::string ledger_line(const Json& l) {
   std::string text = grouped(whole(l, "held")) + " connections waited, the longest " + exact_ms(num(l, "longest_wait_ms")) + "; " +
                      grouped(whole(l, "dropped")) + " dropped, " + grouped(whole(l, "cut")) + " cut";
   if (at(l, "resets").is_number()) text += ", " + grouped(whole(l, "resets")) + " reset";
+  if (whole(l, "past_gate") > 0) text += ", " + grouped(whole(l, "past_gate")) + " that had not come through the gate ended with the application";
   return text;
 }
 
@@ -58,7 +59,8 @@ void gate_lines(const Json& gate, Lines& out) {
   out.push_back("          gate " + str(gate, "state") + ": " + grouped(whole(gate, "in_flight")) + " in flight, " + grouped(whole(gate, "waiting")) + " waiting, " +
                 grouped(resets) + " reset since it started");
   if (old_address > 0) out.push_back("          " + grouped(old_address) + " connections came to this address in the last minute, or are open, and are led to the other side");
-  if (std::string longer = str(gate, "longer"); !longer.empty()) out.push_back("          " + longer);
+  for (const char* key : {"longer", "past"})
+    if (std::string text = str(gate, key); !text.empty()) out.push_back("          " + text);
 }
 
 void site_lines(const Json& s, const char* side, Lines& out) {

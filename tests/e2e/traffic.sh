@@ -142,7 +142,26 @@ no_rules cancel
 on new sh -c 'kill -9 "$(cat /run/app.pid)" 2>/dev/null; rm -rf /run/app.pid /srv/app/*; true'
 end_clients first "$first_pid"
 
-say "begin and switch, with an event stream open"
+say "begin and switch, with an event stream open, and a client that was there before"
+cat >"$world/shared/older.py" <<'P'
+import http.client, time
+c, n = http.client.HTTPConnection("10.77.0.1", 9000, timeout=20), 0
+try:
+    while True:
+        c.request("GET", "/")
+        body = c.getresponse().read().decode()
+        # Another connection would be another client.
+        if n == 0: s = c.sock
+        if c.sock is not s: raise OSError("closed")
+        n += 1
+        time.sleep(0.1)
+except (OSError, http.client.HTTPException) as e:
+    print(n, body, type(e).__name__, e)
+P
+on admin python3 "$world/shared/older.py" >"$world/shared/older" 2>&1 &
+background+=($!)
+older=$!
+sleep 0.5
 clients second 10.77.0.1
 rehome -q begin
 on admin curl -sN http://10.77.0.1:9000/events >"$world/shared/events" 2>/dev/null &
@@ -151,19 +170,25 @@ events=$!
 sleep 3
 rehome status >"$world/shared/status"
 grep -q "1 connection is open for longer than requests have to finish (1.0 s).*it is cut at the switch" "$world/shared/status" || { cat "$world/shared/status"; fail "status does not tell of the stream"; }
+grep -q "1 connection to the application does not come through the gate.*a switch ends it" "$world/shared/status" || { cat "$world/shared/status"; fail "status does not tell of the client of before"; }
 # Where nothing may be cut, the switch does not begin: nobody has waited for it.
 sed 's/longer_requests: cut/longer_requests: back_out/' "$yaml" >"$world/shared/careful.yaml"
 (yaml=$world/shared/careful.yaml; rehome -q switch) >"$world/shared/careful.out" 2>&1 && fail "a switch began that had to back out"
 grep -q "no switch now: 1 connection is open .*a switch would back out" "$world/shared/careful.out" || { cat "$world/shared/careful.out"; fail "the refusal does not say why"; }
 kill -0 $events || fail "the stream was cut all the same"
+kill -0 $older || { cat "$world/shared/older"; fail "the client of before begin was not left alone"; }
 rehome --json switch >"$world/shared/switch.json"
 wait $events || true
+wait $older
+grep -qE "^[0-9]{2,} old " "$world/shared/older" || { cat "$world/shared/older"; fail "the client of before begin did not stay with the application"; }
 python3 - "$world/shared/switch.json" <<'P'
 import json, sys
 l = [e for e in map(json.loads, open(sys.argv[1])) if e.get("kind") == "result"][-1]["ledger"]
 print("  ledger:", l)
-sys.exit(f"the ledger is wrong: {l}" if l["cut"] != 1 or l["held"] == 0 or l["longest_wait_ms"] < 100 or l["dropped"] or l["resets"] else 0)
+sys.exit(f"the ledger is wrong: {l}" if l["cut"] != 1 or l["held"] == 0 or l["longest_wait_ms"] < 100 or l["dropped"] or l["resets"] or l["past_gate"] != 1 else 0)
 P
+rehome -q report --out "$world/shared/report.html"
+grep -A1 "Past the gate</th>" "$world/shared/report.html" | grep -q '<td class="n">1</td></tr>$' || { grep -A1 "Past the gate</th>" "$world/shared/report.html"; fail "the report does not tell of the client of before"; }
 sleep 1
 rehome -q complete >"$world/shared/complete.out" 2>&1 && fail "complete did not see the clients of the old address"
 grep -q "came to the source's address" "$world/shared/complete.out" || { cat "$world/shared/complete.out"; fail "complete refused for another reason"; }
