@@ -277,7 +277,11 @@ class Reader {
                    "the keys host, port, user and password");
       else if (h->rfind("unix:", 0) == 0)
         y_.problem(host, "host must be the directory of the socket", h->substr(5));
-      else if (h->front() != '/' && std::count(h->begin(), h->end(), ':') == 1)
+      else if (auto close = h->find(']'); h->front() == '[' && close != std::string::npos) {
+        // As it is written where a port follows.
+        p.host = h->substr(1, close - 1);
+        if (close + 1 < h->size()) y_.problem(host, "host takes no port; write it as a key of its own", p.host + ", port: " + h->substr(std::min(h->size(), close + 2)));
+      } else if (h->front() != '/' && std::count(h->begin(), h->end(), ':') == 1)
         y_.problem(host, "host takes no port; write it as a key of its own",
                    h->substr(0, h->find(':')) + ", port: " + h->substr(h->find(':') + 1));
       else
@@ -537,8 +541,7 @@ class Reader {
     }
     if ((c.canary || c.write_canary) && c.where == CheckConfig::Where::source)
       y_.problem(canary, "a canary runs at the site that takes over, so 'where: source' would never run it", "where: both");
-    // The store itself waits no longer for a statement.
-    set(c.timeout, y_.duration(m.take("timeout"), "timeout", Millis(1), Millis(kind == "sql" ? 30'000 : 3600'000)));
+    set(c.timeout, y_.duration(m.take("timeout"), "timeout", Millis(1), Millis(3600'000)));
     m.done();
     d_.checks.push_back(std::move(c));
   }

@@ -128,7 +128,7 @@ TEST(Schema, OnlyTheReaderSeesWhatDoesNotFitTogether) {
   std::vector<std::string> files{
       "name: a\nsource: local\ntarget: local\n" + kStores, "name: a\nsource: {ssh: h}\ntarget: {ssh: i}\n" + kStores, kHead + "stores: [{name: f, files: {path: /a}}, {name: f, files: {path: /b}}]",
       check("sql: x, store: e"), check("sql: x, store: d, database: y"), check("http: /x"), more("traffic: [{name: t, gate: {listen: \"a:1\"}}]"), more("services: [{name: s, systemd: s.service, warm: false}]"),
-      more("services: [{name: s, systemd: s.service, start_time: 1s}]"), check("sql: x, store: d, timeout: 31s"),
+      more("services: [{name: s, systemd: s.service, start_time: 1s}]"),
       store("postgres: {databases: all, host: h, os_user: x}"), check("command: [x, --password=y]"),
   };
   auto by_reader = read(files), by_schema = judged(files);

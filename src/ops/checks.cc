@@ -14,13 +14,6 @@ std::string proxy_header(int version) {
   return version == 0 ? "" : version == 1 ? line : proxy_version_2(line);
 }
 
-// The store's session reads only, and knows nothing of the check's time: both are settings that a message may change for its own
-// statements. What nobody expects may be no value at all.
-std::string statements(const CheckConfig& check) {
-  return "SET statement_timeout = " + std::to_string(check.timeout.count()) + "; " + (check.write_canary ? "SET transaction_read_only = off; " : "") + check.sql +
-         (check.expect ? "" : "\n; SELECT ''");
-}
-
 CheckResult judge(const CheckConfig& check, Side side, const std::string& answer) {
   CheckResult r{.name = check.name, .side = side};
   int status = 0;
@@ -81,9 +74,9 @@ CheckResult ask_sql(Store& store, StoreContext& context, const CheckConfig& chec
   Ticks from = system_clock().now();
   CheckResult r{.name = check.name, .side = side};
   try {
-    std::string value = store.ask(context, side, check.database, statements(check));
-    r.ok = !check.expect || value == *check.expect;
-    if (!r.ok) r.said = "answered '" + value.substr(0, 120) + "' instead of '" + *check.expect + "'";
+    auto value = store.ask(context, side, check.database, check.sql, check.timeout, check.write_canary);
+    r.ok = !check.expect || value == check.expect;
+    if (!r.ok) r.said = (value ? "answered '" + value->substr(0, 120) + "'" : "did not answer with one value") + " instead of '" + *check.expect + "'";
   } catch (const Error& e) {
     r.said = e.what();
   }

@@ -18,8 +18,8 @@ using testing::World;
 // Answers one request after `delay`, and keeps what came before the answer.
 class OneAnswer {
  public:
-  explicit OneAnswer(Millis delay = Millis(0))
-      : listener_(listen_on(Address::parse("127.0.0.1:0"))), port(local_port(listener_)), thread_([this, delay] {
+  explicit OneAnswer(Millis delay = Millis(0), const char* at = "127.0.0.1:0")
+      : listener_(listen_on(Address::parse(at))), port(local_port(listener_)), thread_([this, delay] {
           auto fd = accept_from(listener_, Deadline::in(Millis(10000)));
           if (!fd) return;
           Reader in(*fd);
@@ -85,6 +85,20 @@ TEST(Checks, ACanaryAsksTheSecondApplicationAsItsGateWould) {
   }
 }
 
+TEST(Checks, AServiceOfIpv6IsAsked) {
+  for (bool past_gate : {false, true}) {
+    OneAnswer application(Millis(0), "[::1]:0");
+    Deployment d = with_application(application.port, 1);
+    const std::string at = "[::1]:" + std::to_string(application.port);
+    d.traffic[1].on.source.application = d.traffic[1].on.target.application = at;
+    if (!past_gate) d.checks[0].url = "http://" + at + "/ready";
+    World w(d);
+    CheckResult r = HttpCanary(w.deployment, w.target, w.deployment.checks[0], past_gate).ask(Deadline::in(Millis(5000)));
+    EXPECT_TRUE(r.ok) << r.said;
+    EXPECT_NE(application.seen().find(past_gate ? "Host: front.example:8080\r\n" : "Host: " + at + "\r\n"), std::string::npos) << application.received;
+  }
+}
+
 TEST(Checks, TheTimeoutHoldsInsideThePauseToo) {
   OneAnswer application(Millis(3000));
   World w(with_application(application.port, 0));
@@ -120,7 +134,12 @@ TEST_F(Sql, AnyAnswerWillDoWhereNoneIsExpected) {
   }
   EXPECT_FALSE(ask("SELECT id FROM nothing", std::nullopt).ok);
   EXPECT_TRUE(ask("SELECT 42", "42").ok);
+  EXPECT_TRUE(ask("SELECT NULL", "").ok);
   EXPECT_EQ(ask("SELECT 42", "").said, "answered '42' instead of ''");
+  EXPECT_EQ(ask("SELECT 1, 2", "1").said, "did not answer with one value instead of '1'");
+  // Each of several is asked in turn, and what is asked alone need not stand in a transaction.
+  EXPECT_TRUE(ask("SELECT 1; SELECT 42", "42").ok);
+  EXPECT_TRUE(ask("VACUUM public.orders", std::nullopt, true).ok);
 }
 
 TEST_F(Sql, OnlyAWriteCanaryWrites) {

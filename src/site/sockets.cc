@@ -102,6 +102,8 @@ bool same_listener(const TcpSocket& s, const std::string& host, int port) {
   if (!s.listening || s.local_port != port) return false;
   auto any = [](const std::string& a) { return a == "0.0.0.0" || a == "::" || a == "*" || a.empty(); };
   std::string wanted = host == "localhost" ? "127.0.0.1" : host;
+  // Every address of IPv4 is no address of IPv6; the other way round it is, where the listener takes both.
+  if (s.local == "0.0.0.0" && wanted.find(':') != std::string::npos && wanted != "::") return false;
   return any(s.local) || any(wanted) || s.local == wanted;
 }
 

@@ -40,6 +40,9 @@ TEST(Sockets, KnowsWhichListenersMeet) {
   EXPECT_FALSE(same_listener(all[0], "127.0.0.1", 8002));
   EXPECT_TRUE(same_listener(all[1], "10.77.0.2", 80));
   EXPECT_TRUE(same_listener(all[3], "127.0.0.1", 5432));
+  EXPECT_FALSE(same_listener(all[1], "::1", 80));   // of IPv4 alone
+  EXPECT_TRUE(same_listener(all[1], "::", 80));
+  EXPECT_TRUE(same_listener(all[3], "::1", 5432));
   EXPECT_FALSE(same_listener(all[2], "10.77.0.2", 0xA2B4));   // a connection, no listener
 }
 

@@ -172,8 +172,10 @@ class Store {
   // cancel: as finish with the source serving, and what was copied to the target is removed.
   virtual std::vector<std::string> abandon(StoreContext&) = 0;
   virtual void unfence_source(StoreContext&) = 0;
-  // One value from one query at one side, for the deployment's own checks; stores without a query language refuse.
-  virtual std::string ask(StoreContext&, Side, const std::string& /*database*/, const std::string& /*query*/) {
+  // One query at one side, for the deployment's own checks, in a session like the application's that only reads unless it `writes`.
+  // Returns the one value of the answer ("" for NULL), or nothing where it is no single one. Throws what the store says, also when
+  // a statement takes longer than `timeout`; stores without a query language refuse.
+  virtual std::optional<std::string> ask(StoreContext&, Side, const std::string& /*database*/, const std::string& /*query*/, Millis /*timeout*/, bool /*writes*/) {
     throw Error(Code::config, "store " + name() + " answers no queries", "use an http or command check");
   }
   // What of ours is still there (empty after finish or abandon): the proof of `complete`.

@@ -75,6 +75,13 @@ TEST(NginxConf, UnixSocketsOnBothEnds) {
             "upstream a { server unix:/run/gate.sock; } server { location / { proxy_set_header Host h; proxy_pass http://unix:/run/gate.sock:/x; } }");
 }
 
+TEST(NginxConf, Ipv6OnBothEnds) {
+  NginxPlan p = plan("upstream a { server [::1]:8000; } server { listen [::]:80; location / { proxy_set_header Host h; proxy_pass http://[::1]:8000/x; } }",
+                     Address::parse("[::1]:8000"), Address::parse("[::1]:8001"));
+  EXPECT_EQ(p.edited["/etc/nginx/conf.d/site.conf"],
+            "upstream a { server [::1]:8001; } server { listen [::]:80; location / { proxy_set_header Host h; proxy_pass http://[::1]:8001/x; } }");
+}
+
 TEST(NginxConf, OtherApplicationsAreLeftAlone) {
   EXPECT_EQ(edited("upstream a { server 127.0.0.1:8000; } upstream b { server 127.0.0.1:9000; server 10.0.0.1:8000; keepalive 4; }"),
             "upstream a { server 127.0.0.1:8001; } upstream b { server 127.0.0.1:9000; server 10.0.0.1:8000; keepalive 4; }");

@@ -69,9 +69,12 @@ void nothing_failed(Load& load) {
   std::printf("  %ld requests, longest %.1f ms\n", load.good.load(), static_cast<double>(load.longest_us) / 1000);
 }
 
-TEST(ListenTraffic, ClientsAtTheGateSeeNothingOfASwitch) {
-  BySide<std::string> listen{"127.0.0.1:" + std::to_string(free_port()), "127.0.0.1:" + std::to_string(free_port())};
-  BySide<std::string> at{"127.0.0.1:" + std::to_string(free_port()), "127.0.0.1:" + std::to_string(free_port())};
+struct ListenTraffic : ::testing::TestWithParam<std::string> {};
+INSTANTIATE_TEST_SUITE_P(Both, ListenTraffic, ::testing::Values("127.0.0.1:", "[::1]:"));
+
+TEST_P(ListenTraffic, ClientsAtTheGateSeeNothingOfASwitch) {
+  BySide<std::string> listen{GetParam() + std::to_string(free_port()), GetParam() + std::to_string(free_port())};
+  BySide<std::string> at{GetParam() + std::to_string(free_port()), GetParam() + std::to_string(free_port())};
   Application source("source", Address::parse(at.source)), target("target", Address::parse(at.target));
   World world(between(TrafficConfig::Take::listen, listen, at));
   auto traffic = std::move(make_traffic(world.deployment).at(0));
@@ -80,6 +83,10 @@ TEST(ListenTraffic, ClientsAtTheGateSeeNothingOfASwitch) {
   traffic->prepare(world.context());
   Load load(Address::parse(listen.source), 6, false);
   system_clock().sleep(Millis(100));
+  // Who knows the application's own port is counted, and nobody who came through the gate is.
+  Fd direct = connect_to(Address::parse(at.source), Deadline::in(Millis(5000)));
+  system_clock().sleep(Millis(50));
+  EXPECT_EQ(past_gate(world.deployment, world.source), 1);
   hold_switch_and_return(world, target);
   system_clock().sleep(Millis(100));
   traffic->withdraw(world.context());

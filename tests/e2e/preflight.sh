@@ -258,9 +258,10 @@ found "$world/shared/findings" <<E
 error${T}postgres.locale_provider${T}target.*database words.*13 does not have${T}PostgreSQL 15 or later
 warning${T}postgres.downgrade${T}target.*13.*15${T}newer
 E
-AS=plain yaml_of words "host: 127.0.0.1, password: {env: OLD}" "host: 127.0.0.1, password: {env: NEW}"
+AS=plain yaml_of words "host: '::1', password: {env: OLD}" "host: '[::1]', password: {env: NEW}"
 OLD=$(pg password old) NEW=$(on new cat /var/lib/postgresql/superuser-password) checked 4
 found "$world/shared/findings" <<E
+warning${T}postgres.locale${T}target: database words${T}drop it
 error${T}postgres.passfile${T}source.*no file with the other server's password${T}server's account
 E
 yaml_of wrods "$(here 5432)" "$(here 5432)"

@@ -139,11 +139,14 @@ void PostgresStore::locks_first(Side side, const std::string& database, std::int
   order.insert(order.begin(), oid);
 }
 
-std::string PostgresStore::ask(StoreContext& c, Side side, const std::string& database, const std::string& query) {
+std::optional<std::string> PostgresStore::ask(StoreContext& c, Side side, const std::string& database, const std::string& query, Millis timeout, bool writes) {
   auto s = session(c, side, database, "rehome check");
   // As the application's own sessions are, but for what could keep us waiting.
-  s->exec("RESET ALL; SET default_transaction_read_only = on; SET statement_timeout = 0");
-  return s->value(query, Deadline::in(Millis(30000)));
+  s->exec("RESET ALL; SET default_transaction_read_only = " + std::string(writes ? "off" : "on") + "; SET statement_timeout = " + std::to_string(timeout.count()));
+  // The server ends what takes too long, and says so; the later deadline is for one that does not answer.
+  auto rows = s->query(query, Deadline::in(timeout + Millis(5000)));
+  if (rows.size() != 1 || rows[0].size() != 1) return std::nullopt;
+  return rows[0][0].value_or("");
 }
 
 namespace pgsql {

@@ -63,7 +63,7 @@ class PostgresStore : public Store {
   std::vector<std::string> abandon(StoreContext&) override;
   void unfence_source(StoreContext&) override;
   std::vector<std::string> leftovers(StoreContext&) override;
-  std::string ask(StoreContext&, Side, const std::string& database, const std::string& query) override;
+  std::optional<std::string> ask(StoreContext&, Side, const std::string& database, const std::string& query, Millis timeout, bool writes) override;
 
   // Tables are split by ranges into pieces of that many bytes, where they are larger than that and than `split_share` times what one
   // worker has to copy. Tests make both small.

@@ -154,8 +154,8 @@ TEST(PostgresSettings, RowsLookTheSameWhateverTheServersSay) {
   // A check's query meets what the application's do.
   World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
   PostgresStore store(w.deployment.stores[0], w.deployment);
-  EXPECT_EQ(store.ask(w.context(), Side::source, "shop", "SELECT count(*) || ' ' || current_setting('TimeZone') FROM item"), "50 Asia/Tokyo");
-  EXPECT_THROW(store.ask(w.context(), Side::source, "shop", "DELETE FROM item RETURNING 1"), PgError);
+  EXPECT_EQ(store.ask(w.context(), Side::source, "shop", "SELECT count(*) || ' ' || current_setting('TimeZone') FROM item", Millis(30000), false), "50 Asia/Tokyo");
+  EXPECT_THROW(store.ask(w.context(), Side::source, "shop", "DELETE FROM item RETURNING 1", Millis(30000), false), PgError);
   begin(w, store);
   s->exec("UPDATE app.item SET at = at + interval '1 minute'");
   Verdict verdict = store.verify(w.context());
