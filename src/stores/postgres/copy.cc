@@ -10,6 +10,7 @@
 #include "base/parallel.h"
 #include "base/text.h"
 #include "stores/postgres/catalogue.h"
+#include "stores/postgres/large_objects.h"
 #include "stores/postgres/postgres.h"
 #include "stores/postgres/schema_change.h"
 #include "sys/fs.h"
@@ -414,6 +415,7 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
   require_slot(*session(c, Side::source, database));
   // The snapshot has done its work; what holds it back would keep vacuum from the source's dead rows.
   c.source.call("keep.drop", {{"name", f.slot}});
+  copy_large_objects(c, database);
   c.remember(key("copied", database), true);
 }
 
@@ -446,7 +448,23 @@ void PostgresStore::copy_rest(StoreContext& c, const std::string& database) {
   auto now = read_source_schema(c, database);
   finish_schema(c, database, now);
   analyze(c, database);
+  copy_large_objects(c, database);
   c.remember(key("copied", database), true);
+}
+
+// No follower brings them: those that are there now, so that a switch finds only what has changed since.
+void PostgresStore::copy_large_objects(StoreContext& c, const std::string& database) {
+  auto from = session(c, Side::source, database), to = session(c, Side::target, database, "rehome copy");
+  to->exec("SET synchronous_commit = off");
+  const std::int64_t total = from->number("SELECT pg_relation_size('pg_catalog.pg_largeobject')");
+  std::int64_t moved = 0;
+  Throttle throttle(c.deployment.limits.bandwidth);
+  carry_large_objects(*from, *to, {}, [&](std::int64_t bytes) {
+    throttle.spend(bytes);
+    moved += bytes;
+    if (c.cancelled) throw Error(Code::interrupted, "stopped while copying large objects of " + database);
+    c.progress({.store = config_.name, .phase = "large objects", .detail = database, .done = moved, .total = std::max(total, moved)});
+  });
 }
 
 // One worker alone would be the long end of a copy. A parent's ANALYZE does its partitions too.

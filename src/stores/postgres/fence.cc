@@ -9,6 +9,7 @@
 
 #include "base/text.h"
 #include "stores/postgres/catalogue.h"
+#include "stores/postgres/large_objects.h"
 #include "stores/postgres/lock.h"
 
 namespace rehome {
@@ -208,12 +209,17 @@ class PostgresCut : public Cut {
     db.ddl_at_open = s.number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
     db.question = std::make_unique<CatalogueQuestion>(std::vector<PgSession*>{db.look[0].get(), db.look[1].get()});
     db.fingerprint = c_.recall(store_.schema_key("fingerprint", db.name, d_.yields));
-    db.marker->exec("SET synchronous_commit = on; SET client_min_messages = 'error'");
-    db.target->exec("SET client_min_messages = 'error'");
+    db.marker->exec("SET synchronous_commit = on; SET client_min_messages = 'error'; SET jit = off");
+    db.target->exec("SET client_min_messages = 'error'; SET jit = off");
     // Parsed and planned once, and the catalogue in this backend's cache, before the pause.
     db.target->query("SELECT 1 FROM rehome.marker WHERE token = $1", {std::string("none")});
     db.target->exec("SET session_replication_role = replica; SET deadlock_timeout = '10ms'");
-    carry_large_objects(db, Deadline::in(std::chrono::minutes(10)), false);
+    // Once without the fence, so that inside it only what changed since is left; what changes under our eyes is met again there.
+    std::int64_t brought = 0;
+    carry_large_objects(*db.marker, *db.target, {}, [&](std::int64_t bytes) {
+      if (c_.cancelled) throw Error(Code::interrupted, "stopped while carrying large objects of " + db.name);
+      c_.progress({.store = store_.name(), .phase = "large objects", .detail = db.name, .done = brought += bytes});
+    });
     db.sequences = read_sequences(*db.target);
     bring_sequences(db, read_sequences(*db.marker), {});
     db.target->query("SELECT end_lsn FROM pg_replication_slot_advance($1, pg_current_wal_flush_lsn())", std::vector<std::string>{db.reverse.slot});
@@ -295,57 +301,7 @@ class PostgresCut : public Cut {
       });
       db.target->exec("ALTER TABLE " + parts[0] + " ENABLE ALWAYS TRIGGER rehome_fence, ENABLE ALWAYS TRIGGER rehome_fence_t; COMMIT", deadline);
     }
-    carry_large_objects(db, deadline, true);
-  }
-
-  // Only those whose content, owner or rights differ: compared page by page through a hash. `fenced`: nobody changes them meanwhile.
-  // Before the pause it is done once without the fence, so that inside it only what changed since is left; what vanishes or changes
-  // under our eyes is met again there.
-  void carry_large_objects(Database& db, Deadline deadline, bool fenced) {
-    if (db.marker->value("SELECT EXISTS (SELECT 1 FROM pg_largeobject_metadata)") != "t" &&
-        db.target->value("SELECT EXISTS (SELECT 1 FROM pg_largeobject_metadata)") != "t")
-      return;
-    auto hashes = [&](PgSession& s) {
-      return s.query("SELECT m.oid::text, pg_get_userbyid(m.lomowner), coalesce(sum(hashtextextended(l.pageno::text || encode(l.data, 'hex'), 0)::numeric)::text, ''), coalesce(m.lomacl::text, '') "
-                     "FROM pg_largeobject_metadata m LEFT JOIN pg_largeobject l ON l.loid = m.oid GROUP BY m.oid, m.lomowner, m.lomacl ORDER BY m.oid", deadline);
-    };
-    auto from = hashes(*db.marker), to = hashes(*db.target);
-    std::map<std::string, PgRow> there;
-    for (auto& r : to) there[*r[0]] = r;
-    // Many in one transaction: few flushes. Each takes a place in the lock table, so not all of them.
-    int inside = 0;
-    auto next = [&] {
-      if (++inside % 500 == 0) db.target->exec("COMMIT; BEGIN", deadline);
-    };
-    db.target->exec("BEGIN", deadline);
-    for (auto& r : from) {
-      auto at = there.find(*r[0]);
-      bool same = at != there.end() && at->second == r;
-      if (at != there.end()) there.erase(at);
-      if (same) continue;
-      next();
-      std::string hex;
-      try {
-        // lo_get takes the lock of a writer, which the fence keeps from everybody else: its own session, between two beats of its pulse.
-        std::lock_guard alive(db.fence_mutex);
-        hex = db.fence->value("SELECT encode(lo_get($1::oid), 'hex')", {*r[0]}, deadline);
-      } catch (const PgError& e) {
-        if (fenced || e.sqlstate != "42704") throw;
-        continue;  // removed since it was listed
-      }
-      db.target->query("SELECT lo_unlink(oid) FROM pg_largeobject_metadata WHERE oid = $1::oid", {*r[0]}, deadline);
-      db.target->query("SELECT lo_from_bytea($1::oid, decode($2, 'hex'))", {*r[0], hex}, deadline);
-      db.target->exec("ALTER LARGE OBJECT " + *r[0] + " OWNER TO " + pg_identifier(*r[1]), deadline);
-      // Made anew it has no rights but its owner's. What the owner lacks is taken first.
-      if (!r[3]->empty()) db.target->exec("REVOKE ALL ON LARGE OBJECT " + *r[0] + " FROM " + pg_identifier(*r[1]), deadline);
-      for (auto& g : db.marker->query("SELECT CASE x.grantee WHEN 0 THEN 'public' ELSE quote_ident(pg_get_userbyid(x.grantee)) END, x.privilege_type, x.is_grantable FROM pg_largeobject_metadata m, aclexplode(m.lomacl) x WHERE m.oid = $1::oid", {*r[0]}, deadline))
-        db.target->exec("GRANT " + *g[1] + " ON LARGE OBJECT " + *r[0] + " TO " + *g[0] + (*g[2] == "t" ? " WITH GRANT OPTION" : ""), deadline);
-    }
-    for (auto& [oid, row] : there) {
-      next();
-      db.target->query("SELECT lo_unlink($1::oid)", {oid}, deadline);
-    }
-    db.target->exec("COMMIT", deadline);
+    carry_large_objects(*db.marker, *db.target, deadline);
   }
 
   StoreContext& c_;

@@ -137,6 +137,7 @@ class PostgresStore : public Store {
   // The rest of a copy whose snapshot is lost. Interrupted, it goes on where it was.
   void copy_rest(StoreContext&, const std::string& database);
   void analyze(StoreContext&, const std::string& database);
+  void copy_large_objects(StoreContext&, const std::string& database);
   void copy_whole(StoreContext&, const std::string& database, const std::string& why);
   // Brings what has changed at the source since the copy; the tables concerned are copied again. Returns why that is not
   // possible, and then the whole database must be copied; empty: done. Interrupted, it begins again with what is left.

@@ -215,7 +215,9 @@ TEST(PostgresEstimate, SchemaFactIsOfNamesAndLargeObjectsAreOfBytes) {
   s->exec("SELECT lo_from_bytea(0, decode((SELECT string_agg(md5(i::text), '') FROM generate_series(1, 300000) i), 'hex'))");
   Estimate large = store.estimate(w.context());
   EXPECT_EQ(large.facts, before.facts);
-  EXPECT_GE(large.pause - before.pause, Millis(48)) << join(large.reasons, "\n");   // 4.8 MB at 200 MB a second, twice
+  EXPECT_GE(large.pause - before.pause, Millis(5 + 19)) << join(large.reasons, "\n");   // 4.8 MB at 250 MB a second
+  EXPECT_LE(large.pause - before.pause, Millis(5 + 40)) << join(large.reasons, "\n");
+  EXPECT_GE(large.bytes - before.bytes, 4'800'000);
   s->exec("ALTER TABLE public.b ADD COLUMN more int");
   EXPECT_NE(store.estimate(w.context()).facts, before.facts);
 }

@@ -197,6 +197,7 @@ std::int64_t PgSession::copy_to(const std::string& copy_out, PgSession& to, cons
   }
   std::int64_t total = 0, unreported = 0;
   std::optional<Error> stopped;
+  bool ended = false;
   // Batched: one PQputCopyData a row costs a function call and a buffer check for each.
   std::string batch;
   batch.reserve(1 << 17);
@@ -209,6 +210,7 @@ std::int64_t PgSession::copy_to(const std::string& copy_out, PgSession& to, cons
     int n = PQgetCopyData(out, &data, 0);
     if (n <= 0) {
       if (n == -2) stopped = Error(Code::store, address_.label + ": " + std::string(trim(PQerrorMessage(out))) + " [" + copy_out.substr(0, 100) + "]");
+      ended = true;
       break;
     }
     batch.append(data, static_cast<std::size_t>(n));
@@ -226,19 +228,25 @@ std::int64_t PgSession::copy_to(const std::string& copy_out, PgSession& to, cons
       unreported = 0;
     }
   }
+  if (!stopped) {
+    try {
+      moved(unreported);
+    } catch (const Error& e) {
+      stopped = e;
+    }
+  }
   if (stopped) {
     PQputCopyEnd(in, "stopped by rehome");
     while (Result rest{PQgetResult(in)}) {
     }
-    cancel();
+    if (!ended) cancel();
     char* drop = nullptr;
-    while (PQgetCopyData(out, &drop, 0) > 0) PQfreemem(drop);
+    while (!ended && PQgetCopyData(out, &drop, 0) > 0) PQfreemem(drop);
     while (Result rest{PQgetResult(out)}) {
     }
     throw *stopped;
   }
   put();
-  moved(unreported);
   std::optional<Error> source_error;
   while (Result r{PQgetResult(out)}) {
     if (PQresultStatus(r.get()) != PGRES_COMMAND_OK) {

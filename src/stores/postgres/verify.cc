@@ -7,6 +7,7 @@
 
 #include "base/parallel.h"
 #include "base/text.h"
+#include "stores/postgres/large_objects.h"
 #include "stores/postgres/lock.h"
 
 namespace rehome {
@@ -15,7 +16,7 @@ namespace {
 // What logical replication does not carry is copied inside the pause, so before it a difference is none; how much there is to
 // be copied is worth knowing.
 std::string large_objects_sql() {
-  return "SELECT count(*), coalesce(sum(hashtextextended(m.oid || pg_get_userbyid(m.lomowner) || coalesce(m.lomacl::text, ''), 42)), 0) + "
+  return "SELECT count(*), coalesce(sum(hashtextextended(m.oid || pg_get_userbyid(m.lomowner) || " + large_object_rights() + ", 42)), 0) + "
          "coalesce((SELECT sum(hashtextextended(l.loid || ' ' || l.pageno || encode(l.data, 'hex'), 42)) FROM pg_largeobject l), 0) FROM pg_largeobject_metadata m";
 }
 
