@@ -164,6 +164,7 @@ std::string PostgresStore::hold_snapshot(StoreContext& c, const std::string& dat
     s->exec("SET TRANSACTION SNAPSHOT " + pg_literal(snapshot));
     std::int64_t ddl = s->number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
     remember_schema(c, database, Side::source, ddl, catalogue_fingerprint(*s));
+    c.remember(key("extensions", database), extension_versions(*s));
   }
   c.remember(key("snapshot", database), snapshot);
   walsender.leave();
@@ -306,7 +307,7 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
         before += t.bytes;
         continue;
       }
-      std::int64_t parts = !t.unlogged && !t.extension && t.bytes > long_one ? (t.bytes + split_bytes - 1) / split_bytes : 1;
+      std::int64_t parts = !t.unlogged && t.extension.empty() && t.bytes > long_one ? (t.bytes + split_bytes - 1) / split_bytes : 1;
       // Before 14 a ctid range scans the whole table: ranges of its key then.
       if (parts > 1 && source_major < 14) {
         auto ranges = key_ranges(*s, t, parts);
@@ -374,9 +375,8 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
         const PgTable& t = all[piece.table];
         std::string format = t.binary && same_major ? "FORMAT binary" : "FORMAT text";
         std::string columns = t.columns.empty() ? "" : " (" + t.columns + ")";
-        std::string out = t.columns.empty() ? "COPY (SELECT FROM ONLY " + t.full() + piece.range + ") TO STDOUT (" + format + ")"
-                                            : "COPY (SELECT " + t.columns + " FROM ONLY " + t.full() + piece.range + ") TO STDOUT (" + format + ")";
-        std::string in = "COPY " + t.full() + columns + " FROM STDIN (" + format + (piece.whole && !t.extension ? ", FREEZE" : "") + ")";
+        std::string out = "COPY (SELECT " + t.columns + " FROM ONLY " + t.full() + " " + t.condition + piece.range + ") TO STDOUT (" + format + ")";
+        std::string in = "COPY " + t.full() + columns + " FROM STDIN (" + format + (piece.whole && t.extension.empty() ? ", FREEZE" : "") + ")";
         to->exec("BEGIN");
         if (piece.whole) to->exec(pgsql::empty_table(t));
         from->copy_to(out, *to, in, [&](std::int64_t bytes) {
@@ -433,10 +433,10 @@ void PostgresStore::copy_rest(StoreContext& c, const std::string& database) {
     // Alone or together, as a foreign key asks for it.
     std::vector<std::string> names;
     for (const auto& table : rest.again) {
-      if (table.extension)
-        t->exec(pgsql::empty_table(table));
-      else
+      if (table.extension.empty())
         names.push_back(table.full());
+      else
+        t->exec(empty_to_synchronise(*s, *t, table));
     }
     if (!names.empty()) t->exec("TRUNCATE ONLY " + join(names, ", ONLY "));
     restore_section(c, database, "post-data", "", false);

@@ -182,7 +182,7 @@ class PostgresCut : public Cut {
     std::unique_ptr<CatalogueQuestion> question;
     Json fingerprint;   // what the yielding side's schema must be
     std::string refuse, token, position, table_array;
-    std::vector<std::string> unlogged;
+    std::vector<PgTable> unlogged;
     std::atomic<bool> fenced{false};
     std::int64_t ddl_at_open = 0;
     std::vector<Sequence> sequences;   // as they are on the taking-over side
@@ -193,7 +193,7 @@ class PostgresCut : public Cut {
     PgSession& s = *db.fence;
     auto tables = store_.tables(s);
     for (const auto& t : tables)
-      if (t.unlogged && !t.partitioned) db.unlogged.push_back(t.full() + "\n" + t.columns);
+      if (t.unlogged && !t.partitioned) db.unlogged.push_back(t);
     db.lock = std::make_unique<WriterLock>(store_, d_.yields, s, tables);
     db.refuse = pgsql::fence_function(true, std::string("the ") + std::string(side_name(d_.takes())) + " serves now") + "; " + pgsql::ddl_function(true);
     db.table_array = "{";
@@ -290,16 +290,15 @@ class PostgresCut : public Cut {
 
   // What logical replication does not carry, copied whole inside the pause; the plan has priced it.
   void carry_unreplicated(Database& db, Deadline deadline) {
-    for (const auto& entry : db.unlogged) {
-      auto parts = split(entry, '\n');
+    for (const auto& t : db.unlogged) {
       // The fence on the target refuses even us: a replica role passes no ALWAYS trigger, so it is switched off and on inside one transaction.
-      db.target->exec("BEGIN; ALTER TABLE " + parts[0] + " DISABLE TRIGGER rehome_fence, DISABLE TRIGGER rehome_fence_t; TRUNCATE ONLY " + parts[0], deadline);
-      std::string columns = parts[1].empty() ? "" : "(" + parts[1] + ")";
+      db.target->exec("BEGIN; ALTER TABLE " + t.full() + " DISABLE TRIGGER rehome_fence, DISABLE TRIGGER rehome_fence_t; " + pgsql::empty_table(t), deadline);
+      std::string columns = t.columns.empty() ? "" : "(" + t.columns + ")";
       // Not by the fence's own session: that one's pulse goes on meanwhile.
-      db.marker->copy_to("COPY (SELECT " + parts[1] + " FROM ONLY " + parts[0] + ") TO STDOUT", *db.target, "COPY " + parts[0] + columns + " FROM STDIN", [&](std::int64_t) {
-        if (deadline.passed()) throw Error(Code::timeout, "copying unlogged table " + parts[0] + " inside the pause took too long", "raise max_pause");
+      db.marker->copy_to("COPY (SELECT " + t.columns + " FROM ONLY " + t.full() + " " + t.condition + ") TO STDOUT", *db.target, "COPY " + t.full() + columns + " FROM STDIN", [&](std::int64_t) {
+        if (deadline.passed()) throw Error(Code::timeout, "copying unlogged table " + t.full() + " inside the pause took too long", "raise max_pause");
       });
-      db.target->exec("ALTER TABLE " + parts[0] + " ENABLE ALWAYS TRIGGER rehome_fence, ENABLE ALWAYS TRIGGER rehome_fence_t; COMMIT", deadline);
+      db.target->exec("ALTER TABLE " + t.full() + " ENABLE ALWAYS TRIGGER rehome_fence, ENABLE ALWAYS TRIGGER rehome_fence_t; COMMIT", deadline);
     }
     carry_large_objects(*db.marker, *db.target, deadline);
   }

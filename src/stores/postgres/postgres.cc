@@ -98,11 +98,12 @@ std::vector<PgTable> PostgresStore::tables(PgSession& s) {
              WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''),
            NOT EXISTS (SELECT 1 FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
              WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND t.oid NOT IN
-              (16,17,18,20,21,23,25,700,701,1042,1043,1082,1083,1114,1184,1186,1266,1700,2950,114,3802,19)), x.config
-      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace, LATERAL (SELECT EXISTS (SELECT 1 FROM pg_extension e WHERE c.oid = ANY (e.extconfig)) AS config) x
+              (16,17,18,20,21,23,25,700,701,1042,1043,1082,1083,1114,1184,1186,1266,1700,2950,114,3802,19)), x.extname, x.condition
+      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+      LEFT JOIN LATERAL (SELECT e.extname, e.extcondition[array_position(e.extconfig, c.oid)] AS condition FROM pg_extension e WHERE c.oid = ANY (e.extconfig) LIMIT 1) x ON true
      WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't'
        AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'rehome') AND n.nspname NOT LIKE 'pg\_toast%'
-       AND (x.config OR NOT EXISTS (SELECT 1 FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e'))
+       AND (x.extname IS NOT NULL OR NOT EXISTS (SELECT 1 FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e'))
      ORDER BY 4 DESC, 1, 2)");
   std::vector<PgTable> found;
   for (auto& r : rows) {
@@ -117,7 +118,9 @@ std::vector<PgTable> PostgresStore::tables(PgSession& s) {
     t.identity = *r[7];
     t.columns = r[8].value_or("");
     t.binary = *r[9] == "t";
-    t.extension = *r[10] == "t";
+    t.extension = r[10].value_or("");
+    // A line's end closes a comment that it may end with.
+    if (r[11] && !r[11]->empty()) t.condition = *r[11] + "\n";
     found.push_back(std::move(t));
   }
   return found;
@@ -179,7 +182,9 @@ std::string fence_function_before_switch(const std::string& where) {
 
 std::string who_serves(Side side) { return side == Side::source ? "the source serves until the switch" : "the target serves now"; }
 
-std::string empty_table(const PgTable& t) { return (t.extension ? "DELETE FROM ONLY " : "TRUNCATE ONLY ") + t.full(); }
+std::string empty_table(const PgTable& t, bool whole) {
+  return t.extension.empty() ? "TRUNCATE ONLY " + t.full() : "DELETE FROM ONLY " + t.full() + (whole ? "" : " " + t.condition);
+}
 
 std::string fence_triggers(const PgTable& t) {
   return "CREATE TRIGGER rehome_fence BEFORE INSERT OR UPDATE OR DELETE ON " + t.full() +

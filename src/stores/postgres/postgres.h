@@ -24,7 +24,9 @@ struct PgTable {
   bool has_key = false;        // a primary key or a replica identity index by which a follower finds a row
   std::string identity;        // what REPLICA IDENTITY comes to where a published table's rows could not be changed; empty: they can
   std::string columns;         // quoted, without generated ones
-  bool extension = false;      // its configuration: CREATE EXTENSION makes the table, maybe with rows, and what people added are rows to move
+  // The extension whose configuration it is: CREATE EXTENSION makes the table, maybe with rows, and those that meet the condition
+  // ("WHERE id > 100"; empty: all) are people's, to move.
+  std::string extension, condition;
   bool binary = false;         // every type's binary form is the same on all majors
   std::string full() const { return pg_identifier(schema) + "." + pg_identifier(name); }
 };
@@ -100,6 +102,10 @@ class PostgresStore : public Store {
   std::vector<PgTable> unfenced(PgSession&, const std::vector<PgTable>&);
   // Makes the publication's list what `tables` says, adding and removing only what differs.
   void publish(StoreContext&, PgSession&, const PgFlow&, const std::vector<PgTable>&);
+  // " WHERE (...)": the table's condition, where that server publishes a part of a table (15 on) and takes this one; else empty.
+  std::string row_filter(PgSession& publisher, const PgTable&);
+  // Before the server's own synchronisation copies an extension's table: what that copies is taken out of it.
+  std::string empty_to_synchronise(PgSession& publisher, PgSession& subscriber, const PgTable& at_publisher);
   // The publication's tables, as PgTable::full() writes them, and rehome.marker.
   std::vector<std::string> published(PgSession&, const PgFlow&);
   void open_path(StoreContext&, const std::string& database, const PgFlow&);
@@ -153,6 +159,16 @@ class PostgresStore : public Store {
   // recopy in the fallback window: what was changed on the target since the switch.
   void accept_schema(StoreContext&, const std::string& database);
   static bool follows(PgSession& subscriber, const PgFlow&);   // its subscription is on
+  // What has become of the source's extensions since they were copied.
+  struct ExtensionUpdate {
+    std::string name, to;
+  };
+  // Those of another version than then, that the target has in an older one and can bring to it. Throws where the target lacks
+  // what it would take, with nothing done.
+  std::vector<ExtensionUpdate> extension_updates(StoreContext&, const std::string& database, PgSession& source, PgSession& target);
+  // In a transaction of the target that lets this session through the fence. Those that are not there, or not older, stay.
+  static void update_extensions(PgSession& target, const std::vector<ExtensionUpdate>&);
+  static Json extension_versions(PgSession&);   // name -> version
   // Foreign keys and materialized views: what needs all tables filled.
   void finish_schema(StoreContext&, const std::string& database, const SourceSchema&);
   // Whether the follower reaches what is written now; false when it stands still for a minute.
@@ -197,8 +213,9 @@ std::string fence_function_while_copying(const std::string& where);
 std::string fence_function_before_switch(const std::string& where);
 // For the fence's hint: "the source serves until the switch", "the target serves now".
 std::string who_serves(Side);
-// For a session with session_replication_role = replica. Extensions come with their foreign keys, which TRUNCATE minds.
-std::string empty_table(const PgTable&);
+// Of what is to be copied: of an extension's table the rows that meet its condition, or all of them where it is copied `whole`. For a
+// session with session_replication_role = replica. Extensions come with their foreign keys, which TRUNCATE minds.
+std::string empty_table(const PgTable&, bool whole = false);
 // Makes both triggers of a table that has neither; several statements.
 std::string fence_triggers(const PgTable&);
 std::string ddl_function(bool refusing);

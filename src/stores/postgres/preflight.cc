@@ -220,7 +220,14 @@ std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
     auto s = session(c, Side::source, database);
     auto all = tables(*s);
     check_database(*s, all, f);
-    for (const auto& t : all) bytes += t.bytes;
+    std::vector<PgRow> conditional;
+    for (const auto& t : all) {
+      bytes += t.bytes;
+      if (!t.condition.empty()) conditional.push_back({t.full()});
+    }
+    if (int older = std::min(admin.source->major(), admin.target->major()); !conditional.empty() && older < 15)
+      f.note("extension_rows", "source: database " + database, "of these tables of extensions the rows that meet the extension's own condition are moved, and the others are left to the target's version of it: " + names(conditional) +
+             "; PostgreSQL " + std::to_string(older) + " follows no part of a table, so a change of the others is followed too, and they come along where rehome resume --recopy copies such a table again");
     for (auto& r : s->query("SELECT extname FROM pg_extension"))
       if (!available.contains(*r[0])) f.error("extension", "target", "extension " + *r[0] + " of database " + database + " is not installed there", "install its package on the target");
     // What lies in the database's own tablespace goes where the target's database is; what names one is refused without it.

@@ -165,23 +165,39 @@ std::vector<PgTable> PostgresStore::unfenced(PgSession& s, const std::vector<PgT
 }
 
 void PostgresStore::publish(StoreContext& c, PgSession& s, const PgFlow& flow, const std::vector<PgTable>& tables) {
-  // Where nothing identifies a row, its UPDATEs fail on the publisher from the moment the table is published: FULL comes first.
+  // Where nothing identifies a row, or a filter asks for a column that the identity lacks, its UPDATEs fail on the publisher from the
+  // moment the table is published: FULL comes first.
+  std::map<std::string, std::string> filters;
   for (const auto& t : tables) {
-    if (t.partitioned || t.unlogged || t.identity.empty()) continue;
-    c.note("replica identity full", {{"where", s.address().label}, {"object", t.full()}, {"undo", "REPLICA IDENTITY " + t.identity}});
+    if (t.partitioned || t.unlogged) continue;
+    std::string filter = row_filter(s, t), identity = t.identity;
+    if (filter.empty() && !t.condition.empty() && s.major() >= 15)
+      c.log(config_.name + ": " + s.address().label + ": " + t.full() + " of extension " + t.extension + " is followed as a whole: a publication cannot have its condition (" + t.condition + ")");
+    if (!filter.empty()) {
+      filters[t.full()] = filter;
+      identity = s.value("SELECT CASE relreplident WHEN 'd' THEN 'DEFAULT' WHEN 'n' THEN 'NOTHING' WHEN 'i' THEN coalesce((SELECT 'USING INDEX ' || quote_ident(x.relname) FROM pg_index i "
+                         "JOIN pg_class x ON x.oid = i.indexrelid WHERE i.indrelid = c.oid AND i.indisreplident), 'NOTHING') END FROM pg_class c WHERE oid = " + std::to_string(t.oid));
+    }
+    if (identity.empty()) continue;
+    c.note("replica identity full", {{"where", s.address().label}, {"object", t.full()}, {"undo", "REPLICA IDENTITY " + identity}});
     Json was = c.recall(key("identity", s.address().database));
     if (!was.is_object()) was = Json::object();
-    was[t.full()] = t.identity;
+    was[t.full()] = identity;
     c.remember(key("identity", s.address().database), was);
     bounded(s, "ALTER TABLE " + t.full() + " REPLICA IDENTITY FULL");
   }
+  auto with_filters = [&](std::vector<std::string> names) {
+    for (auto& n : names)
+      if (filters.contains(n)) n += filters[n];
+    return join(names, ", ONLY ");
+  };
   c.note("publication " + flow.publication, {{"where", s.address().label}, {"undo", "DROP PUBLICATION"}});
   std::string name = pg_identifier(flow.publication);
   std::vector<std::string> wanted{"rehome.marker"};
   for (const auto& t : tables)
     if (!t.partitioned && !t.unlogged) wanted.push_back(t.full());
   if (s.number("SELECT count(*) FROM pg_publication WHERE pubname = " + pg_literal(flow.publication)) == 0) {
-    bounded(s, "CREATE PUBLICATION " + name + " FOR TABLE ONLY " + join(wanted, ", ONLY "));
+    bounded(s, "CREATE PUBLICATION " + name + " FOR TABLE ONLY " + with_filters(wanted));
     return;
   }
   // Only what differs: each table named is locked, and a table that a vacuum works on keeps us waiting.
@@ -190,7 +206,7 @@ void PostgresStore::publish(StoreContext& c, PgSession& s, const PgFlow& flow, c
   for (const auto& t : wanted)
     if (!std::erase(have, t)) more.push_back(t);
   less = have;
-  if (!more.empty()) bounded(s, "ALTER PUBLICATION " + name + " ADD TABLE ONLY " + join(more, ", ONLY "));
+  if (!more.empty()) bounded(s, "ALTER PUBLICATION " + name + " ADD TABLE ONLY " + with_filters(more));
   if (!less.empty()) bounded(s, "ALTER PUBLICATION " + name + " DROP TABLE ONLY " + join(less, ", ONLY "));
 }
 

@@ -88,42 +88,6 @@ TEST(PostgresPublish, EveryTableCanBeChangedAndIsPutBackAsItWas) {
               "bare d, by_index i, index_gone n, keyed d, nothing n, postponed d, whole f");
 }
 
-// What people wrote into an extension's tables moves, with and without rows that CREATE EXTENSION makes itself.
-TEST(PostgresExtension, ConfigurationIsCopiedFollowedAndFenced) {
-  PgServer source(13), target(13);
-  // Into the share of a server that tests have fetched for themselves; there to stay.
-  std::string place = source.bindir() + "/../share/postgresql/extension/rehome_";
-  write_durably(place + "config.control", "default_version = '1'\nrelocatable = false\n", 0644);
-  write_durably(place + "config--1.sql",
-                "CREATE TABLE kinds(id int PRIMARY KEY, name text); INSERT INTO kinds VALUES (1, 'built in'); CREATE TABLE jobs(id serial PRIMARY KEY, kind int REFERENCES kinds, what text); "
-                "CREATE TABLE inside(id int PRIMARY KEY); SELECT pg_extension_config_dump('kinds', 'WHERE id > 1'); SELECT pg_extension_config_dump('jobs', ''); SELECT pg_extension_config_dump('jobs_id_seq', '')", 0644);
-  write_durably(place + "more.control", "default_version = '1'\nrelocatable = false\n", 0644);
-  write_durably(place + "more--1.sql", "CREATE TABLE words(w text PRIMARY KEY); INSERT INTO words VALUES ('a'); SELECT pg_extension_config_dump('words', 'WHERE w > ''a''')", 0644);
-  source.session("postgres")->exec("CREATE DATABASE shop");
-  auto s = source.session("shop");
-  s->exec("SET search_path = public; CREATE EXTENSION rehome_config; INSERT INTO kinds VALUES (2, 'ours'); INSERT INTO jobs(kind, what) VALUES (2, 'sweep'), (1, 'mop'); CREATE TABLE plain(id int PRIMARY KEY)");
-  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
-  PostgresStore store(w.deployment.stores[0], w.deployment);
-  begin(w, store);
-  s->exec("SET search_path = public; INSERT INTO jobs(kind, what) VALUES (2, 'dust'); DELETE FROM jobs WHERE what = 'mop'; CREATE EXTENSION rehome_more; INSERT INTO words VALUES ('b')");
-  store.recopy(w.context());
-  wait_until_following(w, store);
-  EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
-  s->exec("INSERT INTO public.words VALUES ('c')");
-  EXPECT_THROW(target.session("shop")->exec("INSERT INTO public.kinds VALUES (9, 'no')"), PgError);
-  Verdict verdict = store.verify(w.context());
-  EXPECT_TRUE(verdict.equal) << (verdict.differences.empty() ? "" : verdict.differences[0].object + " " + verdict.differences[0].what);
-  switch_over(w, store, {Side::source});
-  quiesced_equal(source, target);
-  auto t = target.session("shop");
-  EXPECT_EQ(t->value("SELECT string_agg(kind || what, ' ' ORDER BY id) FROM public.jobs"), "2sweep 2dust");
-  EXPECT_EQ(t->value("SELECT string_agg(name, ' ' ORDER BY id) FROM public.kinds"), "built in ours");
-  EXPECT_EQ(t->value("SELECT string_agg(w, ' ' ORDER BY w) FROM public.words"), "a b c");
-  t->exec("INSERT INTO public.jobs(kind, what) VALUES (2, 'next')");
-  EXPECT_THROW(source.session("shop")->exec("INSERT INTO public.kinds VALUES (9, 'no')"), PgError);
-  store.finish(w.context(), Side::target);
-}
-
 // ddl: block refuses changes of the schema, and nothing that an application does without changing it.
 TEST(PostgresDdl, BlockLetsThroughWhatChangesNoSchema) {
   PgServer source(15), target(15);

@@ -178,6 +178,9 @@ std::string PostgresStore::copy_changed(StoreContext& c, const std::string& data
   auto at_source = tables(*s);
   std::set<std::string> published_now;
   for (const auto& p : published(*s, f)) published_now.insert(p);
+  const Json extensions = extension_versions(*s);
+  const auto updates = extension_updates(c, database, *s, *t);
+  const std::string where = pgsql::who_serves(Side::source);
   try {
     t->exec("CREATE TABLE IF NOT EXISTS rehome.stand_in(name text PRIMARY KEY, kind text NOT NULL)");
     // Tried, to learn which tables go.
@@ -198,6 +201,11 @@ std::string PostgresStore::copy_changed(StoreContext& c, const std::string& data
         if (!left.contains(x.full())) affected.insert(x.full());
       t->exec("ROLLBACK");
     });
+    // An extension's update writes its tables at both sides; one that is not published was made anew with its extension.
+    for (const auto& x : at_source) {
+      bool renewed = std::any_of(updates.begin(), updates.end(), [&](const ExtensionUpdate& u) { return u.name == x.extension; });
+      if (!x.extension.empty() && !x.unlogged && !x.partitioned && (renewed || !published_now.contains(x.full()))) affected.insert(x.full());
+    }
     std::vector<std::string> again;
     for (const auto& x : at_source)
       if (affected.contains(x.full())) again.push_back(x.full());
@@ -207,9 +215,19 @@ std::string PostgresStore::copy_changed(StoreContext& c, const std::string& data
       for (const auto& x : at_source)
         if (!affected.contains(x.full())) kept.push_back(x);
       publish(c, *s, f, kept);
+    }
+    // Before the follower passes: an extension's table gets the columns that its rows have by then.
+    if (!updates.empty())
+      at_target(*t, [&] {
+        t->exec(pgsql::fence_function_while_copying(where));
+        update_extensions(*t, updates);
+        t->exec(pgsql::fence_function_before_switch(where));
+        t->exec("COMMIT");
+      });
+    if (!affected.empty()) {
       at_target(*t, [&] {
         for (const auto& x : at_source) {
-          if (!affected.contains(x.full())) continue;
+          if (!affected.contains(x.full()) || (!x.extension.empty() && there.contains(x.full()))) continue;
           bool exists = there.contains(x.full());
           if (!exists && !published_now.contains(x.full())) continue;
           if (!exists && t->number("SELECT count(*) FROM pg_namespace WHERE nspname = " + pg_literal(x.schema)) == 0)
@@ -231,12 +249,18 @@ std::string PostgresStore::copy_changed(StoreContext& c, const std::string& data
       std::set<int> keys;
       std::set<int> ids = change.to_restore(*t, keys);
       change.restore(*t, *now.dump, ids);
-      // Closed in the transaction that makes them.
+      update_extensions(*t, updates);   // made just now, in the target's own version
       t->exec("SET LOCAL session_replication_role = replica");
-      for (const auto& x : unfenced(*t, tables(*t))) {
-        if (x.extension) t->exec(pgsql::empty_table(x));   // the source's rows come, and it has those of CREATE EXTENSION too
-        t->exec(pgsql::fence_triggers(x));
-      }
+      // Rows that CREATE EXTENSION or its update has made there, where the source's come.
+      t->exec(pgsql::fence_function_while_copying(where));
+      auto at_target_now = tables(*t);
+      std::set<std::string> here;
+      for (const auto& x : at_target_now) here.insert(x.full());
+      for (const auto& x : at_source)
+        if (!x.extension.empty() && !x.unlogged && affected.contains(x.full()) && here.contains(x.full())) t->exec(empty_to_synchronise(*s, *t, x));
+      t->exec(pgsql::fence_function_before_switch(where));
+      // Closed in the transaction that makes them.
+      for (const auto& x : unfenced(*t, at_target_now)) t->exec(pgsql::fence_triggers(x));
       write_copied_schema(*t, now.entries, keys);
       t->exec("COMMIT");
     });
@@ -248,6 +272,7 @@ std::string PostgresStore::copy_changed(StoreContext& c, const std::string& data
     if (e.retryable) throw;
     return e.message;
   }
+  c.remember(key("extensions", database), extensions);
   remember_schema(c, database, Side::source, now.ddl, now.fingerprint);
   return {};
 }

@@ -142,16 +142,13 @@ SchemaChange::SchemaChange(PgSession& target, const std::vector<SchemaEntry>& no
     if (at != copied_.end() && at->second.hash == e.hash) continue;
     changed.insert(&e);
     if (e.kind == "TABLE ATTACH" && copied_.contains("TABLE\t" + e.schema + "\t" + e.tag)) whole(e.key, "TABLE");
-    if (e.kind == "DEFAULT ACL" && at != copied_.end()) obstacle_ = "default rights (ALTER DEFAULT PRIVILEGES) changed";
     if (e.class_oid && e.type.empty()) obstacle_ = e.kind + " " + e.tag + " changed";
-    if (e.kind == "EXTENSION" && at != copied_.end()) obstacle_ = "extension " + e.tag + " changed";
   }
   for (const auto& [key, c] : copied_) {
     if (by_key.contains(key)) continue;
     gone_.push_back(key);
     if (c.kind == "TABLE ATTACH") whole(key, "TABLE");
     if (c.kind == "INDEX ATTACH") whole(key, "INDEX");
-    if (c.kind == "DEFAULT ACL") obstacle_ = "default rights (ALTER DEFAULT PRIVILEGES) changed";
   }
   for (const auto& e : now_)
     if (changed.contains(&e)) changed_.push_back(&e);
@@ -169,9 +166,23 @@ std::string SchemaChange::says() const {
   return join(names, ", ") + more;
 }
 
+// Default rights as they are where nobody has altered any: that is what those in a dump start from.
+void SchemaChange::reset_default_rights(PgSession& t, const std::string& address) {
+  const std::string d = "(SELECT d.*, r.rolname, n.nspname, CASE defaclobjtype WHEN 'r' THEN 'TABLES' WHEN 'S' THEN 'SEQUENCES' WHEN 'f' THEN 'FUNCTIONS' WHEN 'T' THEN 'TYPES' WHEN 'n' THEN 'SCHEMAS' ELSE 'LARGE OBJECTS' END AS word "
+                        "FROM pg_default_acl d JOIN pg_get_object_address(" + address + ") a ON a.objid = d.oid JOIN pg_roles r ON r.oid = d.defaclrole LEFT JOIN pg_namespace n ON n.oid = d.defaclnamespace) d";
+  const std::string whose = "format('ALTER DEFAULT PRIVILEGES FOR ROLE %I', d.rolname) || CASE WHEN d.nspname IS NULL THEN '' ELSE format(' IN SCHEMA %I', d.nspname) END";
+  const std::string who = "CASE x.grantee WHEN 0 THEN 'public' ELSE quote_ident(pg_get_userbyid(x.grantee)) END";
+  for (auto& r : t.query("SELECT 0, " + whose + " || format(' REVOKE ALL ON %s FROM %s CASCADE', d.word, " + who + ") FROM " + d + ", LATERAL aclexplode(d.defaclacl) x UNION "
+                         // Those of a schema are added to the ones of the database, and start from none.
+                         "SELECT 1, " + whose + " || format(' GRANT %s ON %s TO %s', x.privilege_type, d.word, " + who + ") FROM " + d + ", LATERAL aclexplode(acldefault(CASE d.defaclobjtype WHEN 'S' THEN 's' ELSE d.defaclobjtype END, d.defaclrole)) x "
+                         "WHERE d.nspname IS NULL ORDER BY 1, 2"))
+    t.exec(*r[1]);
+}
+
 void SchemaChange::drop_object(PgSession& t, const std::string& type, const std::string& names, const std::string& arguments) {
   std::string address = three(type, names, arguments);
   if (!there(t, address)) return;
+  if (type == "default acl") return reset_default_rights(t, address);
   auto row = t.query("SELECT i.identity, CASE WHEN a.classid = 'pg_constraint'::regclass THEN (SELECT conrelid::regclass::text FROM pg_constraint WHERE oid = a.objid) "
                      "WHEN a.classid = 'pg_attrdef'::regclass THEN (SELECT adrelid::regclass::text FROM pg_attrdef WHERE oid = a.objid) END, "
                      "CASE WHEN a.classid = 'pg_constraint'::regclass THEN (SELECT quote_ident(conname) FROM pg_constraint WHERE oid = a.objid) "
@@ -273,6 +284,10 @@ void SchemaChange::drop(PgSession& t) {
       t.exec("ALTER SCHEMA " + pg_identifier(e->tag) + " OWNER TO " + pg_identifier(e->owner));
       continue;
     }
+    // What belongs to it is not taken away, unless its new schema is still to come.
+    if (auto schema = e->sql.find(" WITH SCHEMA "); e->kind == "EXTENSION" && schema != std::string::npos &&
+                                                    attempt("ALTER EXTENSION " + pg_identifier(e->tag) + " SET SCHEMA " + e->sql.substr(schema + 13)))
+      continue;
     if ((e->kind == "FUNCTION" || e->kind == "PROCEDURE") && e->sql.starts_with("CREATE ") && attempt("CREATE OR REPLACE " + e->sql.substr(7))) continue;
     if (e->kind == "TYPE" && e->sql.find(" AS ENUM (") != std::string::npos && there(t, three(e->type, e->names, e->arguments))) {
       extend_enum(t, *e);

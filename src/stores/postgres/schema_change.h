@@ -27,7 +27,7 @@ class SchemaChange {
   SchemaChange(PgSession& target, const std::vector<SchemaEntry>& now);
   bool known() const { return known_; }
   bool empty() const { return changed_.empty() && gone_.empty(); }
-  // Why it cannot be done object by object ("default rights changed"); empty: it can.
+  // Why it cannot be done object by object; empty: it can.
   const std::string& obstacle() const { return obstacle_; }
   std::size_t size() const { return changed_.size() + gone_.size(); }
   // The changed objects' names, for a log, the first few.
@@ -48,6 +48,7 @@ class SchemaChange {
   };
   void drop_object(PgSession& target, const std::string& type, const std::string& names, const std::string& arguments);
   void reset_rights(PgSession& target, const std::string& type, const std::string& names, const std::string& arguments);
+  void reset_default_rights(PgSession& target, const std::string& address);
   void extend_enum(PgSession& target, const SchemaEntry& entry);
   const std::vector<SchemaEntry>& now_;
   std::map<std::string, Copied> copied_;

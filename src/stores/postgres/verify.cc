@@ -20,10 +20,13 @@ std::string large_objects_sql() {
          "coalesce((SELECT sum(hashtextextended(l.loid || ' ' || l.pageno || encode(l.data, 'hex'), 42)) FROM pg_largeobject l), 0) FROM pg_largeobject_metadata m";
 }
 
+// What is moved of it: an extension's own rows may be others at the other side.
+std::string rows_of(const PgTable& t) { return t.condition.empty() ? "ONLY " + t.full() : "(SELECT * FROM ONLY " + t.full() + " " + t.condition + ") AS own"; }
+
 // A row's text form is the same on all majors with our settings (DateStyle, extra_float_digits); the sum of 64-bit hashes
 // does not depend on the order. Two rows that swap would cancel only with equal hashes.
 std::string table_hash_sql(const PgTable& t) {
-  return "SELECT count(*), coalesce(sum(hashtextextended(ROW(" + t.columns + ")::text, 42)::numeric), 0) FROM ONLY " + t.full();
+  return "SELECT count(*), coalesce(sum(hashtextextended(ROW(" + t.columns + ")::text, 42)::numeric), 0) FROM " + rows_of(t);
 }
 
 std::string key_columns(PgSession& s, const PgTable& t) {
@@ -45,7 +48,7 @@ std::string PostgresStore::compare_rows(StoreContext& c, const std::string& data
   auto ask = [&](PgSession& one, const std::string& snapshot, std::map<std::string, std::string>& into) {
     one.exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
     one.exec("SET TRANSACTION SNAPSHOT " + pg_literal(snapshot));
-    for (auto& r : one.query("SELECT " + heap + ", count(*), sum(hashtextextended(ROW(" + t.columns + ")::text, 42)) FROM ONLY " + t.full() + " GROUP BY 1")) into[*r[0]] = *r[1] + " " + r[2].value_or("");
+    for (auto& r : one.query("SELECT " + heap + ", count(*), sum(hashtextextended(ROW(" + t.columns + ")::text, 42)) FROM " + rows_of(t) + " GROUP BY 1")) into[*r[0]] = *r[1] + " " + r[2].value_or("");
   };
   ask(*s, snap_s, heaps[0]);
   ask(*d, snap_t, heaps[1]);
@@ -58,7 +61,7 @@ std::string PostgresStore::compare_rows(StoreContext& c, const std::string& data
     }
   if (differing.empty()) return {};
   for (auto* one : {s.get(), d.get()}) {
-    one->exec("DECLARE rows CURSOR FOR SELECT " + name + " AS k, hashtextextended(ROW(" + t.columns + ")::text, 42)::text AS h FROM ONLY " + t.full() + " WHERE " + heap + " IN (" + differing + ") ORDER BY (" + name + ") COLLATE \"C\", 2");
+    one->exec("DECLARE rows CURSOR FOR SELECT " + name + " AS k, hashtextextended(ROW(" + t.columns + ")::text, 42)::text AS h FROM " + rows_of(t) + " WHERE " + heap + " IN (" + differing + ") ORDER BY (" + name + ") COLLATE \"C\", 2");
   }
   struct Stream {
     PgSession& session;
