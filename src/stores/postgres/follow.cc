@@ -84,6 +84,7 @@ FollowStatus PostgresStore::follow_status(StoreContext& c) {
       if (*slot[0][0] != "t") status.trouble = database + ": its follower is not connected" + look;
       auto errors = sub->query("SELECT 1 FROM pg_stat_subscription WHERE subname = " + pg_literal(f.subscription) + " AND pid IS NOT NULL");
       if (errors.empty() && status.trouble.empty()) status.trouble = database + ": the apply worker does not run" + look;
+      if (std::string failing = synchronisation_trouble(c, database, f, *pub, *sub); !failing.empty() && status.trouble.empty()) status.trouble = database + ": " + failing;
       databases_detail[database] = {{"lag_bytes", lag}, {"wal_kept", std::stoll(slot[0][3].value_or("0"))}, {"active", *slot[0][0] == "t"}, {"publisher", side_name(publisher)}};
     }
     if (!found) {

@@ -156,6 +156,13 @@ class PostgresStore : public Store {
   // Every table of the publisher published, and copied to the other side where the subscription does not know it yet; until all
   // are followed.
   void synchronise(StoreContext&, const std::string& database, Side publisher);
+  // Why the worker of that table fails: what the other side's table lacks, or what a COPY of ours met there, which is taken back. Empty:
+  // not known.
+  std::string why_not_synchronised(StoreContext&, const std::string& database, const PgFlow&, const std::string& table);
+  // Empty: each column has its place.
+  static std::string missing_columns(PgSession& publisher, PgSession& subscriber, const std::string& table);
+  // Where tables are still being copied: which of them fail, and why. Looks for some seconds; empty: none does.
+  std::string synchronisation_trouble(StoreContext&, const std::string& database, const PgFlow&, PgSession& publisher, PgSession& subscriber);
   // recopy in the fallback window: what was changed on the target since the switch.
   void accept_schema(StoreContext&, const std::string& database);
   static bool follows(PgSession& subscriber, const PgFlow&);   // its subscription is on

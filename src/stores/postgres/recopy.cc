@@ -80,40 +80,6 @@ void PostgresStore::record_copied_schema(StoreContext& c, const std::string& dat
   t->exec("COMMIT");
 }
 
-void PostgresStore::synchronise(StoreContext& c, const std::string& database, Side publisher) {
-  PgFlow f = flow(database, publisher);
-  auto s = session(c, publisher, database);
-  auto list = tables(*s);
-  install_fence(c, *s, publisher, list, false);
-  publish(c, *s, f, list);
-  auto t = session(c, f.subscriber(), database);
-  t->exec(pgsql::fence_function_before_switch(pgsql::who_serves(publisher)));
-  t->exec("ALTER SUBSCRIPTION " + pg_identifier(f.subscription) + " REFRESH PUBLICATION WITH (copy_data = true)");
-  watch_wal(c, publisher);   // the slots of the tables that are copied now, too
-  // Workers that fail are started again for ever; from 15 on the server counts.
-  std::string failures = t->major() >= 15 ? "coalesce((SELECT x.sync_error_count FROM pg_stat_subscription_stats x WHERE x.subid = s.oid), 0)" : "0";
-  std::int64_t failed_at = -1;
-  std::int64_t last_ready = -1;
-  Deadline deadline = Deadline::in(std::chrono::hours(48));
-  while (true) {
-    auto r = t->query("SELECT count(*), count(*) FILTER (WHERE r.srsubstate = 'r'), " + failures + ", coalesce((SELECT string_agg(r2.srrelid::regclass::text, ', ') FROM pg_subscription_rel r2 WHERE r2.srsubid = s.oid AND r2.srsubstate IN ('i', 'd')), '') "
-                      "FROM pg_subscription s JOIN pg_subscription_rel r ON r.srsubid = s.oid WHERE s.subname = " + pg_literal(f.subscription) + " GROUP BY s.oid");
-    if (r.empty()) throw Error(Code::store, t->address().label + ": subscription " + f.subscription + " is gone", "rehome resume --recopy");
-    std::int64_t all = std::stoll(*r[0][0]), ready = std::stoll(*r[0][1]), failed = std::stoll(*r[0][2]);
-    c.progress({.store = config_.name, .phase = "synchronise", .detail = r[0][3].value_or(""), .done = ready, .total = all, .unit = "tables"});
-    if (ready == all) return;
-    if (ready != last_ready) {
-      last_ready = ready;
-      failed_at = failed;
-    }
-    if (failed > failed_at + 20)
-      throw Error(Code::store, t->address().label + ": tables cannot be synchronised: " + r[0][3].value_or(""), "that server's log says why (a free worker, slot or walsender may be missing); then resume", true);
-    if (c.cancelled) throw Error(Code::interrupted, "stopped while tables of " + database + " are synchronised; they go on by themselves");
-    if (deadline.passed()) throw Error(Code::timeout, t->address().label + ": tables are still being synchronised", "resume", true);
-    system_clock().sleep(Millis(50));
-  }
-}
-
 void PostgresStore::finish_schema(StoreContext& c, const std::string& database, const SourceSchema& now) {
   auto s = session(c, Side::source, database);
   auto t = session(c, Side::target, database, "rehome copy");

@@ -166,6 +166,58 @@ TEST(PostgresChange, WholeDatabaseWhereItMustBe) {
   quiesced_equal(source, target);
 }
 
+class PostgresSynchronise : public ::testing::TestWithParam<int> {};
+
+// A worker that fails again and again is seen on every major, by who asks for the status and by who waits for its end.
+TEST_P(PostgresSynchronise, FailureIsSeen) {
+  PgServer source(GetParam()), target(GetParam());
+  source.session("postgres")->exec("CREATE DATABASE shop");
+  auto s = source.session("shop");
+  s->exec("CREATE TABLE public.item(id int PRIMARY KEY, n int); CREATE TABLE public.other(id int PRIMARY KEY)");
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  begin(w, store);
+  PgFlow f = store.flow("shop", Side::source);
+  auto t = target.session("shop", "rehome by hand");
+  auto refresh = [&] { t->exec("ALTER SUBSCRIPTION " + f.subscription + " REFRESH PUBLICATION"); };
+  s->exec("ALTER PUBLICATION " + f.publication + " DROP TABLE public.item");
+  refresh();
+  s->exec("INSERT INTO public.item VALUES (1, 5), (2, -5)");
+  t->exec("ALTER TABLE public.item ADD CONSTRAINT never_negative CHECK (n > 0)");
+  s->exec("ALTER PUBLICATION " + f.publication + " ADD TABLE public.item");
+  refresh();
+  Ticks from = system_clock().now();
+  std::string trouble = store.follow_status(w.context()).trouble;
+  std::printf("  seen after %.0f ms: %s\n", ms_between(from, system_clock().now()), trouble.c_str());
+  EXPECT_LT(ms_between(from, system_clock().now()), 10000);
+  EXPECT_NE(trouble.find("the synchronisation of public.item fails"), std::string::npos) << trouble;
+  EXPECT_NE(trouble.find("the log of the target's server says why"), std::string::npos) << trouble;
+  // Who waits for it learns the reason, and after him everybody.
+  s->exec("CREATE TABLE public.more(id int PRIMARY KEY)");
+  try {
+    store.recopy(w.context());
+    ADD_FAILURE() << "synchronised";
+  } catch (const Error& e) {
+    EXPECT_NE(e.message.find("public.item cannot be synchronised"), std::string::npos) << e.message;
+    EXPECT_NE(e.message.find("never_negative"), std::string::npos) << e.message;
+  }
+  EXPECT_EQ(t->value("SELECT count(*) FROM public.item"), "0");
+  EXPECT_THROW(target.session("shop", "rehome copy")->exec("INSERT INTO public.item VALUES (7, 7)"), PgError) << "the fence was left open";
+  trouble = store.follow_status(w.context()).trouble;
+  EXPECT_NE(trouble.find("never_negative"), std::string::npos) << trouble;
+  t->exec("ALTER TABLE public.item DROP CONSTRAINT never_negative, DROP COLUMN n");
+  trouble = store.follow_status(w.context()).trouble;
+  EXPECT_NE(trouble.find("public.item has no column n"), std::string::npos) << trouble;
+  t->exec("ALTER TABLE public.item ADD COLUMN n int");
+  store.recopy(w.context());
+  wait_until_following(w, store);
+  EXPECT_EQ(t->value("SELECT sum(n) FROM public.item"), "0");
+  EXPECT_TRUE(store.verify(w.context()).equal);
+  store.abandon(w.context());
+}
+
+INSTANTIATE_TEST_SUITE_P(Majors, PostgresSynchronise, ::testing::Values(13, 15), [](const auto& p) { return std::to_string(p.param); });
+
 // Event triggers can be switched off by a superuser; the catalogue cannot.
 TEST(PostgresChange, FingerprintFindsWhatTheTriggerMissed) {
   PgServer source(15), target(15);
