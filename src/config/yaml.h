@@ -90,4 +90,13 @@ class YamlMap {
   std::set<std::string> known_;
 };
 
+// What was not said, or not understood, leaves the default.
+template <class T, class V>
+void set(T& into, const std::optional<V>& value) {
+  if (value) into = *value;
+}
+inline void set(int& into, const std::optional<std::int64_t>& value) {
+  if (value) into = static_cast<int>(*value);
+}
+
 }  // namespace rehome

@@ -260,10 +260,13 @@ std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
     if (available_bytes < bytes + bytes / 2)
       f.error("space", "target", human_bytes(available_bytes) + " are free in " + data + ", and " + human_bytes(bytes) + " of tables and their indexes are to come", "make room, or move the data directory");
   }
-  // The password with which a server follows the other lies in a file that its own account reads (prepare, open_path).
+  // A server follows the other through a socket for its own account alone, and the password for that lies in a file that this account
+  // reads (prepare, open_path).
   for (Side side : {Side::source, Side::target}) {
-    if (server(side == Side::source ? Side::target : Side::source).password.from == SecretRef::From::none) continue;
     std::string directory = admin[side]->value("SELECT coalesce((SELECT setting FROM pg_settings WHERE name = 'data_directory'), '')");
+    if (!directory.empty() && !c.at(side).exec({.argv = {"stat", directory}}).ok())
+      f.error("data_directory", std::string(side_name(side)), "the server's data directory " + directory + " cannot be seen on that host, so the account that it runs as is not known", "use an account of the server's own host; where the server runs in a container, mount its data directory on the host under the same path");
+    if (server(other(side)).password.from == SecretRef::From::none) continue;
     if (!directory.empty() && !c.at(side).exec({.argv = {"sh", "-c", "[ \"$(id -u)\" = 0 ] || [ -O \"$1\" ]", "sh", directory}}).ok())
       f.error("passfile", std::string(side_name(side)), "this account can give its server no file with the other server's password: it is neither root nor the account that the server runs as", "use root, or the server's account, for that site");
   }
