@@ -166,7 +166,7 @@ on old bash -c "cat >>/root/.ssh/authorized_keys" <"$world/new/fs/root/.ssh/lock
 on old bash -c 'cp /etc/passwd /run/passwd; echo "plain:x:4242:4242::/var/lib/plain:/bin/bash" >>/run/passwd; mount --bind /run/passwd /etc/passwd
   mkdir -p /var/lib/plain/.ssh; cp /root/.ssh/authorized_keys /var/lib/plain/.ssh/; chown -R 4242:4242 /var/lib/plain; chmod 700 /var/lib/plain/.ssh'
 on old setsid python3 -m http.server --bind 127.0.0.1 8001 --directory /srv/shop >/dev/null 2>&1 &
-background+=($!)
+spawned beside
 for _ in $(seq 100); do on old bash -c 'exec 3<>/dev/tcp/127.0.0.1/8001' 2>/dev/null && break; sleep 0.05; done
 remember_state
 but 's#^link.*$#link: {from: target, to: root@old, key: /root/.ssh/locked}#'
@@ -205,7 +205,7 @@ while not os.path.exists(out + ".end"):
 open(out, "wb").write(b"%d rounds\n" % rounds + b"\n".join(seen))
 P
 sampler=$!
-background+=($sampler)
+spawned sampler
 export MOVER_PASSWORD=$secret
 rehome --json begin >"$world/shared/begin.out" 2>&1 || { tail -5 "$world/shared/begin.out"; fail "begin with passwords"; }
 rehome -q verify

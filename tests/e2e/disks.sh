@@ -5,7 +5,10 @@
 
 # A small disk at /disk/NAME, a folder of which is at the path: what fills it lies beside.
 disk() { on "$1" sh -c "mkdir -p '/tmp/disk/$4' '$2' && mount -t tmpfs -o size=$3,mode=755 tmpfs '/tmp/disk/$4' && mkdir '/tmp/disk/$4/at' && mount --bind '/tmp/disk/$4/at' '$2'"; }
-fill() { on "$1" sh -c "cat /dev/zero >'/tmp/disk/$2/filler' 2>/dev/null || true"; }
+fill() { # HOST NAME
+  on "$1" sh -c "! cat /dev/zero >'/tmp/disk/$2/filler' 2>/dev/null" || fail "the disk $2 on $1 did not get full"
+  [ "$(on "$1" df --output=avail "/tmp/disk/$2" | tail -n 1)" -eq 0 ] || fail "the disk $2 on $1 has room left"
+}
 make_room() { on "$1" rm -f "/tmp/disk/$2/filler"; }
 status_says() { # PATTERN: within 40 s
   local i
@@ -16,6 +19,15 @@ status_says() { # PATTERN: within 40 s
   done
   cat "$world/shared/status"
   fail "status does not say: $1"
+}
+ended_with() { # STATUS ONE OF...
+  local status=$1
+  shift
+  [[ " $* " == *" $status "* ]] || { cat "$world/shared/out"; fail "it ended with $status and not with one of $*"; }
+}
+serves_old() {
+  sql old shop "INSERT INTO probe(side, at_us) VALUES ('old', 1)" >/dev/null || fail "the source takes no writes"
+  rehome status --json | python3 -c 'import json, sys; sys.exit(json.loads(sys.stdin.readline())["serves"] != "source")' || fail "status does not say that the source serves"
 }
 follows_again() {
   local i
@@ -51,27 +63,35 @@ say "the target's files: full while it follows"
 fill new files
 on old sh -c 'head -c 1M /dev/urandom >/srv/shop/second.bin'
 status_says "no space|space left"
-rehome -q switch >"$world/shared/out" 2>&1 && fail "switch succeeded with files that cannot be sent"
+rehome -q switch >"$world/shared/out" 2>&1 && status=0 || status=$?
+ended_with $status 7 10 11 15
+serves_old
 make_room new files
 follows_again
 
 say "the target's PostgreSQL: full while it follows"
 fill new pg
 sql old shop "UPDATE products SET name = name || repeat('x', 2000)" >/dev/null
-sleep 5
-rehome status >"$world/shared/status" 2>&1 || true
+status_says "^ *db.*(no space|space left|not follow|does not answer|refused|behind)"
+cat "$world/shared/status"
+rehome -q switch >"$world/shared/out" 2>&1 && status=0 || status=$?
+cat "$world/shared/out"
+ended_with $status 5 7 10 11 15
+serves_old
 make_room new pg
-pg start new 15 5432 >/dev/null 2>&1 || true
+pg start new 15 5432
 rehome -q resume --recopy
 follows_again
 
 say "the record's disk: full at a switch"
 fill old state
 rehome -q switch >"$world/shared/out" 2>&1 && status=0 || status=$?
+ended_with $status 10 15
+grep -qi "no space left" "$world/shared/out" || { cat "$world/shared/out"; fail "switch does not say why"; }
+serves_old
 make_room old state
-say "   switch ended with $status: $(tail -1 "$world/shared/out" | cut -c1-160)"
-for i in $(seq 30); do rehome -q resume >/dev/null 2>&1 && break; sleep 1; done
-[ $status != 0 ] || rehome -q reverse
+for i in $(seq 30); do rehome -q resume >"$world/shared/out" 2>&1 && break; sleep 1; done
+follows_again
 
 say "the source's WAL: a follower that stays away loses its slot, not the source its disk"
 pg stop new 15 5432
@@ -83,15 +103,19 @@ done
 [ "$(sql old postgres "SELECT count(*) FROM pg_replication_slots WHERE slot_name LIKE 'rehome%f'")" = 0 ] || fail "the slot keeps more WAL than wal_kept"
 pg start new 15 5432
 status_says "is gone|copied again"
-rehome -q switch >"$world/shared/out" 2>&1 && fail "switch succeeded without a follower"
+rehome -q switch >"$world/shared/out" 2>&1 && status=0 || status=$?
+ended_with $status 7 11
+serves_old
 rehome -q resume --recopy
 follows_again
 rehome -q verify
 # The warm shop's pool holds connections to the server that was stopped: each answers the check with one error, and it is asked again.
 rehome -q switch
 sleep 1
-finish "$all_pid" || true
+finish all
 cat "$world/shared/all.json"
-judge all new source all
+judge all old:new all
 rehome -q complete --anyway
+nothing_left new
+nothing_left old fenced
 say "1 passed, 0 failed"

@@ -5,7 +5,7 @@ repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 bin=${REHOME_BIN:-$repo/build/dev/bin}
 support=$repo/tests/support
 world=
-background=()
+declare -A background=() running=() # what we started: pid to the moment it did; name to pids
 
 hosts() { "$support/hosts.sh" "$@"; }
 on() { local host=$1; shift; hosts enter "$world" "$host" "$@"; }
@@ -26,9 +26,19 @@ make_world() { # [--systemd]
 }
 stop_world() {
   local p
-  for p in "${background[@]}"; do kill "$p" 2>/dev/null || true; done
+  for p in "${!background[@]}"; do ! lives "$p" || kill "$p" 2>/dev/null || true; done
+  background=() running=()
   [ -n "$world" ] || return 0
   if [ -n "${KEEP_WORLD:-}" ]; then say "world kept: $world" >&2; else hosts down "$world"; fi
+  world=
+}
+
+# A pid alone may by now be somebody else's: with the time it started it is not.
+started_at() { local s; s=$(cat "/proc/$1/stat" 2>/dev/null) || return 0; s=(${s##*) }); echo "${s[19]}"; }
+lives() { [ -n "${background[$1]:-}" ] && [ "$(started_at "$1")" = "${background[$1]}" ]; }
+spawned() { # NAME: what was just put into the background; `finish NAME` ends it, and stop_world at the latest
+  background[$!]=$(started_at $!)
+  running[$1]+=" $!"
 }
 
 # both_sites [MAJOR_OLD MAJOR_NEW] [-- options of rehome-shop --init]: servers, proxies, and the shop on old.
@@ -48,7 +58,10 @@ both_sites() {
   hosts enter "$world" old cat /var/lib/shop/start >"$world/shared/start"
   hosts enter "$world" old cat /var/lib/shop/stop >"$world/shared/stop"
   on new sh -c "cp '$world/shared/start' '$world/shared/stop' /var/lib/shop/; chmod 755 /var/lib/shop/start /var/lib/shop/stop"
+  keep_proxies
 }
+proxy_of() { hosts path "$world" "$1" /etc/nginx/sites-enabled/shop; }
+keep_proxies() { local h; for h in old new; do cp "$(proxy_of $h)" "$world/shared/proxy.$h"; done; } # as they are before begin
 
 # What the person on the new server writes. NO_FILES, NO_TRAFFIC, DDL, MAX_PAUSE, DRAIN and JOBS change it.
 write_yaml() {
@@ -101,24 +114,31 @@ load() {
   shift 2
   on admin "$bin/rehome-load" --url-address "${LOAD_TO:-10.77.0.1:80}" --rate "$rate" --clients 32 --history "$world/shared/$name.history" \
     --retry-after-ms 500 --prefix "$name" "$@" >"$world/shared/$name.json" 2>"$world/shared/$name.err" &
-  eval "${name}_pid=$!"
-  background+=($!)
+  spawned "$name"
 }
-# Ends a background program of ours inside a host, politely, and waits for it.
-finish() {
-  local pid=$1 p
-  # The program itself, not the shells around it: those would end first, and with them what it still prints.
-  for p in $(descendants "$pid"); do
-    case $(cat "/proc/$p/comm" 2>/dev/null) in rehome-*) kill -TERM "$p" 2>/dev/null || true ;; esac
+# Ends the background programs of that name, politely, and waits for them: one that broke down has told us nothing.
+finish() { # NAME
+  local pid p status
+  for pid in ${running[$1]}; do
+    # The program itself, not the shells around it: those would end first, and with them what it still prints.
+    ! lives "$pid" || for p in $(descendants "$pid"); do
+      case $(cat "/proc/$p/comm" 2>/dev/null) in rehome-* | python3) kill -TERM "$p" 2>/dev/null || true ;; esac
+    done
+    wait "$pid" && status=0 || status=$?
+    unset "background[$pid]"
+    [ $status = 0 ] || { tail -n 3 "$world/shared/$1".*err >&2 || true; fail "$1: a program of the test ended with $status"; }
   done
-  wait "$pid"
+  unset "running[$1]"
 }
 # Stops the program with that pid in a host and wakes it after SECONDS; OUTER is the `on HOST` that runs it, which stops with it.
 nap() { # HOST PID SECONDS OUTER
   local p
-  on "$1" kill -STOP "$2"
+  on "$1" sh -c 'kill -STOP $1 && grep -q "^State:.T" /proc/$1/status' sh "$2" || return 1
   sleep "$3"
   for p in $(descendants "$4"); do kill -CONT "$p" 2>/dev/null || true; done
+}
+kill_there() { # HOST PID: it was there, and is no more
+  on "$1" sh -c 'kill -9 $1 && for i in $(seq 500); do [ -e /proc/$1 ] && ! grep -q "^State:.Z" /proc/$1/status 2>/dev/null || exit 0; sleep 0.01; done; exit 1' sh "$2"
 }
 descendants() { local c; for c in $(pgrep -P "$1"); do descendants "$c"; done; echo "$1"; }
 
@@ -128,7 +148,8 @@ gate_pid() { pid_of "$1" "rehome-gate-[0-9a-f]* --state"; }
 pid_of() { # HOST PATTERN
   on "$1" sh -c 'for p in /proc/[0-9]*; do if tr "\0" " " 2>/dev/null <$p/cmdline | grep -q "$1"; then echo ${p#/proc/}; break; fi; done' sh "$2" 2>/dev/null || true
 }
-pg_kill() { on "$1" sh -c 'kill -9 $(head -1 /var/lib/postgresql/15/main/postmaster.pid)'; }
+pg_kill() { kill_there "$1" "$(on "$1" head -1 /var/lib/postgresql/15/main/postmaster.pid)"; }
+is_on() { hosts pid "$world" "$1" >/dev/null 2>&1; }
 
 # Makes of YAML what a person who sits at the old server writes, and $yaml that.
 yaml_from_old() { # YAML
@@ -136,27 +157,78 @@ yaml_from_old() { # YAML
   yaml=$world/shared/from-old.yaml
 }
 
-probe() { # NAME: probe writers on both sides, from admin
+probe() { # NAME: probe writers on both sides, from admin; their history is in $world/shared/NAME.probes
   # A host without power answers nothing: the probe's connection to it must end all the same.
   local quick="keepalives_idle=1 keepalives_interval=1 keepalives_count=3 tcp_user_timeout=4000"
   on admin "$bin/rehome-probe" --source "$(site conninfo old 5432) $quick" --target "$(site conninfo new 5432) $quick" --every-ms 20 \
-    --history "$world/shared/$1.probes" >"$world/shared/$1.probe.out" 2>&1 &
-  eval "${1}_pid=$!"
-  background+=($!)
+    --history "$world/shared/$1.probes" >"$world/shared/$1.probe.out" 2>"$world/shared/$1.probe.err" &
+  spawned "$1"
 }
 
-# judge NAME HOST YIELDED [history names... [-- names of histories of before]]: the verdict on what the clients were told, when HOST serves
+# judge NAME HOST [history names... [-- names of histories of before]]: the verdict on what the clients were told, when HOST serves.
+# HOST is old:new where old served first, and new took over. Some orders must have been acknowledged (AT_LEAST, 20), and none have
+# failed (but with MAY_FAIL): clients wait instead. The probes of that name are judged with it.
 judge() {
-  local name=$1 host=$2 yielded=$3
-  shift 3
-  local args=() h other=old which=--history
+  local name=$1 first=${2%:*} host=${2#*:} args=() h other=old which=--history
+  shift 2
   for h in "$@"; do
     if [ "$h" = -- ]; then which=--earlier; else args+=($which "$world/shared/$h.history"); fi
   done
   [ "$host" = new ] || other=new
-  # Before begin and after cancel there is no second database to look for an order in.
-  if [ "$(sql $other postgres "SELECT count(*) FROM pg_database WHERE datname = 'shop'")" = 1 ]; then args+=(--other "$(site conninfo $other 5432)"); fi
-  if [ -e "$world/shared/$name.probes" ]; then args+=(--probes "$world/shared/$name.probes" --yielding-side "$yielded"); fi
+  if is_on $other; then
+    h=$(sql $other postgres "SELECT count(*) FROM pg_database WHERE datname = 'shop'") || fail "$other does not say whether it has the shop's database"
+    # Before begin and after cancel there is no second database to look for an order in.
+    [ "$h" = 0 ] || args+=(--other "$(site conninfo $other 5432)")
+    [ "$first" = "$host" ] || sequences_ahead "$host" "$first"
+  fi
+  if [ -e "$world/shared/$name.probes" ]; then
+    args+=(--probes "$world/shared/$name.probes" --sides)
+    for h in $(printf '%s\n' "$first" "$host" | uniq); do args+=("$([ "$h" = old ] && echo source || echo target)"); done
+  fi
+  [ -n "${MAY_FAIL:-}" ] || args+=(--none-failed)
   on "$host" "$bin/rehome-history-check" "${args[@]}" --files "$(files_at "$host")" --serving "$(site conninfo "$host" 5432)" \
-    --json "$world/shared/$name.verdict"
+    --at-least "${AT_LEAST:-20}" --json "$world/shared/$name.verdict"
+}
+
+# The next number of each sequence of HOST lies beyond every number that OTHER gave out.
+sequences_ahead() { # HOST OTHER
+  local h query
+  # OTHER first: HOST only goes on from there.
+  for h in "$2" "$1"; do
+    query=$(sql "$h" shop "SELECT string_agg(format('SELECT %L, %s, last_value, is_called FROM %s', s.seqrelid::regclass, s.seqincrement, s.seqrelid::regclass), ' UNION ALL ') FROM pg_sequence s JOIN pg_class c ON c.oid = s.seqrelid WHERE c.relnamespace = 'public'::regnamespace") &&
+      sql "$h" shop "$query" >"$world/shared/sequences.$h" || fail "the sequences of $h cannot be read"
+  done
+  python3 - "$world/shared/sequences.$1" "$world/shared/sequences.$2" <<'P' || fail "$1 may give numbers again that $2 gave out"
+import sys
+def read(file): return {n: (int(step), int(last), called == "t") for n, step, last, called in (line.strip().split("|") for line in open(file))}
+ours, theirs = (read(f) for f in sys.argv[1:])
+bad = ["no sequences"] if len(theirs) < 5 else []
+for name, (step, last, called) in theirs.items():
+    if not called: continue
+    if name not in ours: bad.append(name + " is missing"); continue
+    nxt = ours[name][1] + (step if ours[name][2] else 0)
+    if (nxt - last) * step <= 0: bad.append(f"{name}: {last} was given out, and the next is {nxt}")
+for b in bad: print(b)
+sys.exit(bool(bad))
+P
+}
+
+# Nothing of rehome is on HOST, and its proxy is as it was. After complete the source keeps its fence, until --unfence-source.
+nothing_left() { # HOST [fenced]
+  local host=$1 what="slots and subscriptions" query="(SELECT count(*) FROM pg_replication_slots) + (SELECT count(*) FROM pg_subscription)" database=postgres
+  if [ -z "${2:-}" ] && [ "$(sql "$host" postgres "SELECT count(*) FROM pg_database WHERE datname = 'shop'")" = 1 ]; then
+    database=shop what+=", publications, triggers and schemas"
+    query+=" + (SELECT count(*) FROM pg_publication) + (SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'rehome%') + (SELECT count(*) FROM pg_event_trigger) + (SELECT count(*) FROM pg_namespace WHERE nspname LIKE 'rehome%')"
+  fi
+  query=$(sql "$host" $database "SELECT $query") || fail "$host does not say what is left"
+  [ "$query" = 0 ] || fail "$query $what are left on $host"
+  cmp "$(proxy_of "$host")" "$world/shared/proxy.$host" || fail "the proxy of $host is not as it was"
+  [ -n "${2:-}" ] || no_files_left "$host"
+}
+no_files_left() { # HOST: and no processes
+  local pids
+  # What stays is the journal, for the report.
+  on "$1" sh -c '! ls -d /var/lib/rehome/* /var/lib/rehome-pg-* 2>/dev/null | grep -vx /var/lib/rehome/archive' || fail "files of rehome are left on $1"
+  pids=$(agent_pid "$1")$(gate_pid "$1")
+  [ -z "$pids" ] || fail "an agent or a gate is left on $1: $pids"
 }

@@ -70,9 +70,9 @@ on old bash -c 'set -e
   chown plain /srv/data/many/1'
 # Somebody at the target works with the source's database.
 on new env PGPASSWORD=weak setsid psql -h 10.77.0.1 -U weak -d bad -c "SELECT pg_sleep(120)" >/dev/null 2>&1 &
-background+=($!)
+spawned beside
 on new setsid python3 -m http.server --bind 127.0.0.1 8100 --directory /srv/small >/dev/null 2>&1 &
-background+=($!)
+spawned beside
 
 on old setsid python3 -c 'import time; f = open("/srv/attributes/one", "w"); time.sleep(600)' >/dev/null 2>&1 &
 background+=($!)

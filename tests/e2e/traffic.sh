@@ -7,13 +7,10 @@ rules() { on "$1" iptables -t mangle -S PREROUTING | grep -c rehome: || true; }
 no_rules() { local h; for h in old new; do [ "$(rules $h)" = 0 ] || fail "rules are left on $h after $1"; done; }
 clients() { # NAME ADDRESS: 200 requests a second from admin until it is told to end
   on admin python3 "$world/shared/clients.py" "$2" >"$world/shared/$1.json" 2>"$world/shared/$1.err" &
-  eval "$1_pid=$!"
-  background+=($!)
+  spawned "$1"
 }
 end_clients() { # NAME: none failed; prints who answered
-  local p
-  for p in $(descendants "$2"); do case $(cat "/proc/$p/comm" 2>/dev/null) in python3) kill -TERM "$p" 2>/dev/null || true ;; esac; done
-  wait "$2" || true
+  finish "$1"
   python3 - "$1" "$world/shared/$1.json" <<'P'
 import json, sys
 r = json.load(open(sys.argv[2]))
@@ -126,7 +123,7 @@ say "a begin that is killed half-way, and cancel"
 clients first 10.77.0.1
 on new sh -c "echo \$\$ >'$world/shared/controller.pid'; exec '$bin/rehome' --file '$yaml' -q begin" >"$world/shared/begin.out" 2>&1 &
 begin_pid=$!
-background+=($begin_pid)
+spawned begin
 # At its first rule, which is the target's: the source has none.
 on new timeout 60 sh -c "until iptables -t mangle -S PREROUTING | grep -q rehome; do :; done; kill -9 \$(cat '$world/shared/controller.pid')" || fail "begin put no rule in"
 wait $begin_pid && fail "begin was not killed"
@@ -140,7 +137,7 @@ sleep 1
 rehome -q cancel
 no_rules cancel
 on new sh -c 'kill -9 "$(cat /run/app.pid)" 2>/dev/null; rm -rf /run/app.pid /srv/app/*; true'
-end_clients first "$first_pid"
+end_clients first
 
 say "begin and switch, with an event stream open, and a client that was there before"
 cat >"$world/shared/older.py" <<'P'
@@ -165,7 +162,7 @@ sleep 0.5
 clients second 10.77.0.1
 rehome -q begin
 on admin curl -sN http://10.77.0.1:9000/events >"$world/shared/events" 2>/dev/null &
-background+=($!)
+spawned events
 events=$!
 sleep 3
 rehome status >"$world/shared/status"
@@ -193,7 +190,7 @@ sleep 1
 rehome -q complete >"$world/shared/complete.out" 2>&1 && fail "complete did not see the clients of the old address"
 grep -q "came to the source's address" "$world/shared/complete.out" || { cat "$world/shared/complete.out"; fail "complete refused for another reason"; }
 rehome status | grep -q "connections came to this address in the last minute" || fail "status does not tell of the clients at the old address"
-end_clients second "$second_pid"
+end_clients second
 
 say "the old host reboots"
 hosts power-cut "$world" old
@@ -204,11 +201,11 @@ for i in $(seq 100); do [ "$(rules old)" = 0 ] || break; sleep 0.1; done
 [ "$(on admin curl -sS -m 20 http://10.77.0.1:9000/)" = new ] || fail "the old address does not lead to the new side"
 clients third 10.77.0.1
 sleep 2
-end_clients third "$third_pid"
+end_clients third
 clients fourth 10.77.0.2
 sleep 1
 rehome -q complete --anyway
 no_rules complete
 sleep 1
-end_clients fourth "$fourth_pid"
+end_clients fourth
 say "1 passed, 0 failed"

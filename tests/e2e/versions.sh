@@ -21,20 +21,25 @@ for pair in ${PAIRS:-13:15 15:17 15:18}; do
   rehome -q begin
   rehome -q verify
   rehome -q switch --when-ready
+  sequences_ahead new old
   sleep 1
   rehome -q reverse
+  sequences_ahead old new
   sleep 1
   rehome -q switch --when-ready
   sleep 1
-  finish "$all_pid"
-  judge all new source all
+  finish all
+  judge all old:new all
   # At rest; the follower is a moment behind.
   sleep 2
   rehome -q verify
   same
   rehome -q complete --anyway
+  nothing_left new
+  nothing_left old fenced
+  rehome -q complete --unfence-source
+  nothing_left old
   stop_world
-  world= background=()
   n=$((n + 1))
 done
 say "$n passed, 0 failed"

@@ -1,6 +1,7 @@
 #include "support/history.h"
 
 #include <algorithm>
+#include <optional>
 
 #include "base/json.h"
 
@@ -42,6 +43,45 @@ void judge_order(const std::string& key, bool acknowledged, const Stored& servin
   if (!twice.empty()) ++v.doubled, say("doubled", twice);
 }
 
+// What the databases themselves said to writers that go past the gate.
+template <class Unmet>
+void judge_probes(const Told& told, const Stored& serving, Verdict& v, const Unmet& unmet) {
+  const std::string& last = told.sides.back();
+  auto taken = [](const ProbeSeen& p) { return p.outcome == ProbeOutcome::accepted || p.outcome == ProbeOutcome::found; };
+  std::optional<std::int64_t> handed_over;  // by when the last side had taken its first write
+  for (auto& p : told.probes)
+    if (p.side == last && taken(p)) handed_over = std::min(handed_over.value_or(p.end_us), p.end_us);
+  // Two of a side may have begun in the same microsecond: then they share their rows.
+  struct Rows {
+    std::int64_t least = 0, most = 0;
+  };
+  std::map<std::pair<std::string, std::int64_t>, Rows> expected;
+  std::map<std::string, std::int64_t> accepted;
+  for (auto& p : told.probes) {
+    if (p.side != last && taken(p) && (told.sides.size() < 2 || (handed_over && p.start_us > *handed_over))) {
+      ++v.both_accepting;
+      v.findings.push_back("both accepting: " + p.side + " took a write" +
+                           (told.sides.size() < 2 ? ", and never served"
+                                                  : " " + std::to_string((p.start_us - *handed_over) / 1000) +
+                                                        " ms after the other side's first"));
+      continue;
+    }
+    Rows& rows = expected[{p.side, p.start_us}];
+    if (p.outcome == ProbeOutcome::accepted) ++rows.least, ++accepted[p.side];
+    if (p.outcome != ProbeOutcome::refused) ++rows.most;
+  }
+  for (auto& [probe, rows] : expected) {
+    auto it = serving.probes.find(probe);
+    const std::int64_t n = it == serving.probes.end() ? 0 : it->second;
+    if (n >= rows.least && n <= rows.most) continue;
+    (n < rows.least ? v.lost : v.doubled) += n < rows.least ? rows.least - n : n - rows.most;
+    v.findings.push_back((n < rows.least ? "lost: " : "doubled: ") + probe.first + "'s direct write of " +
+                         std::to_string(probe.second) + " is there " + std::to_string(n) + " times");
+  }
+  for (auto& side : told.sides)
+    if (accepted[side] == 0) unmet("the " + side + " accepted no direct write");
+}
+
 }  // namespace
 
 OrderSeen parse_order(std::string_view line) {
@@ -54,8 +94,6 @@ OrderSeen parse_order(std::string_view line) {
   if (outcome != "ok" && outcome != "failed" && outcome != "unknown")
     throw Error(Code::io, "no outcome of an order: " + outcome);
   o.outcome = outcome == "ok" ? Outcome::ok : outcome == "failed" ? Outcome::failed : Outcome::unknown;
-  o.tries = static_cast<int>(get_int(j, "tries"));
-  o.status = static_cast<int>(get_int(j, "status"));
   o.reset = get_bool(j, "reset");
   return o;
 }
@@ -76,20 +114,26 @@ ProbeSeen parse_probe(std::string_view line) {
   return p;
 }
 
-Verdict judge(const std::vector<OrderSeen>& orders, const std::vector<ProbeSeen>& probes, const Stored& serving,
-              const std::string& yielding_side, const std::optional<Stored>& other) {
+Verdict judge(const Told& told, const Stored& serving, const std::optional<Stored>& other) {
   Verdict v;
   std::map<std::string, bool> acknowledged;  // a key in two histories counts once, as acknowledged if either says so
-  for (auto& o : orders) {
+  for (auto& o : told.orders) {
     acknowledged[o.key] |= o.outcome == Outcome::ok;
     v.resets += o.reset;
     const double wait = static_cast<double>(o.end_us - o.start_us) / 1e3;
     if (wait > v.longest_wait_ms) v.longest_wait_ms = wait, v.longest_wait_at_us = o.start_us;
   }
-  for (auto& [key, ok] : acknowledged) {
-    ++(ok ? v.acknowledged : v.failed);
-    judge_order(key, ok, serving, other, v);
+  for (auto& [key, ok] : acknowledged) ++(ok ? v.acknowledged : v.failed);
+  auto unmet = [&](const std::string& text) { ++v.unmet, v.findings.push_back("shows nothing: " + text); };
+  if (v.acknowledged < told.at_least)
+    unmet(std::to_string(v.acknowledged) + " orders were acknowledged, not at least " + std::to_string(told.at_least));
+  if (told.none_failed && v.failed > 0)
+    ++v.unmet, v.findings.push_back(std::to_string(v.failed) + " orders failed that should have waited");
+  for (auto& o : told.earlier) {
+    auto [it, fresh] = acknowledged.try_emplace(o.key, o.outcome == Outcome::ok);
+    if (fresh && it->second) ++v.acknowledged;
   }
+  for (auto& [key, ok] : acknowledged) judge_order(key, ok, serving, other, v);
   if (v.lost == 0 && v.doubled == 0 && serving.booked != serving.sold) {
     // Updates of rows that many orders share: no key names them, but they must add up. Once orders are known to be
     // missing or double, the sums only say so again.
@@ -97,18 +141,7 @@ Verdict judge(const std::vector<OrderSeen>& orders, const std::vector<ProbeSeen>
     v.findings.push_back((serving.booked < serving.sold ? "lost" : "doubled") + std::string(": stock is booked for ") +
                          std::to_string(serving.booked) + ", the lines say " + std::to_string(serving.sold));
   }
-  if (!yielding_side.empty()) {
-    std::optional<std::int64_t> handed_over;
-    for (auto& p : probes)
-      if (p.side != yielding_side && p.outcome == ProbeOutcome::accepted)
-        handed_over = std::min(handed_over.value_or(p.end_us), p.end_us);
-    for (auto& p : probes)
-      if (handed_over && p.side == yielding_side && p.outcome == ProbeOutcome::accepted && p.start_us > *handed_over) {
-        ++v.both_accepting;
-        v.findings.push_back("both accepting: " + p.side + " took a write " +
-                             std::to_string((p.start_us - *handed_over) / 1000) + " ms after the other side's first");
-      }
-  }
+  if (!told.sides.empty()) judge_probes(told, serving, v, unmet);
   return v;
 }
 

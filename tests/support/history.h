@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace rehome::testing {
@@ -19,16 +20,15 @@ struct OrderSeen {
   std::int64_t start_us = 0;
   std::int64_t end_us = 0;
   Outcome outcome = Outcome::ok;
-  int tries = 1;
-  int status = 201;
   bool reset = false;
 };
 
-enum class ProbeOutcome { accepted, refused, unknown };
+// found: nobody was told how it ended, and its row is on the side that it was sent to.
+enum class ProbeOutcome { accepted, refused, unknown, found };
 
 struct ProbeSeen {
   std::string side;  // "source" or "target"
-  std::int64_t start_us = 0;
+  std::int64_t start_us = 0;  // also in its row
   std::int64_t end_us = 0;
   ProbeOutcome outcome = ProbeOutcome::accepted;
 };
@@ -47,6 +47,7 @@ struct OrderStored {
 struct Stored {
   std::map<std::string, OrderStored> orders;
   std::map<std::string, std::int64_t> receipts;  // key to the order number inside; -1 for an unreadable one
+  std::map<std::pair<std::string, std::int64_t>, std::int64_t> probes;  // side and start of a probe to its rows
   std::int64_t sold = 0;    // quantities in the lines of orders that came in over HTTP
   std::int64_t booked = 0;  // what the products' stock is short of its start
 };
@@ -55,17 +56,27 @@ struct Verdict {
   std::int64_t acknowledged = 0, lost = 0, doubled = 0, failed = 0, both_accepting = 0, resets = 0;
   double longest_wait_ms = 0;
   std::int64_t longest_wait_at_us = 0;
+  std::int64_t unmet = 0;             // demands of Told, without which nothing was shown
   std::vector<std::string> findings;  // one line for each fault, for a person
-  bool clean() const { return lost == 0 && doubled == 0 && both_accepting == 0; }
+  bool clean() const { return lost == 0 && doubled == 0 && both_accepting == 0 && unmet == 0; }
+};
+
+// What clients were told, and what must have happened for the verdict to mean anything.
+struct Told {
+  std::vector<OrderSeen> orders;
+  std::vector<OrderSeen> earlier;  // must be there as well; how long they waited, and whether they failed, was judged before
+  std::vector<ProbeSeen> probes;
+  std::vector<std::string> sides;  // who served while the probes ran: one side, or first the one and then the other
+  std::int64_t at_least = 0;       // acknowledged orders
+  bool none_failed = false;
 };
 
 // Parse one line of a history; throw Error(io) naming what is wrong.
 OrderSeen parse_order(std::string_view line);
 ProbeSeen parse_probe(std::string_view line);
 
-// `yielding_side`: the side that must refuse once the other has accepted; empty: probes are not judged. `other`: what
-// the side that no longer serves holds; it only tells where a lost order was left.
-Verdict judge(const std::vector<OrderSeen>& orders, const std::vector<ProbeSeen>& probes, const Stored& serving,
-              const std::string& yielding_side, const std::optional<Stored>& other = std::nullopt);
+// `serving`: what the last of the sides holds. `other`: what the one that does not serve holds; it only tells where a lost order
+// was left.
+Verdict judge(const Told& told, const Stored& serving, const std::optional<Stored>& other = std::nullopt);
 
 }  // namespace rehome::testing

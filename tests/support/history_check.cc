@@ -1,7 +1,6 @@
 // rehome-history-check: reads the histories and what the serving side holds, and says whether the migration kept its
 // promise. Meant for a moment at which nobody writes any more.
 #include <cstdio>
-#include <set>
 
 #include "base/json.h"
 #include "base/text.h"
@@ -56,6 +55,9 @@ Stored read_side(Session& db, const std::string& files, const std::vector<OrderS
   s.sold = std::stoll(value(sold, 0, 0));
   auto booked = db.run("SELECT coalesce(sum($1::bigint - stock), 0) FROM products", {std::to_string(kStock)});
   s.booked = std::stoll(value(booked, 0, 0));
+  auto probes = db.run("SELECT side, at_us, count(*) FROM probe GROUP BY 1, 2");
+  for (int i = 0; i < PQntuples(probes.get()); ++i)
+    s.probes[{value(probes, i, 0), std::stoll(value(probes, i, 1))}] = std::stoll(value(probes, i, 2));
   db.commit();
   if (files.empty()) return s;
   for (auto& o : orders) {
@@ -71,46 +73,44 @@ Stored read_side(Session& db, const std::string& files, const std::vector<OrderS
   return s;
 }
 
-// A write whose answer got lost is settled by looking for its row: it carries its side and its moment.
-void settle_probes(std::vector<ProbeSeen>& probes, const std::string& side, Session& db) {
-  std::set<std::int64_t> there;
-  auto r = db.run("SELECT at_us FROM probe WHERE side = $1", {side});
-  for (int i = 0; i < PQntuples(r.get()); ++i) there.insert(std::stoll(value(r, i, 0)));
+// A write whose answer got lost is settled by looking for its row on its side.
+void settle_probes(std::vector<ProbeSeen>& probes, bool of_last, const std::string& last, const Stored& side) {
   for (auto& p : probes)
-    if (p.side == side && p.outcome == ProbeOutcome::unknown)
-      p.outcome = there.count(p.start_us) ? ProbeOutcome::accepted : ProbeOutcome::refused;
+    if ((p.side == last) == of_last && p.outcome == ProbeOutcome::unknown && side.probes.count({p.side, p.start_us}))
+      p.outcome = ProbeOutcome::found;
 }
 
 int run_check(int argc, char** argv) {
   Options o(argc, argv,
-            {"history", "earlier", "probes", "serving", "files", "yielding-side", "other", "other-files", "json", "findings"}, {});
-  const std::string yielding = o.get("yielding-side", "");
-  if (!yielding.empty() && yielding != "source" && yielding != "target")
-    throw Error(Code::usage, "--yielding-side is source or target");
-  if (o.has("probes") && yielding.empty())
-    throw Error(Code::usage, "--probes needs --yielding-side, or they cannot be judged");
+            {"history", "earlier", "probes", "serving", "files", "sides", "other", "other-files", "json", "findings", "at-least"},
+            {"none-failed"});
+  Told told;
+  told.sides = o.all("sides");
+  for (auto& side : told.sides)
+    if (side != "source" && side != "target") throw Error(Code::usage, "--sides are source and target");
+  if (told.sides.size() > 2 || (told.sides.size() == 2 && told.sides[0] == told.sides[1]))
+    throw Error(Code::usage, "--sides are one, or the one that served first and the one that serves now");
+  if (o.has("probes") == told.sides.empty()) throw Error(Code::usage, "--probes and --sides need each other");
+  told.at_least = o.number("at-least", 0);
+  told.none_failed = o.has("none-failed");
   o.need("history");
-  // Orders of before must be there as well; how long they waited is another switch's matter.
-  const auto later = read_lines(o.all("history"), parse_order);
-  auto orders = read_lines(o.all("earlier"), parse_order);
-  orders.insert(orders.end(), later.begin(), later.end());
-  auto probes = read_lines(o.all("probes"), parse_probe);
+  told.orders = read_lines(o.all("history"), parse_order);
+  told.earlier = read_lines(o.all("earlier"), parse_order);
+  told.probes = read_lines(o.all("probes"), parse_probe);
+  auto orders = told.earlier;
+  orders.insert(orders.end(), told.orders.begin(), told.orders.end());
   Session serving(o.need("serving"));
   const Stored held = read_side(serving, o.need("files"), orders);
   std::optional<Stored> other_held;
   if (o.has("other")) {
     Session other(o.need("other"));
     other_held = read_side(other, o.get("other-files", ""), orders);
-    if (!yielding.empty()) settle_probes(probes, yielding, other);
+    if (!told.sides.empty()) settle_probes(told.probes, false, told.sides.back(), *other_held);
   }
-  Verdict v = judge(orders, probes, held, yielding, other_held);
-  const Verdict waits = judge(later, {}, held, "", std::nullopt);
-  v.failed = waits.failed;
-  v.resets = waits.resets;
-  v.longest_wait_ms = waits.longest_wait_ms;
-  v.longest_wait_at_us = waits.longest_wait_at_us;
-  std::int64_t first_us = later.empty() ? 0 : later.front().start_us;
-  for (const auto& order : later) first_us = std::min(first_us, order.start_us);
+  if (!told.sides.empty()) settle_probes(told.probes, true, told.sides.back(), held);
+  const Verdict v = judge(told, held, other_held);
+  std::int64_t first_us = told.orders.empty() ? 0 : told.orders.front().start_us;
+  for (const auto& order : told.orders) first_us = std::min(first_us, order.start_us);
 
   const auto most = static_cast<std::size_t>(o.number("findings", 20));
   for (std::size_t i = 0; i < v.findings.size() && i < most; ++i) std::printf("%s\n", v.findings[i].c_str());

@@ -21,7 +21,7 @@
 # is where clients and a controller on a third machine run. /run/booted exists once /var/lib/boot.d/* were run, in
 # order, each for at most a minute; their output is in /var/log/boot.log. The repository, the cache and
 # WORLD/shared are at the same path everywhere. Every network is a namespace of its own, so that many worlds can run.
-[ "${BASH_SOURCE[0]}" != "$0" ] || set -euo pipefail
+set -euo pipefail
 
 support=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repository=$(cd "$support/../.." && pwd)
@@ -278,6 +278,16 @@ up() {
     echo "$(basename "$world")-$(head -c 4 /dev/urandom | od -An -tx1 | tr -d ' ')" >"$world/world"
   fi
   [ ! -d "$world/old" ] || die "$world is up already"
+  # Before anything runs: whoever is killed half-way leaves nothing behind.
+  if [ "${2:-}" = --for ]; then
+    touch "$world/coming"
+    (exec setsid bash -c 'tail --pid="$1" -f /dev/null; while [ -e "$2/coming" ] && [ -e "/proc/$3" ]; do sleep 0.1; done; exec "$0" down "$2"' \
+      "$support/hosts.sh" "$3" "$world" $$) \
+      </dev/null >/dev/null 2>&1 &
+    remember $! "$world/guard.pid"
+    remember "$3" "$world/owner.pid"
+    disown
+  fi
   mkdir -p "$world/shared" "$cache"
   chmod 755 "$world"
   chmod 1777 "$world/shared"
@@ -292,13 +302,7 @@ up() {
   keys "$world"
   [[ " $* " != *" --systemd "* ]] || echo systemd >"$world/init"
   for name in admin old new; do place_up "$world" "$name"; done
-  if [ "${2:-}" = --for ]; then
-    (exec setsid bash -c 'tail --pid="$1" -f /dev/null; exec "$0" down "$2"' "$support/hosts.sh" "$3" "$world") \
-      </dev/null >/dev/null 2>&1 &
-    remember $! "$world/guard.pid"
-    remember "$3" "$world/owner.pid"
-    disown
-  fi
+  rm -f "$world/coming"
 }
 
 enter() {
@@ -439,8 +443,6 @@ down() {
   done
   rm -rf --one-file-system "$world"
 }
-
-[ "${BASH_SOURCE[0]}" = "$0" ] || return 0  # sourced: a library
 
 command=${1:-}
 [ $# -eq 0 ] || shift

@@ -27,9 +27,4 @@ std::string read_body(const Message& head, Reader& in, Deadline deadline);
 
 std::string answer(int status, std::string_view body, bool keep_alive, std::string_view type = "application/json");
 
-// The value of NAME in "?a=1&NAME=2" of a target.
-std::string query_value(std::string_view target, std::string_view name, std::string_view fallback = {});
-// The answer to a WebSocket handshake's key.
-std::string websocket_accept(std::string_view key);
-
 }  // namespace rehome::testing

@@ -26,9 +26,10 @@ print(*found)')"
 }
 stop_world() {
   local p q host side
-  for p in "${background[@]}"; do
-    for q in $(descendants "$p"); do kill "$q" 2>/dev/null || true; done
+  for p in "${!background[@]}"; do
+    ! lives "$p" || for q in $(descendants "$p"); do kill "$q" 2>/dev/null || true; done
   done
+  background=() running=()
   [ -n "$world" ] || return 0
   # Where a run was not brought to its end.
   for side in source target; do
@@ -40,8 +41,17 @@ stop_world() {
     [ ! -e "$world/$host/pg/data/postmaster.pid" ] || "$pg_bin/pg_ctl" -D "$world/$host/pg/data" -m immediate -s stop || true
   done
   rm -rf "$world"
+  world=
 }
 
+is_on() { true; }
+proxy_of() { echo "$world/$1/nginx/site.conf"; }
+no_files_left() { # HOST: and no processes
+  local side=$world/state/source
+  [ "$1" = old ] || side=$world/state/target
+  [ ! -e "$side" ] || fail "state is left of $1"
+  ! pgrep -u "$(id -u)" -f -- "--state $side( |\$)" || fail "processes are left of $1"
+}
 on() { shift; env XDG_STATE_HOME="$world/xdg" "$@"; }
 pg() { local what=$1 host=$2; shift 3; "$pg_bin/$what" -X -h "$world/$host/pg" -U postgres "$@"; }
 site() { # conninfo HOST
@@ -123,6 +133,7 @@ both_sites() { # [-- options of rehome-shop --init]
   pg psql old 5432 -q -d postgres -c "CREATE ROLE shop LOGIN" -c "CREATE DATABASE shop OWNER shop"
   "$bin/rehome-shop" --init --db "$(site conninfo old)" "$@"
   "$world/old/start"
+  keep_proxies
 }
 write_yaml() {
   local host side services="" traffic=""

@@ -9,10 +9,6 @@
 #                                                        /var/lib/postgresql/superuser-password
 #   pg.sh bindir MAJOR                                   where its programs are, fetched first if need be
 #
-# A server by itself, on this machine or within a host, everything in DIR (data, socket, log, password):
-#   pg.sh init MAJOR DIR PORT [LINE...]                  LINEs go to postgresql.conf; root may connect by peer
-#   pg.sh start|stop|kill MAJOR DIR
-#
 # MAJOR 15 is Debian's, others come from fetch-pg.sh (no psql and no pg_dump: Debian's are used).
 # Data are in /var/lib/postgresql/MAJOR/main, or MAJOR/PORT for a second cluster of that major. Peer on the socket in
 # /run/postgresql, scram over TCP. wal_level is logical unless a SETTING says otherwise; fsync is on.
@@ -94,44 +90,8 @@ $boot
 E
 }
 
-as_postgres() { (cd / && setpriv --reuid=postgres --regid=postgres --clear-groups env -i PATH="$PATH" LANG=C.UTF-8 "$@"); }
-
-init_alone() {  # MAJOR DIR PORT [LINE...]
-  local bin dir=$2 port=$3
-  bin=$(bindir "$1")
-  shift 3
-  mkdir -p "$dir"
-  chmod 755 "$dir"
-  (umask 077; od -An -N12 -tx1 /dev/urandom | tr -d ' \n' >"$dir/password")
-  chown -R postgres "$dir"
-  as_postgres "$bin/initdb" -D "$dir/data" -U postgres --auth-local=peer --auth-host=scram-sha-256 \
-    --pwfile="$dir/password" -E UTF8 --locale=C.UTF-8 >/dev/null
-  {
-    printf '%s\n' "listen_addresses = '*'" "port = $port" "unix_socket_directories = '$dir'" 'wal_level = logical' \
-      'max_wal_senders = 20' 'max_replication_slots = 20' 'shared_buffers = 128MB' "$@"
-  } >>"$dir/data/postgresql.conf"
-  echo 'host all,replication all 0.0.0.0/0 scram-sha-256' >>"$dir/data/pg_hba.conf"
-  # Tests connect by peer as root: mapped to postgres.
-  sed -i '1i local all,replication all peer map=test' "$dir/data/pg_hba.conf"
-  printf 'test root postgres\ntest postgres postgres\ntest /^(.*)$ \\1\n' >>"$dir/data/pg_ident.conf"
-}
-alone() {  # COMMAND MAJOR DIR ...
-  local command=$1 bin
-  shift
-  bin=$(bindir "$1")
-  case $command in
-    init) init_alone "$@" ;;
-    start) as_postgres "$bin/pg_ctl" -D "$2/data" -l "$2/log" -w -s start >/dev/null ;;
-    stop) as_postgres "$bin/pg_ctl" -D "$2/data" -m fast -w -s stop ;;
-    kill) kill -9 "$(head -1 "$2/data/postmaster.pid")" ;;
-  esac
-}
-
 command=${1:-}
 [ $# -eq 0 ] || shift
-case $command:${1:-} in
-  init:[0-9]* | start:[0-9]* | stop:[0-9]* | kill:[0-9]*) alone "$command" "$@"; exit ;;
-esac
 case $command in
   init) [ $# -ge 4 ] || die "init WORLD HOST MAJOR PORT"; init "$@" ;;
   start | stop) [ $# -eq 4 ] || die "$command WORLD HOST MAJOR PORT"; control "$@" "$command" ;;

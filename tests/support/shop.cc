@@ -208,7 +208,6 @@ class Shop {
     const std::uint64_t one = 1;
     if (::write(wake_.get(), &one, sizeof one) < 0) std::perror("rehome-shop: wake");
     for (auto& w : workers_) w.join();
-    for (int i = 0; i < 100 && streams_ > 0; ++i) system_clock().sleep(Millis(10));
   }
 
  private:
@@ -258,7 +257,7 @@ class Shop {
     watch(listener_.get(), &listener_, EPOLL_CTL_MOD);
   }
 
-  // One request; false when the connection is done with (or handed to a thread of its own).
+  // One request; false when the connection is done with.
   bool serve(std::unique_ptr<Connection>& c, Orders& orders) {
     const Deadline deadline = Deadline::in(Millis(30'000));
     auto head = read_head(c->in, deadline);
@@ -268,30 +267,12 @@ class Shop {
     if (head->header("expect") == "100-continue") send_all(c->fd, "HTTP/1.1 100 Continue\r\n\r\n", deadline);
     const bool keep = head->keeps_alive() && !stopping_;
     Reply reply;
-    if (method == "GET" && (path == "/events" || path == "/ws" || path == "/slow")) {
-      // These last; a thread of their own keeps them from using up the pool.
-      ++streams_;
-      std::thread([this, c = std::shared_ptr<Connection>(std::move(c)), head = *head, path, keep] {
-        try {
-          if (path == "/events") events(*c, head);
-          else if (path == "/ws") websocket(*c, head);
-          else slow(*c, head);
-        } catch (const std::exception&) {
-        }
-        --streams_;
-      }).detach();
-      return false;
-    }
     try {
-      if (method == "POST" && path == "/upload") {
-        reply = upload(*c, *head);
-      } else {
-        const std::string body = read_body(*head, c->in, deadline);
-        if (method == "POST" && path == "/order") reply = orders.place(head->header("idempotency-key"), body);
-        else if (method == "GET" && path.rfind("/order/", 0) == 0) reply = orders.show(path.substr(7));
-        else if (method == "GET" && path == "/health") reply = orders.health();
-        else reply = refusal(404, "nothing here");
-      }
+      const std::string body = read_body(*head, c->in, deadline);
+      if (method == "POST" && path == "/order") reply = orders.place(head->header("idempotency-key"), body);
+      else if (method == "GET" && path.rfind("/order/", 0) == 0) reply = orders.show(path.substr(7));
+      else if (method == "GET" && path == "/health") reply = orders.health();
+      else reply = refusal(404, "nothing here");
     } catch (const SqlError& e) {
       complain(e.what());
       reply = refusal(503, e.what());
@@ -302,84 +283,6 @@ class Shop {
     }
     send_all(c->fd, answer(reply.status, reply.body, keep, path == "/health" ? "text/plain" : "application/json"), deadline);
     return keep;
-  }
-
-  Reply upload(Connection& c, const Message& head) {
-    std::string name = query_value(head.first[1], "name");
-    if (name.empty()) name = "upload-" + std::to_string(::getpid()) + "-" + std::to_string(++uploads_);
-    if (!usable_key(name)) {
-      read_body(head, c.in, Deadline::in(Millis(30'000)));
-      return refusal(400, "a name of letters, digits and -_. is required");
-    }
-    std::size_t bytes = 0;
-    save_file(files_ + "/uploads", name, [&](const Fd& fd, const std::string& what) {
-      // Ten minutes: an upload is what a switch must be able to wait for.
-      read_body(head, c.in, Deadline::in(Millis(600'000)), [&](std::string_view part) {
-        write_all(fd.get(), part, what);
-        bytes += part.size();
-      });
-    });
-    return {201, dump_line({{"name", name}, {"bytes", bytes}})};
-  }
-
-  void slow(Connection& c, const Message& head) {
-    // Held to its end even when the service is asked to stop.
-    const long long ms = std::atoll(query_value(head.first[1], "ms", "1000").c_str());
-    system_clock().sleep(Millis(ms));
-    send_all(c.fd, answer(200, dump_line({{"slept_ms", ms}}), false), Deadline::in(Millis(10'000)));
-  }
-
-  void events(Connection& c, const Message& head) {
-    const long long every = std::max(1LL, std::atoll(query_value(head.first[1], "ms", "200").c_str()));
-    send_all(c.fd, "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-store\r\nConnection: close\r\n\r\n",
-             Deadline::in(Millis(10'000)));
-    for (long long n = 1; !stopping_; ++n) {
-      send_all(c.fd, "id: " + std::to_string(n) + "\ndata: {\"n\":" + std::to_string(n) + "}\n\n",
-               Deadline::in(Millis(10'000)));
-      system_clock().sleep(Millis(every));
-    }
-  }
-
-  void websocket(Connection& c, const Message& head) {
-    const std::string key = head.header("sec-websocket-key");
-    if (key.empty()) {
-      send_all(c.fd, answer(400, "no websocket handshake", false, "text/plain"), Deadline::in(Millis(10'000)));
-      return;
-    }
-    send_all(c.fd, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                   "Sec-WebSocket-Accept: " + websocket_accept(key) + "\r\n\r\n", Deadline::in(Millis(10'000)));
-    while (!stopping_) {
-      std::string frame;
-      // Waiting in short turns, so that a stop is noticed: nothing is read before the first byte is there.
-      epoll_event ready;
-      Fd one(::epoll_create1(EPOLL_CLOEXEC));
-      epoll_event want{.events = EPOLLIN, .data = {}};
-      ::epoll_ctl(one.get(), EPOLL_CTL_ADD, c.fd.get(), &want);
-      if (!c.in.has_buffered() && ::epoll_wait(one.get(), &ready, 1, 200) != 1) continue;
-      const Deadline deadline = Deadline::in(Millis(30'000));
-      const std::string start = c.in.exactly(2, deadline);
-      const auto first = static_cast<unsigned char>(start[0]), second = static_cast<unsigned char>(start[1]);
-      std::size_t size = second & 0x7f;
-      if (size >= 126) {
-        const std::string more = c.in.exactly(size == 126 ? 2 : 8, deadline);
-        size = 0;
-        for (unsigned char b : more) size = size << 8 | b;
-      }
-      if (size > (1u << 20) || !(second & 0x80)) return;  // clients must mask, and this is an echo, not a store
-      const std::string mask = c.in.exactly(4, deadline);
-      std::string data = c.in.exactly(size, deadline);
-      for (std::size_t i = 0; i < size; ++i) data[i] = static_cast<char>(data[i] ^ mask[i % 4]);
-      const unsigned kind = first & 0x0f;
-      frame.push_back(static_cast<char>((first & 0x80) | (kind == 9 ? 10u : kind)));  // a ping is answered by a pong
-      if (size < 126) {
-        frame.push_back(static_cast<char>(size));
-      } else {
-        frame.push_back(size < 65536 ? 126 : 127);
-        for (int shift = size < 65536 ? 8 : 56; shift >= 0; shift -= 8) frame.push_back(static_cast<char>(size >> shift));
-      }
-      if (kind != 10) send_all(c.fd, frame + data, deadline);
-      if (kind == 8) return;
-    }
   }
 
   // At most one line a second: a refused write repeats hundreds of times.
@@ -394,8 +297,6 @@ class Shop {
   Fd listener_, poll_, wake_;
   std::string conninfo_, files_;
   std::atomic<bool> stopping_{false};
-  std::atomic<int> streams_{0};
-  std::atomic<unsigned> uploads_{0};
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   Ticks last_complaint_ = -1'000'000'000;
@@ -403,7 +304,7 @@ class Shop {
 
 int run_shop(int argc, char** argv) {
   Options o(argc, argv,
-            {"listen", "db", "files", "threads", "pid-file", "daemon", "tables", "rows", "large-objects"},
+            {"listen", "db", "files", "threads", "pid-file", "tables", "rows", "large-objects"},
             {"init", "unlogged", "keyless"});
   if (o.has("init")) {
     Session db(o.need("db"));
@@ -414,7 +315,6 @@ int run_shop(int argc, char** argv) {
                        .keyless = o.has("keyless")});
     return 0;
   }
-  if (o.get("daemon", "no") != "no") throw Error(Code::usage, "the shop stays in the foreground");
   ::umask(022);
   // Blocked before any thread starts, so that only the wait below sees them.
   sigset_t signals;

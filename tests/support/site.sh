@@ -103,12 +103,6 @@ server {
         proxy_set_header Connection \$shop_connection;
         proxy_read_timeout 300s;
     }
-    location /events {
-        proxy_pass http://shop;
-        proxy_http_version 1.1;
-        proxy_set_header Connection "";
-        proxy_buffering off;
-    }
 }
 N
 printf '#!/bin/sh\nexec nginx\n' >/var/lib/boot.d/60-nginx
