@@ -78,7 +78,7 @@ healthy() { # YIELDS TAKES
   for i in $(seq 60); do
     [ $i = 1 ] || sleep 1
     [ "$(settled following)" = "$1" ] && sql old shop "SELECT 1" >/dev/null && sql new shop "SELECT 1" >/dev/null || continue
-    on "$2" sh -c '[ -s /run/shop/pid ] || exit 0; for i in $(seq 32); do curl -sf -m 5 -o /dev/null http://127.0.0.1:8000/health || exit 1; done' || continue
+    on "$2" sh -c 'kill -0 "$(cat /run/shop/pid 2>/dev/null)" 2>/dev/null || exit 0; for i in $(seq 32); do curl -sf -m 5 -o /dev/null http://127.0.0.1:8000/health || exit 1; done' || continue
     site health "$1" >/dev/null && return
   done
   rehome status || true
