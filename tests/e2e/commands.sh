@@ -149,11 +149,16 @@ say "switch --when-ready and --plan waits for a long transaction"
 yaml=$world/shared/sql.yaml
 sed "s#^checks:#checks:\n  - {name: second, command: [sh, -c, \"[ -e '$world/shared/asked' ] || { touch '$world/shared/asked'; exit 1; }\"], where: target}\n  - {name: any, sql: select id from public.bulk limit 0, store: db}\n  - {name: sell, sql: \"insert into public.bulk values (-2, 'canary')\", store: db, where: target, canary: write}#" "$good" >"$yaml"
 rehome plan --out "$world/shared/friday.plan" >/dev/null
-pg psql old 5432 -q -d shop -c "BEGIN; INSERT INTO bulk VALUES (-1, 'long'); SELECT pg_sleep(6); COMMIT" >/dev/null &
+{
+  echo "BEGIN; INSERT INTO bulk VALUES (-1, 'long');"
+  while [ ! -e "$world/shared/enough" ]; do sleep 0.1; done
+  echo "COMMIT;"
+} | pg psql old 5432 -q -d shop >/dev/null &
 long=$!
 sleep 2
 start ready switch --when-ready --patience 60s --plan "$world/shared/friday.plan"
 when ready "writing transaction is open since"
+touch "$world/shared/enough"
 wait $long
 ends ready 0
 phase_is switched target
