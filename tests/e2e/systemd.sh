@@ -180,7 +180,8 @@ reboot new
 settled new
 serves new
 not_started old
-
+finish first
+MAY_FAIL=1 judge first old:new all
 
 say "reversed"
 rehome -q reverse
