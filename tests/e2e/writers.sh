@@ -75,6 +75,8 @@ judge_writers new first second
 finish all
 judge all old:new all
 rehome -q complete --anyway
+nothing_left new
+nothing_left old fenced
 
 say "changes of the schema blocked by choice"
 make_second() { stop_world; make_world; both_sites -- --tables 3 --rows 100; DDL=block MAX_PAUSE=5s write_yaml; }
@@ -85,4 +87,6 @@ grep -q "being moved" "$world/shared/refused" || { cat "$world/shared/refused"; 
 rehome -q switch
 sql new shop "CREATE TABLE blocked (n int)" >/dev/null
 rehome -q complete --anyway
+nothing_left new
+nothing_left old fenced
 say "1 passed, 0 failed"
