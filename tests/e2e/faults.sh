@@ -146,8 +146,9 @@ one_fault() { # FAULT WHEN PHASE
   # Where nobody took over, not one write may have been taken by the other side.
   local sides=$serving may_fail=
   [ "$serving" = "$yields" ] || sides=$yields:$takes
-  # Only where the service's own server died may a request fail, and afterwards orders must be taken again.
-  case $fault in kill_pg_yields | kill_gate | power_yields) may_fail=1 ;; esac
+  # A request may fail only where the service's own server died, or the one whose proxy the clients talk to, which is old's; and
+  # afterwards orders must be taken again.
+  case "$fault $takes" in kill_pg_yields* | kill_gate* | power_yields* | "power_takes old") may_fail=1 ;; esac
   MAY_FAIL=$may_fail judge "$name" "$sides" "$name" -- "${histories[@]}" >"$world/shared/judged" 2>&1 || { cat "$world/shared/out" "$world/shared/judged"; fail "$fault $when $phase"; }
   histories+=("$name")
   on admin curl -sf -m 5 -o /dev/null http://10.77.0.1/health || fail "$fault $when $phase: the shop does not answer"
