@@ -132,10 +132,11 @@ finish() { # NAME
 }
 # Stops the program with that pid in a host and wakes it after SECONDS; OUTER is the `on HOST` that runs it, which stops with it.
 nap() { # HOST PID SECONDS OUTER
-  local p
-  on "$1" sh -c 'kill -STOP $1 && grep -q "^State:.T" /proc/$1/status' sh "$2" || return 1
+  local p status=0
+  on "$1" sh -c 'kill -STOP $1 && for i in $(seq 500); do ! grep -q "^State:.T" /proc/$1/status || exit 0; sleep 0.01; done; exit 1' sh "$2" || status=1
   sleep "$3"
   for p in $(descendants "$4"); do kill -CONT "$p" 2>/dev/null || true; done
+  return $status
 }
 kill_there() { # HOST PID: it was there, and is no more
   on "$1" sh -c 'kill -9 $1 && for i in $(seq 500); do [ -e /proc/$1 ] && ! grep -q "^State:.Z" /proc/$1/status 2>/dev/null || exit 0; sleep 0.01; done; exit 1' sh "$2"
