@@ -128,9 +128,11 @@ std::vector<std::string> leftovers(Run& run) {
 }
 
 Prediction wait_until_ready(Run& run, Switchover& switchover, Millis patience, bool when_ready) {
-  Deadline deadline = Deadline::in(patience);
-  // Micro-fences: at most three in a row, then none for five minutes; each cancels autovacuum on the tables it locks.
+  // A file that vanished while it was read, a server that was busy: what passes by itself is no reason to send a person away.
+  Deadline deadline = Deadline::in(when_ready ? patience : Millis(5000));
+  // Micro-fences: three in a row, then ever more seldom, up to five minutes; each cancels autovacuum on the tables it locks.
   int measured = 0;
+  Millis rest(10'000);
   Deadline measure_again;
   std::vector<std::string> last;   // what the last measurement found in the way
   std::string said;
@@ -138,10 +140,12 @@ Prediction wait_until_ready(Run& run, Switchover& switchover, Millis patience, b
     if (cancel_flag()) throw Error(Code::interrupted, "stopped while waiting for the moment to switch", "switch again when you like");
     Prediction p = switchover.predict(false);
     if (p.obstacles.empty()) {
-      if (measured == 3 && measure_again.passed()) measured = 0;
-      if (measured < 3) {
+      if (measured < 3 || measure_again.passed()) {
         p = switchover.predict(true);
-        if (++measured == 3) measure_again = Deadline::in(Millis(300000));
+        if (++measured >= 3) {
+          measure_again = Deadline::in(rest);
+          rest = std::min(2 * rest, Millis(300'000));
+        }
         if (p.obstacles.empty()) return p;
         last = p.obstacles;
       } else {
@@ -153,7 +157,7 @@ Prediction wait_until_ready(Run& run, Switchover& switchover, Millis patience, b
     std::erase_if(words, [](char ch) { return ch >= '0' && ch <= '9'; });
     if (words != said) run.journal().append("message", {{"text", text}});
     said = words;
-    if (!when_ready || deadline.passed())
+    if (deadline.passed())
       throw Error(Code::timeout, "no switch now: " + join(p.obstacles, "; "),
                   when_ready ? "see status" : "use --when-ready to wait for the moment");
     system_clock().sleep(Millis(1000));

@@ -171,7 +171,7 @@ std::vector<std::string> status_lines(const Json& s) {
         continue;
       }
       if (yes(store, "following")) {
-        text += "follows, " + human_bytes(whole(store, "lag_bytes")) + " behind";
+        text += std::string(str(store, "trouble").empty() ? "follows, " : "does NOT follow well, ") + human_bytes(whole(store, "lag_bytes")) + " behind";
         if (whole(store, "lag_ms") > 0) text += " (" + human_duration(Millis(whole(store, "lag_ms"))) + ")";
         if (whole(store, "open_write_ms") > 1000)
           text += "; a write has been open for " + human_duration(Millis(whole(store, "open_write_ms")));
