@@ -41,7 +41,10 @@ done
 )sh";
 
 constexpr char kGiveBack[] = R"sh(set -e
-[ "$1" -ef "$3" ] || [ "$1" -ef "$2.gate" ] || exit 0
+exec 9<"${2%/*}/"
+# What was at it and is killed may be inside its last rename.
+flock 9
+[ "$1" -ef "$3" ] || [ "$1" -ef "$2.gate" ] || [ "$1" -ef "$2.gate-next" ] || exit 0
 if [ -S "$2" ]; then
   ln -f -T "$2" "$1.rehome-new"
   mv -f -T "$1.rehome-new" "$1"

@@ -8,7 +8,7 @@ RANDOM=$seed
 say "seed $seed"
 
 IFS=';' read -r -a phases <<<"${PHASES:-hold;drain;soft fence;freeze;marker;catch up;compare;arm reverse;read canary;seal;hard fence;open}"
-everything="kill_controller kill_agent_yields kill_agent_takes cut_link stop_controller second_controller stuck_controller lossy_link kill_pg_yields kill_pg_takes kill_gate power_yields power_takes"
+everything="kill_controller kill_agent_yields kill_agent_takes kill_ssh cut_link stop_controller second_controller stuck_controller lossy_link kill_pg_yields kill_pg_takes kill_gate power_yields power_takes"
 read -r -a faults <<<"${FAULTS:-$everything}"
 
 # Breaks things while a switch or a reverse is at the hook, and mends what does not mend itself. Runs beside it; fails when nothing
@@ -37,6 +37,8 @@ strike() {
     stop_controller) nap new "$controller" 7 "$(cat "$world/shared/command.pid")" ;;
     kill_agent_yields) kill_there "$2" "$(agent_pid "$2")" ;;
     kill_agent_takes) kill_there "$3" "$(agent_pid "$3")" ;;
+    # The link between the agents, and the controller's way to old.
+    kill_ssh) on new sh -c 'pids=$(pgrep -x ssh) && kill -9 $pids' ;;
     # Its work waits in the hook, and its threads go on.
     stuck_controller) sleep 15; [ ! -e "$world/shared/ended" ] ;;
     second_controller) second ;;

@@ -44,7 +44,7 @@ static std::string describe(const PgServer& server, const std::string& database)
   add(std::string("SELECT pg_get_indexdef(i.indexrelid), i.indisvalid FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid JOIN pg_namespace n ON n.oid = c.relnamespace WHERE ") + ours);
   add(std::string("SELECT n.nspname, k.conname, pg_get_constraintdef(k.oid), k.convalidated FROM pg_constraint k JOIN pg_namespace n ON n.oid = k.connamespace WHERE k.contype <> 'n' AND ") + ours);
   add(std::string("SELECT pg_get_triggerdef(t.oid), t.tgenabled FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace WHERE NOT t.tgisinternal AND t.tgname NOT LIKE 'rehome%' AND ") + ours);
-  add(std::string("SELECT n.nspname, c.relname, c.relkind, pg_get_userbyid(c.relowner), replace(coalesce(c.relacl, acldefault(CASE c.relkind WHEN 'S' THEN 's' ELSE 'r' END::\"char\", c.relowner))::text, 'arwdDxtm', 'arwdDxt') FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind IN ('r', 'p', 'v', 'm', 'S') AND ") + ours);
+  add(std::string("SELECT n.nspname, c.relname, c.relkind, pg_get_userbyid(c.relowner), (SELECT string_agg(replace(x::text, 'arwdDxtm', 'arwdDxt'), ',' ORDER BY x::text COLLATE \"C\") FROM unnest(coalesce(c.relacl, acldefault(CASE c.relkind WHEN 'S' THEN 's' ELSE 'r' END::\"char\", c.relowner))) x) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind IN ('r', 'p', 'v', 'm', 'S') AND ") + ours);
   std::sort(lines.begin(), lines.end());
   return join(lines, "\n");
 }
