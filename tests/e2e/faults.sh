@@ -151,6 +151,7 @@ one_fault() { # FAULT WHEN PHASE
   # A request may fail only where the service's own server died, or the one whose proxy the clients talk to, which is old's; and
   # afterwards orders must be taken again.
   case "$fault $takes" in kill_pg_yields* | kill_gate* | power_yields* | "power_takes old") may_fail=1 ;; esac
+  [ "$fault $serving" != "kill_pg_takes $takes" ] || may_fail=1
   MAY_FAIL=$may_fail judge "$name" "$sides" "$name" -- "${histories[@]}" >"$world/shared/judged" 2>&1 || { cat "$world/shared/out" "$world/shared/judged"; fail "$fault $when $phase"; }
   histories+=("$name")
   on admin curl -sf -m 5 -o /dev/null http://10.77.0.1/health || fail "$fault $when $phase: the shop does not answer"
@@ -160,6 +161,7 @@ one_fault() { # FAULT WHEN PHASE
 for fault in "${faults[@]}"; do
   if [ -n "${REHOME_ALL:-}" ] || [ -n "${PHASES:-}" ]; then
     for phase in "${phases[@]}"; do one_fault "$fault" before "$phase"; done
+    one_fault "$fault" after "$phase"
   else
     one_fault "$fault" "$([ $((RANDOM % 2)) = 0 ] && echo before || echo after)" "${phases[$((RANDOM % ${#phases[@]}))]}"
   fi
