@@ -22,15 +22,18 @@ put() {
   mv -f -T "$2.rehome-new" "$2"
 }
 [ -S "$3" ] || { echo "$3 is not a socket: the gate does not listen" >&2; exit 3; }
-if ! [ "$1" -ef "$3" ]; then
-  [ -S "$1" ] || { echo "$1 is not a socket: the application does not listen" >&2; exit 4; }
-  if ! [ "$1" -ef "$2.gate" ] && ! [ "$1" -ef "$2.gate-next" ]; then put "$1" "$2"; fi
-  chown --reference="$1" "$3"
-  chmod --reference="$1" "$3"
-  put "$3" "$2.gate-next"
-  put "$3" "$1"
+[ -S "$1" ] || { echo "$1 is not a socket: the application does not listen" >&2; exit 4; }
+# One that was killed had put this under the name, and not got as far as to note it.
+if [ "$1" -ef "$2.gate-next" ]; then put "$2.gate-next" "$2.gate"; fi
+# From here on it is this socket, whatever $3 becomes meanwhile.
+put "$3" "$2.gate-next"
+if ! [ "$1" -ef "$2.gate-next" ]; then
+  if ! [ "$1" -ef "$2.gate" ]; then put "$1" "$2"; fi
+  chown --reference="$1" "$2.gate-next"
+  chmod --reference="$1" "$2.gate-next"
+  put "$2.gate-next" "$1"
 fi
-put "$3" "$2.gate"
+put "$2.gate-next" "$2.gate"
 rm -f -- "$2.gate-next"
 )sh";
 
