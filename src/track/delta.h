@@ -10,6 +10,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <unordered_map>
@@ -74,6 +75,11 @@ class Sender {
   };
   void send_all(Channel& channel, const Dirty& dirty, DirtySet& again);
   void send_path(const std::string& path, std::uint8_t why);
+  struct Listed {
+    Fd fd;
+    std::vector<std::string> names;
+  };
+  std::optional<Listed> send_names(const std::string& directory, std::uint8_t why);
   void send_tree(const std::string& directory);
   void send_entry(const std::string& path, Meta meta, std::uint8_t why);
   void tell_owner(Accounts::Kind kind, id_t id);

@@ -233,9 +233,55 @@ void Sender::send_path(const std::string& path, std::uint8_t why) {
     return;
   }
   if (!filter_.includes(path, meta->is_directory())) return;
-  bool below = meta->is_directory() && (why & why_tree);
+  bool tree = meta->is_directory() && (why & why_tree);
+  // A directory that was removed and made again: what happened in the one before may have been told too late to find out
+  // where, so what it held and the new one does not is removed by the list.
+  bool made = meta->is_directory() && (why & why_name);
   send_entry(path, std::move(*meta), why);
-  if (below) send_tree(path);
+  if (tree) send_tree(path);
+  else if (made) send_names(path, why);
+}
+
+// The list of names in `directory`, in parts: the receiver removes what is not in it. So it is read to its end before any of
+// it is sent. Returns the names and the directory; nothing when it could not be read, which is put back as `why`, or is gone.
+std::optional<Sender::Listed> Sender::send_names(const std::string& directory, std::uint8_t why) {
+  Listed listed{tree_.open_directory(directory), {}};
+  if (!listed.fd) {
+    // Moved or removed meanwhile is an event.
+    if (int err = errno; !says_gone(err)) put_back(directory, why, errno_error(err, "open directory", shown(directory)).message);
+    return std::nullopt;
+  }
+  try {
+    each_name(listed.fd.get(), directory, [&](std::string_view name, ino_t, unsigned char type) {
+      if (type == DT_UNKNOWN) {
+        struct stat st;
+        if (::fstatat(listed.fd.get(), std::string(name).c_str(), &st, AT_SYMLINK_NOFOLLOW) == 0)
+          type = static_cast<unsigned char>(IFTODT(st.st_mode));
+      }
+      if (filter_.includes_child(child_of(directory, name), type == DT_DIR)) listed.names.emplace_back(name);
+      return true;
+    });
+  } catch (const Error& e) {
+    put_back(directory, why, e.message);
+    return std::nullopt;
+  }
+  std::uint32_t in_part = 0;
+  std::string names;
+  auto send_part = [&](bool last) {
+    Packer p;
+    p.bytes(directory).u8(last).u32(in_part);
+    channel_->send(FrameType::names, p.out() + names, options_.deadline);
+    names.clear();
+    in_part = 0;
+    uncommitted_ = true;
+  };
+  for (const auto& name : listed.names) {
+    names += Packer().bytes(name).out();
+    in_part++;
+    if (names.size() > (1u << 20)) send_part(false);
+  }
+  send_part(true);
+  return listed;
 }
 
 void Sender::send_tree(const std::string& top) {
@@ -244,51 +290,13 @@ void Sender::send_tree(const std::string& top) {
     std::string directory = std::move(todo.back());
     todo.pop_back();
     constexpr std::uint8_t whole = why_tree | why_name | why_attributes;
-    Fd fd = tree_.open_directory(directory);
-    if (!fd) {
-      // Moved or removed meanwhile is an event.
-      if (int err = errno; !says_gone(err)) put_back(directory, whole, errno_error(err, "open directory", shown(directory)).message);
-      continue;
-    }
-    // The list of names first, in parts, then each name: the receiver removes what is not in it. So it is read to its end
-    // before any of it is sent.
-    std::uint32_t in_part = 0;
-    std::string names;
-    auto send_part = [&](bool last) {
-      Packer p;
-      p.bytes(directory).u8(last).u32(in_part);
-      channel_->send(FrameType::names, p.out() + names, options_.deadline);
-      names.clear();
-      in_part = 0;
-      uncommitted_ = true;
-    };
-    std::vector<std::string> children;
-    try {
-      each_name(fd.get(), directory, [&](std::string_view name, ino_t, unsigned char type) {
-        std::string path = child_of(directory, name);
-        if (type == DT_UNKNOWN) {
-          struct stat st;
-          if (::fstatat(fd.get(), std::string(name).c_str(), &st, AT_SYMLINK_NOFOLLOW) == 0)
-            type = static_cast<unsigned char>(IFTODT(st.st_mode));
-        }
-        if (filter_.includes_child(path, type == DT_DIR)) children.emplace_back(name);
-        return true;
-      });
-    } catch (const Error& e) {
-      put_back(directory, whole, e.message);
-      continue;
-    }
-    for (const auto& name : children) {
-      names += Packer().bytes(name).out();
-      in_part++;
-      if (names.size() > (1u << 20)) send_part(false);
-    }
-    send_part(true);
-    for (const auto& name : children) {
+    auto listed = send_names(directory, whole);
+    if (!listed) continue;
+    for (const auto& name : listed->names) {
       std::string path = child_of(directory, name);
       std::optional<Meta> meta;
       try {
-        meta = read_meta(fd.get(), name, path);
+        meta = read_meta(listed->fd.get(), name, path);
       } catch (const Error& e) {
         put_back(path, whole | why_content, e.message);
       }

@@ -48,7 +48,13 @@ Fd open_handle(int mount, std::string_view handle, int flags) {
     return Fd();
   }
   std::memcpy(copy, handle.data(), handle.size());
-  return Fd(::open_by_handle_at(mount, reinterpret_cast<file_handle*>(copy), flags | O_CLOEXEC));
+  // ENOMEM is also what ext4 says while the inode's number is being given to a new file (iget_locked of an inode with
+  // I_CREATING), which is over in microseconds; then it says ESTALE.
+  for (int attempt = 0;; attempt++) {
+    Fd fd(::open_by_handle_at(mount, reinterpret_cast<file_handle*>(copy), flags | O_CLOEXEC));
+    if (fd || errno != ENOMEM || attempt == 20) return fd;
+    system_clock().sleep(Millis(1));
+  }
 }
 
 }  // namespace
@@ -166,7 +172,8 @@ std::optional<std::string> Watch::find(std::string_view handle, std::string* why
   // a part of the file system, and the directory may be moved while we look.
   for (int attempt = 0; attempt < 4; attempt++) {
     Fd fd = open_handle(tree_.root(), handle, O_PATH | O_DIRECTORY);
-    if (!fd && errno == ESTALE) return "/";  // removed: its own removal is another event
+    // Removed: its own removal is another event, and where a new directory has its name by now, that one's names are listed.
+    if (!fd && errno == ESTALE) return "/";
     if (!fd) return unknown(errno);
     std::string root, at, root_after;
     struct stat st{}, seen{};
