@@ -1,7 +1,6 @@
 #include "agent/two_agents.h"
 
 #include <gtest/gtest.h>
-#include <pwd.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -9,6 +8,7 @@
 #include <vector>
 
 #include "base/text.h"
+#include "sys/testing/sshd.h"
 
 namespace rehome {
 namespace {
@@ -265,63 +265,13 @@ TEST(TwoAgents, LinkCutAroundTheCommit) {
   EXPECT_FALSE(w.both_were_open());
 }
 
-// A real sshd with its own keys and configuration, on a free port.
-class Sshd {
- public:
-  explicit Sshd(const std::string& dir) : dir_(dir) {
-    make_directories(dir);
-    for (const char* key : {"/host", "/user"})
-      run_ok({.argv = {"ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", dir + key}}, Deadline::in(Millis(10'000)));
-    write_durably(dir + "/authorized", read_file(dir + "/user.pub"));
-    {
-      Fd free = listen_on({.host = "127.0.0.1", .port = 0});
-      port_ = local_port(free);
-    }
-    write_durably(dir + "/config", "ListenAddress 127.0.0.1\nPort " + std::to_string(port_) + "\nHostKey " + dir + "/host\nAuthorizedKeysFile " +
-                                       dir + "/authorized\nStrictModes no\nUsePAM no\nPidFile none\nPermitRootLogin yes\nPasswordAuthentication no\n");
-    if (::geteuid() == 0) make_directories("/run/sshd", 0755);
-    start();
-  }
-  void start() {
-    sshd_ = std::make_unique<Child>(Command{.argv = {"/usr/sbin/sshd", "-D", "-e", "-f", dir_ + "/config"}}, Child::Pipes{.err = true});
-    Deadline deadline = Deadline::in(Millis(5000));
-    while (true) {
-      try {
-        connect_to({.host = "127.0.0.1", .port = port_}, Deadline::in(Millis(500)));
-        return;
-      } catch (const Error&) {
-        if (deadline.passed()) throw;
-        system_clock().sleep(Millis(10));
-      }
-    }
-  }
-  // Ends the server and every connection of it.
-  void stop() {
-    Outcome o = run({.argv = {"ps", "-e", "-o", "pid=,ppid="}}, Deadline::in(Millis(5000)));
-    std::vector<int> all{sshd_->pid()};
-    for (std::size_t i = 0; i < all.size(); i++)
-      for (const auto& line : split(o.out, '\n')) {
-        int pid = 0, parent = 0;
-        if (std::sscanf(line.c_str(), "%d %d", &pid, &parent) == 2 && parent == all[i]) all.push_back(pid);
-      }
-    for (int pid : all) ::kill(pid, SIGKILL);
-    sshd_.reset();
-  }
-  Json argv() const {
-    return {"ssh", "-F", "none", "-i", dir_ + "/user", "-p", std::to_string(port_), "-o", "StrictHostKeyChecking=no", "-o",
-            "UserKnownHostsFile=" + dir_ + "/known", ::getpwuid(::geteuid())->pw_name + std::string("@127.0.0.1")};
-  }
-
- private:
-  std::string dir_;
-  std::uint16_t port_ = 0;
-  std::unique_ptr<Child> sshd_;
-};
-
 TEST(TwoAgents, OverSsh) {
   TwoAgents w(kProgram);
-  Sshd sshd(w.directory() + "/sshd");
-  Json link{{"argv", sshd.argv()}, {"peer_state", w.state("source")}};
+  testing::Sshd sshd(w.directory() + "/sshd");
+  Json argv{"ssh", "-F", "none", "-i", sshd.key(), "-p", std::to_string(sshd.port())};
+  for (const auto& o : sshd.options()) argv.insert(argv.end(), {"-o", o});
+  argv.push_back(sshd.host());
+  Json link{{"argv", argv}, {"peer_state", w.state("source")}};
   w.call("target", "link.set", link);
   w.wait_link();
   Switch s = switched(w, "source");

@@ -417,11 +417,8 @@ int status(const StatusOptions& o) {
         at["gate"] = run->site(side).call("gate", {{"request", {{"op", "status"}, {"older_than_ms", drain_time(deployment).count()}}}});
         if (std::int64_t longer = get_int(at["gate"], "older", 0); longer > 0 && get_string(at["gate"], "state") == "OPEN_LOCAL")
           at["gate"]["longer"] = long_connections(deployment, longer);
-        if (get_string(at["gate"], "state") == "OPEN_LOCAL") try {
-            if (std::int64_t past = past_gate(deployment, run->site(side)); past > 0) at["gate"]["past"] = past_gate_text(past);
-          } catch (const Error& e) {
-            at["gate"]["past"] = "connections past the gate are not counted: " + std::string(e.what());
-          }
+        if (get_string(at["gate"], "state") == "OPEN_LOCAL")
+          if (PastGate past = past_gate(deployment, run->site(side)); !past.text.empty()) at["gate"]["past"] = past.text;
       } catch (const Error& e) {
         at["gate"] = {{"error", error_to_json(e)}};
       }

@@ -179,8 +179,9 @@ Prediction Switchover::predict(bool measure) {
     if (std::int64_t longer = get_int(status, "older"); longer > 0)
       (cuts_longer(d) ? p.reasons : p.obstacles).push_back(long_connections(d, longer));
     if (measure) {
-      count_past_gate();
-      if (past_gate_.value_or(0) > 0) p.reasons.push_back(past_gate_text(*past_gate_));
+      PastGate past = past_gate(d, yields());
+      past_gate_ = past.count;
+      if (!past.text.empty()) p.reasons.push_back(std::move(past.text));
     }
   }
   // Round trips and durable writes of the protocol itself, from this very path.
@@ -353,17 +354,6 @@ void Switchover::back_out(const Error& reason) {
               reason.hint.empty() ? "try again, or see rehome report" : reason.hint);
 }
 
-// Before the pause: in it nothing is spawned. They are ended by the switch, and nobody else would tell.
-void Switchover::count_past_gate() {
-  past_gate_.reset();
-  if (!gated()) return;
-  try {
-    past_gate_ = past_gate(run_.deployment(), yields());
-  } catch (const Error& e) {
-    run_.journal().append("message", {{"text", "connections past the gate are not counted: " + std::string(e.what())}});
-  }
-}
-
 // What the gates did to connections in this pause: written once nobody who was held waits any more, or after two seconds
 // with what is known then. A gate that does not answer, or is older than this program, leaves its part out.
 void Switchover::write_ledger(bool switched) {
@@ -435,7 +425,6 @@ CutResult Switchover::cut() {
     canaries_.push_back(std::make_unique<HttpCanary>(run_.deployment(), takes(), check, true));
     canaries_.back()->open();
   }
-  count_past_gate();
   attempt_ = get_int(yields().call("attempt.open"), "attempt");
   result_.attempt = attempt_;
   // Enough for the phase that is at work when max_pause ends; nothing is renewed for the sake of a later one.
@@ -481,10 +470,17 @@ CutResult Switchover::cut() {
 
 void Switchover::settle() {
   Deadline deadline = Deadline::in(Millis(120000));
+  std::string waiting;
   while (true) {
-    Json status = yields().call("attempt.status");
+    Json status = Json::object();
     bool all = true;
-    std::string waiting;
+    try {
+      status = yields().call("attempt.status");
+    } catch (const Error& e) {
+      // The agent or the way to it is coming back; asked again until the deadline.
+      if (!e.retryable) throw;
+      all = false, waiting = e.what();
+    }
     for (const auto& tail : status.value("tails", Json::array()))
       if (!get_bool(tail, "done", false)) all = false, waiting = get_string(tail, "name") + ": " + get_string(tail, "error", "running");
     if (all && get_string(status, "decision") == "SERVING" && get_bool(status, "settled", true)) break;

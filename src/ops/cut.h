@@ -57,7 +57,6 @@ class Switchover {
   void freeze();
   void ask_canaries();
   void commit();
-  void count_past_gate();
   void write_ledger(bool switched);
   void flush_journal();
   [[noreturn]] void back_out(const Error& reason);
@@ -75,7 +74,7 @@ class Switchover {
   Deadline pause_deadline_;
   Ticks pause_from_ = 0;
   double predicted_ms_ = 0;
-  std::optional<std::int64_t> past_gate_;
+  std::optional<std::int64_t> past_gate_;   // by the last measured predict(): a switch ends them, and nobody else would tell
   CutResult result_;
 };
 

@@ -51,7 +51,7 @@ Json make_plan(Run& run) {
   pause += cold_start_time(run.deployment()).count();
   for (const auto& why : cold_starts(run.deployment())) reasons.push_back(why);
   if (begun && !run.traffic().empty())
-    if (std::int64_t past = past_gate(run.deployment(), run.site(run.serves())); past > 0) reasons.push_back(past_gate_text(past));
+    if (PastGate past = past_gate(run.deployment(), run.site(run.serves())); !past.text.empty()) reasons.push_back(past.text);
   Json traffic = Json::object();
   for (auto& t : run.traffic()) traffic[t->name()] = t->plan_notes();
   plan["stores"] = stores;

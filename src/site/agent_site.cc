@@ -214,6 +214,17 @@ void AgentSite::uninstall(bool keep_start_condition) {
 }
 
 Fd AgentSite::connect(Deadline deadline) const {
+  try {
+    return greet(deadline);
+  } catch (const Error& e) {
+    // Where only ssh has ended, the resident agent is there as before; one for a single command went with its connection.
+    if (e.code != Code::unreachable || !ssh_ || !ephemeral_directory_.empty()) throw;
+    ssh_->redial(deadline);
+  }
+  return greet(deadline);
+}
+
+Fd AgentSite::greet(Deadline deadline) const {
   Fd fd = connect_to({.path = socket_}, deadline);
   // Through ssh a connection that the other end refuses is accepted here first and then closed: ask before trusting it.
   send_all(fd, "{\"op\":\"hello\"}\n", deadline);

@@ -52,6 +52,7 @@ class AgentSite : public Site {
     std::list<Session> sessions;
   };
   AgentSite(const Deployment& deployment, Side side);
+  Fd greet(Deadline deadline) const;
   void learn_host();
   void start_ephemeral();
   void use_existing();

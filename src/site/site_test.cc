@@ -2,12 +2,14 @@
 #include "site/site.h"
 
 #include <gtest/gtest.h>
+#include <signal.h>
 #include <sys/mount.h>
 #include <unistd.h>
 
 #include <thread>
 
 #include "site/agent_site.h"
+#include "sys/testing/sshd.h"
 #include "site/here.h"
 
 namespace rehome {
@@ -97,6 +99,60 @@ TEST(AgentSite, ConnectionsOfAnAgentThatWasStartedAgainAreNotUsed) {
   agent.reset();
   agent = std::make_unique<FakeAgent>(socket);
   for (int i = 0; i < 4; i++) EXPECT_NO_THROW(site->call("hello"));
+}
+
+// Kills the masters whose control socket is below `directory`: it is in the name that they give themselves.
+void kill_ssh(const std::string& directory) {
+  int killed = 0;
+  for (const auto& pid : list_directory("/proc")) {
+    std::string said;
+    try {
+      said = read_file("/proc/" + pid + "/cmdline");
+    } catch (const Error&) {
+      continue;  // no process, or gone
+    }
+    if (said.starts_with("ssh: ") && said.find(directory) != std::string::npos && ::kill(std::atoi(pid.c_str()), SIGKILL) == 0) killed++;
+  }
+  EXPECT_GE(killed, 1);
+}
+
+TEST(AgentSite, AConnectionOfSshThatWasKilledIsMadeAgain) {
+  TempDir dir;
+  make_directories(dir.path() + "/state/run");
+  testing::Sshd sshd(dir.path() + "/sshd");
+  FakeAgent agent(dir.path() + "/state/run/agent.sock");
+  Deployment d = deployment(dir.path() + "/state");
+  d.site.source.local = false;
+  d.site.source.ssh = {.host = sshd.host(), .port = sshd.port(), .key = sshd.key(), .options = sshd.options()};
+  ::setenv("TMPDIR", dir.path().c_str(), 1);
+  auto site = AgentSite::open(d, Side::source, AgentSite::How::existing);
+  ::unsetenv("TMPDIR");
+  EXPECT_NO_THROW(site->call("hello"));
+  kill_ssh(dir.path());
+  system_clock().sleep(Millis(200));   // what is pooled ends with it
+  // Several find it out at once, and one of them dials.
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 4; i++)
+    callers.emplace_back([&] {
+      try {
+        site->call("hello");
+      } catch (const Error& e) {
+        ADD_FAILURE() << e.what();
+      }
+    });
+  for (auto& c : callers) c.join();
+  sshd.stop();
+  // The end of a connection that was there, and why there is no new one.
+  EXPECT_THROW(site->call("hello"), Error);
+  try {
+    site->call("hello");
+    FAIL();
+  } catch (const Error& e) {
+    EXPECT_EQ(e.code, Code::unreachable) << e.what();
+    EXPECT_NE(e.message.find("ssh"), std::string::npos) << e.what();
+  }
+  sshd.start();
+  EXPECT_NO_THROW(site->call("hello"));
 }
 
 TEST(AgentSite, APlaceThatRunsNoProgramsIsPassedBy) {

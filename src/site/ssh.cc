@@ -47,6 +47,11 @@ Error ssh_error(const SshHost& host, const std::string& text) {
 
 SshMaster::SshMaster(SshHost host, Deadline deadline) : host_(std::move(host)), dir_("rehome-ssh") {
   control_ = dir_.path() + "/c";
+  dial(deadline);
+}
+
+void SshMaster::dial(Deadline deadline) {
+  ::unlink(control_.c_str());   // of one that was killed: ssh would do without sharing
   auto argv = ssh_argv(host_);
   std::string target = argv.back();
   argv.pop_back();
@@ -57,7 +62,7 @@ SshMaster::SshMaster(SshHost host, Deadline deadline) : host_(std::move(host)), 
                            "StreamLocalBindUnlink=yes", target, "true"});
   // ssh's background master keeps standard error open: a file, or reading to its end would wait for ever.
   std::string err_file = dir_.path() + "/err";
-  Fd err(::open(err_file.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600));
+  Fd err(::open(err_file.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600));
   if (!err) throw errno_error(errno, "create", err_file);
   Fd null(::open("/dev/null", O_WRONLY | O_CLOEXEC));
   Child child({.argv = argv}, {.out_fd = null.get(), .err_fd = err.get(), .die_with_parent = false});
@@ -80,7 +85,10 @@ SshMaster::~SshMaster() {
 }
 
 std::vector<std::string> SshMaster::through(std::vector<std::string> more) const {
-  std::vector<std::string> argv{"ssh", "-S", control_, "-o", "BatchMode=yes"};
+  // All that a connection of its own needs: without a master ssh makes one.
+  auto argv = ssh_argv(host_);
+  argv.pop_back();
+  argv.insert(argv.end(), {"-S", control_});
   if (more.size() >= 2 && more[0] == "-O") {
     argv.insert(argv.end(), more.begin(), more.end());
     argv.push_back(host_.host);
@@ -115,17 +123,27 @@ void SshMaster::upload(const std::string& local, const std::string& remote, unsi
 }
 
 std::string SshMaster::forward(const std::string& remote_socket) {
-  std::string local = dir_.path() + "/f" + std::to_string(forwards_++);
+  std::lock_guard lock(mutex_);
+  std::string local = dir_.path() + "/f" + std::to_string(forwards_.size());
+  forward(local, remote_socket);
+  forwards_[local] = remote_socket;
+  return local;
+}
+
+void SshMaster::forward(const std::string& local, const std::string& remote_socket) {
   Outcome o = ::rehome::run({.argv = through({"-O", "forward", "-L", local + ":" + remote_socket})}, Deadline::in(Millis(10000)));
   // `-O forward -L` must be in front of the host: through() puts the host last for -O.
   if (!o.ok())
     throw Error(Code::denied, "ssh " + host_.host + " does not forward sockets: " + std::string(trim(o.err)),
                 "set AllowStreamLocalForwarding yes in its sshd_config");
-  return local;
 }
 
-bool SshMaster::alive() {
-  return ::rehome::run({.argv = through({"-O", "check"})}, Deadline::in(Millis(3000))).ok();
+void SshMaster::redial(Deadline deadline) {
+  std::unique_lock lock(mutex_, deadline.left());
+  if (!lock) throw Error(Code::unreachable, "ssh " + host_.host + " does not connect again in time", "", true);
+  if (::rehome::run({.argv = through({"-O", "check"})}, deadline).ok()) return;
+  dial(deadline);
+  for (const auto& [local, remote] : forwards_) forward(local, remote);
 }
 
 }  // namespace rehome

@@ -2,6 +2,8 @@
 // that the user's configuration, jump hosts and agents just work.
 #pragma once
 
+#include <map>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -38,14 +40,19 @@ class SshMaster {
   void upload(const std::string& local, const std::string& remote, unsigned mode);
   // A local socket path that leads to a unix socket there.
   std::string forward(const std::string& remote_socket);
-  bool alive();
+  // Connects again where the connection's process has ended (killed, or its link was cut for seconds), and lets the sockets of
+  // forward() lead there again; connections through them are lost. Nothing when it lives. Thread-safe. Throws Error(unreachable or denied).
+  void redial(Deadline deadline);
 
  private:
+  void dial(Deadline deadline);
+  void forward(const std::string& local, const std::string& remote_socket);
   std::vector<std::string> through(std::vector<std::string> more) const;
   SshHost host_;
   TempDir dir_;
   std::string control_;
-  int forwards_ = 0;
+  std::timed_mutex mutex_;                      // of who dials, and of forwards_
+  std::map<std::string, std::string> forwards_;  // here -> there
 };
 
 }  // namespace rehome

@@ -30,9 +30,7 @@ bool is_at(const TcpSocket& s, const Address& application) {
   return host == "localhost" ? s.local == "127.0.0.1" || s.local == "::1" : s.local == host;
 }
 
-}  // namespace
-
-std::int64_t past_gate(const Deployment& d, Site& site) {
+std::int64_t counted(const Deployment& d, Site& site) {
   std::vector<Address> applications;
   std::string ports;
   for (const auto& t : d.traffic) {
@@ -73,10 +71,21 @@ std::int64_t past_gate(const Deployment& d, Site& site) {
   return count;
 }
 
-std::string past_gate_text(std::int64_t count) {
+std::string what_becomes_of(std::int64_t count) {
   return (count == 1 ? "1 connection to the application does" : std::to_string(count) + " connections to the application do") +
          " not come through the gate (made before begin, or at the application's own port): " + (count == 1 ? "it is" : "they are") +
          " not held, and a switch ends " + (count == 1 ? "it" : "them") + " with the application, and counts " + (count == 1 ? "it" : "them");
+}
+
+}  // namespace
+
+PastGate past_gate(const Deployment& d, Site& site) {
+  try {
+    std::int64_t count = counted(d, site);
+    return {count, count > 0 ? what_becomes_of(count) : std::string()};
+  } catch (const Error& e) {
+    return {std::nullopt, "connections past the gate are not counted: " + std::string(e.what())};
+  }
 }
 
 }  // namespace rehome

@@ -86,7 +86,7 @@ TEST_P(ListenTraffic, ClientsAtTheGateSeeNothingOfASwitch) {
   // Who knows the application's own port is counted, and nobody who came through the gate is.
   Fd direct = connect_to(Address::parse(at.source), Deadline::in(Millis(5000)));
   system_clock().sleep(Millis(50));
-  EXPECT_EQ(past_gate(world.deployment, world.source), 1);
+  EXPECT_EQ(past_gate(world.deployment, world.source).count, 1);
   hold_switch_and_return(world, target);
   system_clock().sleep(Millis(100));
   traffic->withdraw(world.context());
@@ -254,8 +254,8 @@ TEST(RedirectTraffic, TakesThePortAndGivesItBackUnderLoad) {
     EXPECT_EQ(old->ask("/").body.substr(0, 6), "source");
     EXPECT_TRUE(old->connected());
     // It is the only one that did not come through the gate, however many come and go, to and from the same ports.
-    for (int i = 0; i < 20; i++) EXPECT_EQ(past_gate(r.world.deployment, r.world.source), 1);
-    EXPECT_EQ(past_gate(r.world.deployment, r.world.target), 0);
+    for (int i = 0; i < 20; i++) EXPECT_EQ(past_gate(r.world.deployment, r.world.source).count, 1);
+    EXPECT_EQ(past_gate(r.world.deployment, r.world.target).count, 0);
     // Nobody passes the gate by: while it holds, the application hears nothing new.
     r.world.hold();
     drain(r.world.source);

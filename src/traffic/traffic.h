@@ -70,11 +70,13 @@ Millis drain_time(const Deployment&);
 // For `count` connections that are older than that: what they probably are and what a switch does with them.
 std::string long_connections(const Deployment&, std::int64_t count);
 
-// Established connections to that side's applications that its gate knows nothing of. Reads the host's table of sockets, some 50 ms:
-// outside of a pause only. Throws Error(state) where the gate does not say which process it is.
-std::int64_t past_gate(const Deployment&, Site&);
-// What becomes of them: one sentence.
-std::string past_gate_text(std::int64_t count);
+// Established connections to that side's applications that its gate knows nothing of.
+struct PastGate {
+  std::optional<std::int64_t> count;   // nothing where they cannot be counted
+  std::string text;                    // one sentence: what becomes of them, or why they are not counted; empty with none
+};
+// Reads the host's table of sockets, some 50 ms: outside of a pause only. Throws nothing that the host lets through.
+PastGate past_gate(const Deployment&, Site&);
 
 // One driver for each `traffic` entry of the deployment, in its order.
 std::vector<std::unique_ptr<Traffic>> make_traffic(const Deployment& deployment);

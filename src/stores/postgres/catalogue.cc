@@ -128,4 +128,8 @@ std::string catalogue_difference(const Json& before, const Json& now) {
   return out;
 }
 
+std::string data_directory(PgSession& session) {
+  return session.value("SELECT coalesce((SELECT setting FROM pg_settings WHERE name = 'data_directory'), '')");
+}
+
 }  // namespace rehome

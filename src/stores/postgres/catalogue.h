@@ -35,4 +35,7 @@ class CatalogueQuestion {
 // What differs, in words: "columns, functions"; empty: nothing. A missing fingerprint differs in everything.
 std::string catalogue_difference(const Json& before, const Json& now);
 
+// The server's data directory; empty for an account that may not see it (pg_read_all_settings).
+std::string data_directory(PgSession& session);
+
 }  // namespace rehome

@@ -3,6 +3,7 @@
 #include <set>
 
 #include "base/text.h"
+#include "stores/postgres/catalogue.h"
 #include "stores/postgres/clients.h"
 #include "stores/postgres/dump.h"
 #include "stores/postgres/large_objects.h"
@@ -251,8 +252,7 @@ std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
       if (t->number("SELECT count(*) FROM pg_extension WHERE extname = 'pg_cron'")) f.warn("pg_cron", "target", "pg_cron runs there too", "disable its jobs on the target until the switch");
     }
   }
-  // No row for an account that may not see it: the finding about its rights is there then.
-  std::string data = admin.target->value("SELECT coalesce((SELECT setting FROM pg_settings WHERE name = 'data_directory'), '')");
+  std::string data = data_directory(*admin.target);
   Outcome df = data.empty() ? Outcome{.status = 1} : c.target.exec({.argv = {"df", "-B1", "--output=avail", data}});
   auto lines = split(std::string(trim(df.out)), '\n');
   if (df.ok() && lines.size() == 2) {
@@ -263,7 +263,7 @@ std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
   // A server follows the other through a socket for its own account alone, and the password for that lies in a file that this account
   // reads (prepare, open_path).
   for (Side side : {Side::source, Side::target}) {
-    std::string directory = admin[side]->value("SELECT coalesce((SELECT setting FROM pg_settings WHERE name = 'data_directory'), '')");
+    std::string directory = data_directory(*admin[side]);
     if (!directory.empty() && !c.at(side).exec({.argv = {"stat", directory}}).ok())
       f.error("data_directory", std::string(side_name(side)), "the server's data directory " + directory + " cannot be seen on that host, so the account that it runs as is not known", "use an account of the server's own host; where the server runs in a container, mount its data directory on the host under the same path");
     if (server(other(side)).password.from == SecretRef::From::none) continue;

@@ -7,6 +7,7 @@
 #include <set>
 
 #include "base/text.h"
+#include "stores/postgres/catalogue.h"
 #include "stores/postgres/postgres.h"
 #include "sys/fs.h"
 
@@ -237,7 +238,7 @@ void PostgresStore::open_path(StoreContext& c, const std::string& database, cons
   Site& here = c.at(flow.subscriber());
   there.call("service.set", {{"name", flow.service}, {"to", server_address(flow.publisher)}, {"as_user", server(flow.publisher).os_user}});
   auto subscriber = session(c, flow.subscriber(), database);
-  const std::string data = subscriber->value("SHOW data_directory");
+  const std::string data = data_directory(*subscriber);
   Outcome owner = here.exec({.argv = {"stat", "-c", "%u", data}}, Deadline::in(Millis(10000)));
   if (!owner.ok())
     throw Error(Code::config, here.label() + ": the account of the PostgreSQL server is not known, for its data directory cannot be seen: " + std::string(trim(owner.err)),
