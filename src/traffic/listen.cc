@@ -12,9 +12,9 @@ class ListenTraffic : public Traffic {
   std::vector<Finding> preflight(TrafficContext& ctx) override {
     std::vector<Finding> found;
     for (Side s : {Side::source, Side::target})
-      if (t_.on[s].listen == t_.on[s].application)
+      if (reach_the_same(Address::parse(t_.on[s].listen), Address::parse(t_.on[s].application)))
         found.push_back({Finding::Level::error, "traffic.same_address", ctx.at(s).label() + ": traffic " + t_.name,
-                         "the gate and the application cannot both listen at " + t_.on[s].listen,
+                         "the gate cannot listen at " + t_.on[s].listen + " where the application listens at " + t_.on[s].application,
                          "give the application another address"});
     return found;
   }

@@ -184,6 +184,9 @@ error${T}traffic.port_in_use${T}target: traffic web.*127.0.0.1:8100.*python3${T}
 E
 grep -q other.service "$world/shared/findings" && fail "a unit that only has a similar word was named"
 
+on new bash -c 'echo "upstream lone { server 127.0.0.1:8500; } server { listen 127.0.0.1:80; location / { proxy_pass http://lone; } }" >/etc/nginx/sites-enabled/lone
+  sed -i "1i master_process off;" /etc/nginx/nginx.conf; nginx'
+
 # An account and a role without rights. The locales and the port that were wrong stay wrong: only what is new is looked for.
 cat >"$yaml" <<'E'
 name: bad
@@ -207,6 +210,12 @@ traffic:
     gate: {listen: "127.0.0.1:81", application: "127.0.0.1:8000"}
   - name: socket
     gate: {take: unix_socket, listen: "unix:/srv/gate.sock", application: "unix:/srv/app.sock"}
+  - name: far
+    gate: {take: unix_socket, listen: "unix:/srv/data/inner/gate.sock", application: "unix:/srv/data/app.sock"}
+  - name: same
+    gate: {listen: "127.0.0.1:8400", application: "0.0.0.0:8400"}
+  - name: lone
+    nginx: {files: [/etc/nginx/sites-enabled/lone], application: "127.0.0.1:8500", gate: "127.0.0.1:8501", front: "http://127.0.0.1/"}
   - name: port
     gate: {take: redirect, listen: "127.0.0.1:8200", application: "127.0.0.1:8300"}
 E
@@ -217,6 +226,11 @@ error${T}agent.supervisor${T}source.*cannot write into /etc/systemd/system${T}bo
 error${T}service.rights${T}source: service app.*another account${T}root, or that account
 error${T}traffic.port_rights${T}source: traffic low.*127.0.0.1:81${T}port from 1024
 error${T}unix_socket.rights${T}source.*traffic socket.*/srv/app.sock${T}root
+error${T}unix_socket.application${T}source.*traffic socket.*/srv/app.sock is not a socket${T}start the application
+error${T}unix_socket.file_system${T}source.*traffic far.*two file systems${T}beside the application
+error${T}unix_socket.directory${T}target.*traffic far.*No such file${T}make it
+error${T}traffic.same_address${T}source.*traffic same.*127.0.0.1:8400.*0.0.0.0:8400${T}another address
+error${T}nginx.workers${T}target.*traffic lone.*no worker${T}master_process on
 error${T}redirect.iptables${T}source.*traffic port${T}root
 error${T}store${T}store secret: .*/srv/secret.*Permission denied${T}able to read it
 error${T}service.missing${T}source.*/no/such${T}correct the command

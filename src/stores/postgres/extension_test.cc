@@ -19,6 +19,13 @@ bool said(World& w, const std::string& what) {
   return std::any_of(w.lines.begin(), w.lines.end(), [&](const std::string& l) { return l.find(what) != std::string::npos; });
 }
 
+std::unique_ptr<PgSession> shop_with(const PgServer& server, const std::string& sql) {
+  server.session("postgres")->exec("CREATE DATABASE shop");
+  auto s = server.session("shop");
+  s->exec(sql);
+  return s;
+}
+
 std::string rows(const PgServer& server, const std::string& table) { return server.session("shop")->value("SELECT coalesce(string_agg(id || ' ' || name, ', ' ORDER BY id), '') FROM public." + table); }
 
 // What people wrote into an extension's tables moves, with and without rows that CREATE EXTENSION makes itself.
@@ -29,9 +36,7 @@ TEST(PostgresExtension, ConfigurationIsCopiedFollowedAndFenced) {
                 "CREATE TABLE kinds(id int PRIMARY KEY, name text); INSERT INTO kinds VALUES (1, 'built in'); CREATE TABLE jobs(id serial PRIMARY KEY, kind int REFERENCES kinds, what text); "
                 "CREATE TABLE inside(id int PRIMARY KEY); SELECT pg_extension_config_dump('kinds', 'WHERE id > 1'); SELECT pg_extension_config_dump('jobs', ''); SELECT pg_extension_config_dump('jobs_id_seq', '')"}});
   more.put(source, "1", {{"1", "CREATE TABLE words(w text PRIMARY KEY); INSERT INTO words VALUES ('a'); SELECT pg_extension_config_dump('words', 'WHERE w > ''a''')"}});
-  source.session("postgres")->exec("CREATE DATABASE shop");
-  auto s = source.session("shop");
-  s->exec("SET search_path = public; CREATE EXTENSION " + config.name() + "; INSERT INTO kinds VALUES (2, 'ours'); INSERT INTO jobs(kind, what) VALUES (2, 'sweep'), (1, 'mop'); CREATE TABLE plain(id int PRIMARY KEY)");
+  auto s = shop_with(source, "SET search_path = public; CREATE EXTENSION " + config.name() + "; INSERT INTO kinds VALUES (2, 'ours'); INSERT INTO jobs(kind, what) VALUES (2, 'sweep'), (1, 'mop'); CREATE TABLE plain(id int PRIMARY KEY)");
   World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
   PostgresStore store(w.deployment.stores[0], w.deployment);
   begin(w, store);
@@ -65,9 +70,7 @@ TEST_P(PostgresExtensionRows, OfTheConditionOnly) {
                            "SELECT pg_extension_config_dump('seen', 'where id > 10'); INSERT INTO seen VALUES (1, 'own');";
   kinds.put(source, "1", {{"1", made + "INSERT INTO kinds VALUES (1, 'one'), (2, 'old two')"}});
   kinds.put(target, "2", {{"2", made + "INSERT INTO kinds VALUES (1, 'one'), (2, 'new two'), (3, 'new three'); UPDATE seen SET name = 'newer'"}});
-  source.session("postgres")->exec("CREATE DATABASE shop");
-  auto s = source.session("shop");
-  s->exec("SET search_path = public; CREATE EXTENSION " + kinds.name() + "; INSERT INTO kinds VALUES (11, 'ours'), (12, 'ours too'); INSERT INTO seen VALUES (11, 'ours')");
+  auto s = shop_with(source, "SET search_path = public; CREATE EXTENSION " + kinds.name() + "; INSERT INTO kinds VALUES (11, 'ours'), (12, 'ours too'); INSERT INTO seen VALUES (11, 'ours')");
   World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
   PostgresStore store(w.deployment.stores[0], w.deployment);
   std::string note;
@@ -118,9 +121,7 @@ TEST(PostgresExtension, UpdatedWhileFollowing) {
   ours.put(source, "1", {{"1", first}, {"1--2", second}});
   ours.put(target, "1", {{"1", first}});
   other.put(source, "2", {{"1", "CREATE FUNCTION number() RETURNS int LANGUAGE sql AS 'SELECT 1'"}, {"2", "CREATE FUNCTION number() RETURNS int LANGUAGE sql AS 'SELECT 2'"}});
-  source.session("postgres")->exec("CREATE DATABASE shop");
-  auto s = source.session("shop");
-  s->exec("SET search_path = public; CREATE EXTENSION " + ours.name() + "; INSERT INTO kinds VALUES (11, 'ours'); CREATE TABLE plain(id int PRIMARY KEY); INSERT INTO plain VALUES (1)");
+  auto s = shop_with(source, "SET search_path = public; CREATE EXTENSION " + ours.name() + "; INSERT INTO kinds VALUES (11, 'ours'); CREATE TABLE plain(id int PRIMARY KEY); INSERT INTO plain VALUES (1)");
   World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
   PostgresStore store(w.deployment.stores[0], w.deployment);
   begin(w, store);
@@ -158,6 +159,35 @@ TEST(PostgresExtension, UpdatedWhileFollowing) {
   EXPECT_EQ(t->value("SELECT public.answer() || ' ' || public.number()"), "2 1");
   const char* versions = "SELECT string_agg(extname || ' ' || extversion, ', ' ORDER BY extname) FROM pg_extension WHERE extname <> 'plpgsql'";
   EXPECT_EQ(t->value(versions), source.session("shop")->value(versions));
+}
+
+// Its tables go with it, here and there, and nothing of the rest is copied again.
+TEST(PostgresExtension, MovedToAnotherSchemaWhileFollowing) {
+  PgServer source(15), target(17);
+  TestExtension places("places", true);
+  for (PgServer* server : {&source, &target})
+    places.put(*server, "1", {{"1", "CREATE TABLE places(id int PRIMARY KEY, name text); SELECT pg_extension_config_dump('places', '')"}});
+  auto s = shop_with(source, "SET search_path = public; CREATE EXTENSION " + places.name() + "; INSERT INTO places VALUES (1, 'here'); CREATE TABLE plain(id int PRIMARY KEY); INSERT INTO plain VALUES (1)");
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  begin(w, store);
+  auto t = target.session("shop");
+  const char* plain_oid = "SELECT oid FROM pg_class WHERE relname = 'plain'";
+  const std::string plain = t->value(plain_oid);
+  s->exec("CREATE SCHEMA other; ALTER EXTENSION " + places.name() + " SET SCHEMA other; INSERT INTO other.places VALUES (2, 'there')");
+  EXPECT_FALSE(store.needs_recopy(w.context()).empty());
+  store.recopy(w.context());
+  EXPECT_FALSE(said(w, "as a whole")) << join(w.lines, "\n");
+  EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
+  wait_until_following(w, store);
+  s->exec("INSERT INTO other.places VALUES (3, 'later'); INSERT INTO plain VALUES (2)");
+  EXPECT_TRUE(store.verify(w.context()).equal);
+  switch_over(w, store, {Side::source});
+  quiesced_equal(source, target);
+  t = target.session("shop");
+  EXPECT_EQ(t->value("SELECT string_agg(id || ' ' || name, ', ' ORDER BY id) FROM other.places"), "1 here, 2 there, 3 later");
+  EXPECT_EQ(t->value(plain_oid), plain);
+  store.finish(w.context(), Side::target);
 }
 
 }  // namespace

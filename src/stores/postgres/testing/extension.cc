@@ -6,7 +6,8 @@
 
 namespace rehome::testing {
 
-TestExtension::TestExtension(const std::string& word) : name_("rehome_" + word + "_" + std::to_string(::getpid()) + "_" + std::to_string(std::random_device{}())) {}
+TestExtension::TestExtension(const std::string& word, bool relocatable)
+    : name_("rehome_" + word + "_" + std::to_string(::getpid()) + "_" + std::to_string(std::random_device{}())), relocatable_(relocatable) {}
 
 TestExtension::~TestExtension() {
   for (const auto& f : files_) ::unlink(f.c_str());
@@ -18,7 +19,7 @@ void TestExtension::put(const PgServer& server, const std::string& default_versi
     files_.insert(file);
     write_durably(file, content, 0644);
   };
-  write(place + ".control", "default_version = '" + default_version + "'\nrelocatable = false\n");
+  write(place + ".control", "default_version = '" + default_version + "'\nrelocatable = " + (relocatable_ ? "true" : "false") + "\n");
   for (const auto& [version, sql] : scripts) write(place + "--" + version + ".sql", sql);
 }
 

@@ -12,7 +12,7 @@ namespace rehome::testing {
 
 class TestExtension {
  public:
-  explicit TestExtension(const std::string& word);
+  explicit TestExtension(const std::string& word, bool relocatable = false);
   ~TestExtension();
   TestExtension(const TestExtension&) = delete;
   TestExtension& operator=(const TestExtension&) = delete;
@@ -23,6 +23,7 @@ class TestExtension {
 
  private:
   std::string name_;
+  bool relocatable_;
   std::set<std::string> files_;
 };
 
