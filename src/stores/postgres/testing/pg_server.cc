@@ -19,7 +19,8 @@ PgServer::PgServer(int major, const std::vector<std::string>& settings, const st
   bindir_ = std::string(trim(run_ok({.argv = {REHOME_SOURCE_DIR "/tests/support/fetch-pg.sh", std::to_string(major)}},
                                     Deadline::in(Millis(300000)), "fetch-pg.sh")
                                  .out));
-  std::string parent = under.empty() ? "/tmp" : under;
+  const char* temporary = std::getenv("TMPDIR");
+  std::string parent = !under.empty() ? under : temporary && *temporary ? temporary : "/tmp";
   std::string name = parent + "/rhpgXXXXXX";
   if (!::mkdtemp(name.data())) throw errno_error(errno, "mkdtemp", name);
   dir_ = name;
