@@ -1,5 +1,6 @@
 #include "site/agent_site.h"
 
+#include <arpa/inet.h>
 #include <poll.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -23,6 +24,33 @@ std::string program_directory() {
   if (n <= 0) throw errno_error(errno, "readlink", "/proc/self/exe");
   return parent_path(std::string(buf, static_cast<std::size_t>(n)));
 }
+
+namespace {
+
+// Says it in the words of PostgreSQL's protocol (ErrorResponse, after any startup packet), so that libpq reports why there is no way
+// to the server, and not only a connection that was closed.
+void refuse_libpq(const Fd& client, const Error& why) {
+  std::string fields;
+  auto field = [&](char kind, const std::string& text) { fields += kind + text + '\0'; };
+  field('S', "FATAL");
+  field('V', "FATAL");
+  field('C', "08006");
+  field('M', why.message);
+  if (!why.hint.empty()) field('H', why.hint);
+  fields += '\0';
+  const std::uint32_t size = htonl(static_cast<std::uint32_t>(fields.size() + 4));
+  try {
+    // What is not read when a socket is closed may take the answer with it.
+    pollfd p{client.get(), POLLIN, 0};
+    char startup[8192];
+    if (::poll(&p, 1, 1000) > 0) (void)!::read(client.get(), startup, sizeof startup);
+    send_all(client, "E" + std::string(reinterpret_cast<const char*>(&size), 4) + fields, Deadline::in(Millis(1000)));
+  } catch (const Error&) {
+    // It has gone: nobody waits for the reason.
+  }
+}
+
+}  // namespace
 
 AgentSite::AgentSite(const Deployment& deployment, Side side)
     : side_(side), name_(deployment.name), config_(deployment.site[side]) {
@@ -329,8 +357,8 @@ void AgentSite::serve_door(Door& door, std::string address, std::string as_user,
       try {
         Fd upstream = open_relay(address, as_user, keep);
         relay(client, upstream, stopping_);
-      } catch (const Error&) {
-        // libpq sees the closed connection and reports it with the server's name.
+      } catch (const Error& e) {
+        refuse_libpq(client, e);
       }
       client.reset();
       session.done = true;

@@ -169,6 +169,15 @@ TEST(AgentSite, APlaceThatRunsNoProgramsIsPassedBy) {
     state = site->state();
     EXPECT_EQ(site->exec({.argv = {"true"}}).status, 0);
     EXPECT_FALSE(state.starts_with(dir.path())) << state;
+    // Who comes to a server that is not there is told so in PostgreSQL's words.
+    Fd fd = connect_to({.path = site->local_socket_for("unix:" + dir.path() + "/nobody", "", "") + "/.s.PGSQL.5432"}, Deadline::in(Millis(5000)));
+    send_all(fd, "startup");
+    Reader in(fd);
+    std::string answer = in.exactly(5, Deadline::in(Millis(5000)));
+    EXPECT_EQ(answer.substr(0, 3), std::string("E\0\0", 3));
+    answer = in.exactly(static_cast<unsigned char>(answer[3]) * 256u + static_cast<unsigned char>(answer[4]) - 4, Deadline::in(Millis(5000)));
+    EXPECT_EQ(answer.substr(0, 7), std::string("SFATAL\0", 7));
+    EXPECT_NE(answer.find("Mcannot connect to unix:" + dir.path() + "/nobody: "), std::string::npos) << answer;
   } catch (const Error& e) {
     ADD_FAILURE() << e.what();
   }
