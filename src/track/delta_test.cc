@@ -187,6 +187,35 @@ TEST(Delta, WritesThroughANameThatIsGone) {
   EXPECT_EQ(p.differences(), "");
 }
 
+TEST(Delta, WritesThroughNamesThatCannotBePlaced) {
+  // Its directory has gone before the watch looks: nothing but the file itself leads to its other name.
+  for (int i = 0; i < 5; i++) expect_followed("echo a > a; ln a b", "mkdir d; ln a d/p; echo more >> d/p; rm -r d");
+  // A name outside of the tree; the one inside had no second name before.
+  Pair p;
+  p.start();
+  sh(p.from(), "echo a > a; echo b > b; mkdir ../out; ln b ../out/b");
+  p.flush();
+  EXPECT_EQ(p.differences(), "");
+  sh(p.from(), "ln a ../out/a; echo more >> ../out/a; chmod 600 ../out/b");
+  p.flush();
+  EXPECT_EQ(p.differences(), "");
+  // Foreign files with several names are looked for once, not in every pass.
+  sh(p.dir.path(), "echo 1 > out/x; ln out/x out/y; echo 2 >> out/x");
+  p.flush();
+  auto passes = p.links->passes();
+  for (int i = 0; i < 3; i++) {
+    sh(p.dir.path(), "echo 3 >> out/x");
+    p.flush();
+  }
+  EXPECT_EQ(p.links->passes(), passes);
+  EXPECT_EQ(p.differences(), "");
+}
+
+TEST(Delta, AWriteThroughANameThatIsGoneBesideAnotherChange) {
+  // The first of the names that are left is dirty for its mode alone.
+  expect_followed("echo a > a; ln a b; ln a p", "printf z | dd of=p conv=notrunc status=none; rm p; chmod 600 a");
+}
+
 TEST(Delta, Metadata) {
   expect_followed("echo a > a; mkdir d", "chmod 4751 a; chown 12:34 a; touch -d '2001-02-03 04:05:06.123456789' a; chmod 1770 d; chown 7 d; touch -d '1999-01-01 01:01:01.987654321' d");
   expect_followed("echo a > a; mkdir d", "setfattr -n user.x -v 1 a; setfattr -n user.y -v 2 d; setfacl -m u:7:rw,g:8:r a; setfacl -d -m u:9:rwx d");

@@ -8,6 +8,7 @@ namespace {
 // What one entry costs beside its name: the node, the string, its share of the table.
 constexpr std::size_t entry_cost = 80;
 constexpr std::size_t most_inodes = 200'000;
+constexpr std::size_t most_moves = 10'000;
 
 }  // namespace
 
@@ -26,11 +27,11 @@ void DirtySet::add(std::string_view path, std::uint8_t why) {
 void DirtySet::add_move(std::string_view from, std::string_view to) {
   std::lock_guard lock(mutex_);
   // Hints save copying, nothing else: past a number of them they are dropped.
-  if (now_.rescan || now_.moves.size() >= 10000) return;
+  if (now_.rescan || now_.moves.size() >= most_moves) return;
   now_.moves.emplace_back(from, to);
 }
 
-void DirtySet::add_inode(std::uint64_t ino) {
+void DirtySet::add_inode(std::uint64_t ino, std::uint64_t names) {
   std::lock_guard lock(mutex_);
   if (now_.rescan) return;
   if (now_.inodes.size() >= most_inodes && !now_.inodes.contains(ino)) {
@@ -38,7 +39,7 @@ void DirtySet::add_inode(std::uint64_t ino) {
     bytes_ = 0;
     return;
   }
-  now_.inodes.insert(ino);
+  now_.inodes[ino] = names;
 }
 
 void DirtySet::rescan(std::string_view reason) {
@@ -102,10 +103,11 @@ void DirtySet::put_back(Dirty&& dirty) {
     if (now_.rescan) return;
     // Older moves come first; what they could still save is verified by content in any case.
     dirty.moves.insert(dirty.moves.end(), now_.moves.begin(), now_.moves.end());
+    if (dirty.moves.size() > most_moves) dirty.moves.resize(most_moves);
     now_.moves = std::move(dirty.moves);
   }
   for (const auto& [path, why] : dirty.paths) add(path, why);
-  for (auto ino : dirty.inodes) add_inode(ino);
+  for (auto [ino, names] : dirty.inodes) add_inode(ino, names);
 }
 
 std::size_t DirtySet::size() const {

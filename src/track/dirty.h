@@ -6,7 +6,6 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
-#include <unordered_set>
 #include <vector>
 
 namespace rehome::track {
@@ -23,7 +22,8 @@ enum Why : std::uint8_t {
 struct Dirty {
   std::unordered_map<std::string, std::uint8_t> paths;
   std::vector<std::pair<std::string, std::string>> moves;  // from, to, in order: hints only
-  std::unordered_set<std::uint64_t> inodes;  // changed through one name, which may be gone: all names are looked at
+  // Changed through one name, which may be gone or outside: all names are looked at. With how many there are, 0: not known.
+  std::unordered_map<std::uint64_t, std::uint64_t> inodes;
   bool rescan = false;                // everything may differ
   std::string reason;                 // of the rescan
   bool empty() const { return paths.empty() && inodes.empty() && !rescan; }
@@ -36,7 +36,7 @@ class DirtySet {
   explicit DirtySet(std::size_t most_bytes = 24u << 20) : most_(most_bytes) {}
   void add(std::string_view path, std::uint8_t why);
   void add_move(std::string_view from, std::string_view to);
-  void add_inode(std::uint64_t ino);
+  void add_inode(std::uint64_t ino, std::uint64_t names = 0);
   void rescan(std::string_view reason);
   Dirty take();
   void put_back(Dirty&& dirty);

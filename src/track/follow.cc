@@ -11,7 +11,9 @@
 namespace rehome::track {
 namespace {
 
-constexpr Millis mapped_every{5000};
+constexpr Millis look_every{5000};
+// What a file's time may be behind the clock by: a tick of the kernel's, with room.
+constexpr std::int64_t tick_us = 20'000;
 
 std::vector<std::string> strings(const Json& j, const char* key) {
   std::vector<std::string> out;
@@ -213,6 +215,7 @@ void Follower::whole_tree(Dirty dirty, std::int64_t bandwidth, bool copy) {
               .exclude = settings_.exclude, .owner_by_name = settings_.owner_by_name, .bandwidth = bandwidth};
   progress_.bytes = 0;
   progress_.percent = 0;
+  links_->forget_outside();
   try {
     require_place();
     if (run_rsync(p, progress_, stop_) && !watch_)
@@ -229,15 +232,19 @@ void Follower::whole_tree(Dirty dirty, std::int64_t bandwidth, bool copy) {
   copied_ = true;
 }
 
-void Follower::add_mapped(const std::vector<Writer>& writers, bool final) {
+// Writes through memory raise no event, and those by libaio neither (io_submit; Linux 6.18). The first move the file's time later, so
+// that at the end all that is mapped is sent; the second move it at once.
+void Follower::add_open(const std::vector<Writer>& writers, bool final) {
   for (const auto& w : writers) {
-    if (!w.mapped) continue;
     struct stat st {};
     std::string name;
     Cursor cursor(*tree_);
     int directory = cursor.at(w.path, name);
     bool named = directory >= 0 && ::fstatat(directory, name.c_str(), &st, AT_SYMLINK_NOFOLLOW) == 0 && st.st_ino == w.ino;
-    if (!final && named) {
+    if (!w.mapped) {
+      // Not open at the last look, or without a write since: every earlier one was followed then.
+      if (named && st.st_mtim.tv_sec * 1'000'000 + st.st_mtim.tv_nsec / 1000 < changed_since_us_) continue;
+    } else if (!final && named) {
       // While following only when its time has moved: a mapped database would be read through every few seconds.
       std::pair<std::int64_t, std::int64_t> time(st.st_mtim.tv_sec, st.st_mtim.tv_nsec);
       auto [it, fresh] = mapped_seen_.emplace(w.ino, time);
@@ -250,19 +257,23 @@ void Follower::add_mapped(const std::vector<Writer>& writers, bool final) {
   }
 }
 
-Flushed Follower::pass(bool final, Deadline deadline, std::int64_t bandwidth) {
+Flushed Follower::pass(bool final, Deadline deadline, std::int64_t bandwidth, bool asked) {
   Flushed out;
   Ticks began = system_clock().now();
   require_place();
   if (!watch_) dirty_.rescan(watch_trouble_);
   Ticks from = system_clock().now();
-  static constexpr auto every = mapped_every.count() * 1'000'000;
-  if (final || (watch_ && from - last_mapped_ > every)) {
-    auto writers = find_writers(*tree_, {.path = settings_.path, .mapped_only = !final});
-    add_mapped(writers, final);
+  static constexpr auto every = look_every.count() * 1'000'000;
+  if (final || (watch_ && (asked || from - looked_.ticks > every))) {
+    Moment now{from, system_clock().wall_us()};
+    // Where the clock was set meanwhile, times of files say nothing.
+    bool steady = looked_.wall_us > 0 && std::abs((now.wall_us - looked_.wall_us) - (now.ticks - looked_.ticks) / 1000) < tick_us / 2;
+    changed_since_us_ = steady ? looked_.wall_us - tick_us : 0;
+    auto writers = find_writers(*tree_, {.path = settings_.path});
+    add_open(writers, final);
     if (final) out.writers = std::move(writers);
-    last_mapped_ = system_clock().now();
-    out.scan_ms = ms_between(from, last_mapped_);
+    looked_ = now;
+    out.scan_ms = ms_between(from, system_clock().now());
   }
   try {
     for (int round = 0; round < (final ? 10 : 3); round++) {
@@ -281,7 +292,7 @@ Flushed Follower::pass(bool final, Deadline deadline, std::int64_t bandwidth) {
         whole_tree(std::move(dirty), bandwidth, false);
         // rsync takes a file for unchanged by its time, which a write through memory moves later; and what was noted while
         // everything was dirty is not kept.
-        if (final) add_mapped(out.writers, true);
+        if (final) add_open(out.writers, true);
         else if (!watch_) break;
         continue;
       }
@@ -327,9 +338,9 @@ Flushed Follower::flush(bool final, Deadline deadline) {
   std::unique_lock sending(sending_, std::chrono::milliseconds(deadline.left()));
   if (!sending)
     throw Error(Code::timeout, "an earlier pass over " + settings_.path + " has not ended", "see files.status", true);
-  // The way is opened ahead of the pause.
+  // The way is opened ahead of the pause, and who has files open is looked for: the less is left to be looked at in it.
   if (!final && watch_) channel(deadline);
-  return pass(final, deadline, 0);
+  return pass(final, deadline, 0, true);
 }
 
 Json Follower::status() {

@@ -64,9 +64,9 @@ class Follower {
   void loop();
   void sample_lag();
   void require_place();
-  Flushed pass(bool final, Deadline deadline, std::int64_t bandwidth);
+  Flushed pass(bool final, Deadline deadline, std::int64_t bandwidth, bool asked = false);
   void whole_tree(Dirty dirty, std::int64_t bandwidth, bool copy);
-  void add_mapped(const std::vector<Writer>& writers, bool final);
+  void add_open(const std::vector<Writer>& writers, bool final);
   Channel& channel(Deadline deadline);
   void hang_up();
 
@@ -86,7 +86,12 @@ class Follower {
   std::timed_mutex sending_;  // one pass at a time; guards what is below
   Fd connection_;
   std::optional<Channel> channel_;
-  Ticks last_mapped_ = 0;
+  struct Moment {
+    Ticks ticks = 0;
+    std::int64_t wall_us = 0;
+  };
+  Moment looked_;   // when last for who has files open for writing
+  std::int64_t changed_since_us_ = 0;   // and what may have changed unseen since then: files with this time or a later one
   std::map<std::uint64_t, std::pair<std::int64_t, std::int64_t>> mapped_seen_;  // inode -> mtime
 
   std::mutex mutex_;  // of the wishes and the status

@@ -84,6 +84,11 @@ std::vector<std::string> LinkIndex::names(ino_t ino) {
   return verified(ino);
 }
 
+void LinkIndex::forget_outside() {
+  std::lock_guard lock(mutex_);
+  outside_.clear();
+}
+
 void LinkIndex::complete(const std::unordered_map<ino_t, nlink_t>& inodes) {
   std::unordered_map<ino_t, nlink_t> wanted;
   {

@@ -51,7 +51,10 @@ void Receiver::serve(Channel& channel, const std::atomic<bool>& stop) {
     if (!channel.readable(Millis(200))) continue;
     if (!channel.receive_or_end(f)) return;
     Unpacker u(f.payload);
-    if (between_batches_) renew_owners();
+    if (between_batches_) {
+      renew_owners();
+      cursor_.forget();   // an rsync may have been here
+    }
     between_batches_ = false;
     switch (f.type) {
       case FrameType::owner: {

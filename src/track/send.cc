@@ -148,10 +148,10 @@ void Sender::send_all(Channel& channel, const Dirty& dirty, DirtySet&) {
     links_.add(st.st_ino, path);
     shared.emplace(st.st_ino, st.st_nlink);
   }
-  // How many names an inode without a known one has is not known here: 0 never matches, so that it is looked for.
-  for (auto ino : dirty.inodes) shared.emplace(ino, 0);
+  // Where it is not known how many names an inode has, 0 never matches, so that they are looked for.
+  for (auto [ino, names] : dirty.inodes) shared.emplace(ino, names);
   if (!shared.empty()) links_.complete(shared);
-  for (auto ino : dirty.inodes)
+  for (auto [ino, names] : dirty.inodes)
     for (const auto& path : links_.names(ino)) paths.emplace_back(path, static_cast<std::uint8_t>(why_content | why_attributes));
   std::sort(paths.begin(), paths.end());
 
@@ -357,6 +357,7 @@ void Sender::send_entry(const std::string& path, Meta meta, std::uint8_t why) {
       links_.complete({{e.meta.ino, e.meta.nlink}});
       names = links_.names(e.meta.ino);
     }
+    if (std::find(names.begin(), names.end(), path) == names.end()) names.push_back(path);   // the index is full
     // A name that the other side has already, if there is one: nothing but links need be made then.
     auto stands = std::find_if(names.begin(), names.end(), [&](const std::string& n) { return n != path && !dirty_name(n); });
     if (stands != names.end() && dirty_name(path)) e.path = *stands;
@@ -366,7 +367,8 @@ void Sender::send_entry(const std::string& path, Meta meta, std::uint8_t why) {
       e.names.push_back(n);
       if (linked_names_.insert(n).second) linked_.emplace_back(n, e.path);
     }
-    // What happened through any of its names happened to the file.
+    // What happened through any of its names happened to the file, and through one that is gone or outside too.
+    if (dirty_->inodes.contains(e.meta.ino)) why |= why_content;
     for (const auto& n : names) {
       auto it = dirty_->paths.find(n);
       if (it != dirty_->paths.end()) why |= it->second;

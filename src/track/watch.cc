@@ -99,8 +99,8 @@ void Watch::read_loop() {
     if (::poll(&p, 1, 100) <= 0) continue;
     try {
       drain();
-    } catch (const Error& e) {
-      dirty_.rescan(e.what());
+    } catch (const Error&) {
+      // A rescan is asked for, whose reason status shows.
       system_clock().sleep(Millis(100));
     }
   }
@@ -108,6 +108,15 @@ void Watch::read_loop() {
 
 void Watch::drain() {
   std::lock_guard lock(mutex_);
+  try {
+    drain_locked();
+  } catch (const Error& e) {
+    dirty_.rescan(e.what());   // what was read with it is lost
+    throw;
+  }
+}
+
+void Watch::drain_locked() {
   while (true) {
     ssize_t n = ::read(fd_.get(), buffer_.data(), buffer_.size());
     if (n < 0 && errno == EINTR) continue;
@@ -157,6 +166,8 @@ void Watch::take(const char* data, std::size_t size) {
     }
     if (event.mask & FAN_RENAME) moved(event.mask & FAN_ONDIR, old_handle, old_name, new_handle, new_name);
     if (!handle.empty()) one(event.mask, handle, name, object);
+    // Of who has no path to it: a server of NFS, say. Attributes alone would be every link() and unlink() of this file system.
+    else if (!object.empty() && (event.mask & (FAN_MODIFY | FAN_CLOSE_WRITE)) && !(event.mask & FAN_ONDIR)) changed(object, nullptr);
     data += event.event_len;
   }
 }
@@ -277,7 +288,11 @@ void Watch::one(std::uint64_t mask, std::string_view handle, std::string_view na
   const bool directory = mask & FAN_ONDIR;
   if (directory && (mask & (FAN_MOVED_FROM | FAN_MOVED_TO))) places_.clear();
   std::string parent;
-  if (!place(handle, parent)) return;
+  if (!place(handle, parent)) {
+    // A file that was changed through a name outside, or one that went with its directory, may have another in the tree.
+    if ((mask & (FAN_MODIFY | FAN_CLOSE_WRITE | FAN_ATTRIB)) && !directory && name != "." && !object.empty()) changed(object, nullptr);
+    return;
+  }
   if (name == ".") {
     // The directory itself.
     if (mask & FAN_ATTRIB) added(parent, true, why_attributes);
@@ -294,20 +309,26 @@ void Watch::one(std::uint64_t mask, std::string_view handle, std::string_view na
     std::uint8_t why = why_attributes;
     if (mask & (FAN_MODIFY | FAN_CLOSE_WRITE)) why |= why_content;
     added(path, directory, why);
-    if (directory || object.empty()) return;
-    // A change through one name of a file changes its other names, which get no event of their own; and the name in the
-    // event may be gone, now or by the time that it is looked at.
-    Fd fd = open_handle(tree_.root(), object, O_PATH);
-    struct stat st{}, named{};
-    if (!fd && errno == ESTALE) return;
-    if (!fd || ::fstat(fd.get(), &st) != 0) {
-      dirty_.rescan(std::string("the other names of a changed file could not be found: ") + std::strerror(errno));
-      return;
-    }
-    if (st.st_nlink == 0) return;
-    if (st.st_nlink > 1 || ::fstatat(tree_.root(), path.c_str(), &named, AT_SYMLINK_NOFOLLOW) != 0 ||
-        named.st_ino != st.st_ino)
-      dirty_.add_inode(st.st_ino);
+    if (!directory && !object.empty()) changed(object, &path);
+  }
+}
+
+// A change through one name of a file changes its other names, which get no event of their own; and the name in the event, `path`,
+// may be gone, now or by the time that it is looked at. Without a path it is none of the tree's.
+void Watch::changed(std::string_view object, const std::string* path) {
+  Fd fd = open_handle(tree_.root(), object, O_PATH);
+  struct stat st{}, named{};
+  if (!fd && errno == ESTALE) return;
+  if (!fd || ::fstat(fd.get(), &st) != 0) {
+    dirty_.rescan(std::string("the other names of a changed file could not be found: ") + std::strerror(errno));
+    return;
+  }
+  if (st.st_nlink == 0) return;
+  if (!path) {
+    // With the number of its names, by which those that have none here are looked for once only.
+    if (st.st_nlink > 1) dirty_.add_inode(st.st_ino, st.st_nlink);
+  } else if (st.st_nlink > 1 || ::fstatat(tree_.root(), path->c_str(), &named, AT_SYMLINK_NOFOLLOW) != 0 || named.st_ino != st.st_ino) {
+    dirty_.add_inode(st.st_ino);
   }
 }
 

@@ -34,6 +34,7 @@ class Watch {
 
  private:
   void read_loop();
+  void drain_locked();
   void take(const char* data, std::size_t size);
   void one(std::uint64_t mask, std::string_view handle, std::string_view name, std::string_view object);
   void moved(bool directory, std::string_view old_handle, std::string_view old_name, std::string_view new_handle,
@@ -41,6 +42,7 @@ class Watch {
   std::optional<std::string> find(std::string_view handle, std::string* why) const;
   int is_below_root(const Fd& directory) const;
   bool place(std::string_view handle, std::string& path);  // false: outside the tree, or a rescan is asked for
+  void changed(std::string_view object, const std::string* path);
   void added(const std::string& path, bool directory, std::uint8_t why);
   void gone(const std::string& path, bool directory);
 

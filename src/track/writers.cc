@@ -66,7 +66,7 @@ class Scan {
         pid_ = name;
         space_.clear();
         maps(pid, slurp(base + "/maps"));
-        if (!query_.mapped_only) descriptors(pid, base + "/fd");
+        descriptors(pid, base + "/fd");
         if (found_.size() > before) describe(base, before);
       } catch (const Error&) {
         // Ended while we looked.
@@ -128,9 +128,10 @@ class Scan {
         path = link_text(one);
       } else {
         st.st_ino = static_cast<ino_t>(ino);
+        st.st_nlink = 1;
         st.st_dev = makedev(major, minor) == dev_ ? dev_ : 0;
       }
-      if (may_be_ours(st, path)) add(pid, path, st.st_ino, true);
+      if (st.st_nlink > 0 && may_be_ours(st, path)) add(pid, path, st.st_ino, true);
     }
   }
 
@@ -142,7 +143,7 @@ class Scan {
       struct stat link, st;
       // The mode of the link itself says how the file was opened.
       if (e->d_name[0] == '.' || ::lstat(one.c_str(), &link) != 0 || !(link.st_mode & S_IWUSR)) continue;
-      if (::stat(one.c_str(), &st) != 0 || !S_ISREG(st.st_mode)) continue;
+      if (::stat(one.c_str(), &st) != 0 || !S_ISREG(st.st_mode) || st.st_nlink == 0) continue;
       std::string path = link_text(one);
       if (may_be_ours(st, path)) add(pid, path, st.st_ino, false);
     }

@@ -23,12 +23,11 @@ struct Writer {
 
 struct WriterQuery {
   std::string path;                  // of the tree, absolute, as this host sees it
-  bool mapped_only = false;          // what the final pass needs; does not look at descriptors
   std::set<pid_t> except;            // and their cgroups:
   std::vector<std::string> except_cgroups;  // "/system.slice/shop.service"; what is below them too
 };
 
-// Processes of others are seen by root only. Kernel threads and those that end meanwhile are left out.
+// Processes of others are seen by root only. Kernel threads, those that end meanwhile and files without a name are left out.
 std::vector<Writer> find_writers(const Tree& tree, const WriterQuery& query);
 
 Json to_json(const std::vector<Writer>& writers);
