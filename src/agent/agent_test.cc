@@ -358,6 +358,32 @@ TEST(Agent, FreezesThawsAndKills) {
   freezer.forget();
 }
 
+TEST(Agent, WhatCannotBeFoundKeepsNoOtherServiceFrozen) {
+  if (!Freezer::available()) FAIL() << "freezing needs root and a cgroup file system";
+  TempDir dir;
+  Child sleeper({.argv = {"sleep", "600"}}, {});
+  write_durably(dir.path() + "/pid", std::to_string(sleeper.pid()) + "\n");
+  const std::string tag = "test-" + std::to_string(::getpid());
+  const Json gone{{"name", "gone"}, {"cgroup", dir.path() + "/cgroup"}}, service{{"name", "w"}, {"pid_file", dir.path() + "/pid"}};
+  auto frozen = [&] { return trim(read_file("/proc/" + std::to_string(sleeper.pid()) + "/cgroup")).find("rehome-" + tag) != std::string::npos; };
+  Freezer before(tag, [](const std::string&) {});
+  before.set(Freezer::parse(Json::array({service})));
+  EXPECT_EQ(before.freeze()[0]["processes"], 1);
+  EXPECT_TRUE(frozen());
+  // The agent's next life: a container's cgroup went with it.
+  std::string said;
+  Freezer after(tag, [&](const std::string& line) { said += line; });
+  EXPECT_THROW(after.set(Freezer::parse(Json::array({gone, service}))), Error);
+  after.set(Freezer::parse(Json::array({gone, service})), true);
+  EXPECT_NE(said.find("is not a cgroup"), std::string::npos) << said;
+  Json thawed = after.thaw();
+  ASSERT_EQ(thawed.size(), 2u);
+  EXPECT_EQ(thawed[1]["processes"], 1);
+  EXPECT_EQ(after.kill()[1]["processes"], 0) << "it was not thawed";
+  after.forget();
+  EXPECT_FALSE(frozen());
+}
+
 TEST(Agent, AFreezeThatComesLateIsRefused) {
   TempDir dir;
   Running a(dir.path());

@@ -246,29 +246,47 @@ void Freezer::gather(Item& item) const {
 
 void Freezer::set(std::vector<Freezable> items, bool lenient) {
   std::vector<Item> next;
-  for (const auto& f : items) next.push_back(resolve(f, lenient));
+  for (const auto& f : items) {
+    try {
+      next.push_back(resolve(f, lenient));
+    } catch (const Error& e) {
+      if (!lenient) throw;
+      // Looked for again when it is to be thawed: the others must be known by then.
+      log_(e.what());
+      next.push_back({f});
+    }
+  }
   std::lock_guard lock(mutex_);
   items_ = std::move(next);
 }
 
 template <class F>
-Json Freezer::each(const char* verb, F act) {
+Json Freezer::each(const char* verb, bool all_of_them, F act) {
   std::lock_guard lock(mutex_);
   Json all = Json::array();
+  std::optional<Error> first;
   for (auto& item : items_) {
     Ticks from = system_clock().now();
     try {
       std::size_t processes = act(item);
       all.push_back({{"name", item.what.name}, {"ms", ms_between(from, system_clock().now())}, {"processes", processes}});
     } catch (const Error& e) {
-      throw Error(e).in(std::string(verb) + " " + item.what.name);
+      if (!first) first = e.in(std::string(verb) + " " + item.what.name);
+      if (!all_of_them) break;
     }
   }
+  if (first) throw *first;
   return all;
 }
 
+// What set() could not find. A cgroup that is not there holds nothing.
+void Freezer::find(Item& item) const {
+  if (!item.directory.empty() || item.by_signal || (!item.what.cgroup.empty() && !exists(item.what.cgroup))) return;
+  item = resolve(item.what, true);
+}
+
 Json Freezer::freeze() {
-  return each("freeze", [this](Item& item) {
+  return each("freeze", false, [this](Item& item) {
     if (item.directory.empty() && !item.by_signal) item = resolve(item.what, false);
     if (item.by_signal) {
       auto count = stop_by_signal(item.what.pid_file);
@@ -284,7 +302,8 @@ Json Freezer::freeze() {
 }
 
 Json Freezer::thaw() {
-  return each("thaw", [](Item& item) -> std::size_t {
+  return each("thaw", true, [this](Item& item) -> std::size_t {
+    find(item);
     if (item.by_signal) return signal_stopped(item.what.pid_file, SIGCONT);
     if (item.directory.empty() || !exists(item.directory)) return 0;  // systemd removes the cgroup of a unit that has ended
     set_frozen(item.directory, item.v1, false);
@@ -293,7 +312,8 @@ Json Freezer::thaw() {
 }
 
 Json Freezer::kill() {
-  return each("kill", [](Item& item) -> std::size_t {
+  return each("kill", true, [this](Item& item) -> std::size_t {
+    find(item);
     // A stopped process dies without another instruction.
     if (item.by_signal) return signal_stopped(item.what.pid_file, SIGKILL);
     if (item.directory.empty() || !exists(item.directory)) return 0;

@@ -6,6 +6,7 @@
 
 #include <functional>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -29,9 +30,11 @@ class Freezer {
 
   static std::vector<Freezable> parse(const Json& items);  // throws Error(usage)
   // Resolves every item now, so that freezing needs no program. Throws Error(io), Error(config); the old items stay.
-  // `lenient`, for a restarted agent: what does not run (any more) is kept for thawing and starting.
+  // `lenient`, for a restarted agent: what does not run (any more) or cannot be found is logged, and looked for again when it is
+  // thawed or killed.
   void set(std::vector<Freezable> items, bool lenient = false);
-  // Each answers [{name, ms, processes}]. Throw Error(io) or Error(timeout) naming the item: the others keep what was done.
+  // Each answers [{name, ms, processes}]. Throw Error(io) or Error(timeout) naming the first item that failed: freeze() ends there,
+  // the others have done all that they could.
   Json freeze();
   Json thaw();
   Json kill();     // frozen processes die without running another instruction; then the cgroup is thawed, empty
@@ -51,8 +54,10 @@ class Freezer {
   };
   Item resolve(const Freezable& f, bool lenient) const;
   void gather(Item& item) const;
+  void find(Item& item) const;
+  // Not `all_of_them`: up to the first that fails.
   template <class F>
-  Json each(const char* verb, F act);
+  Json each(const char* verb, bool all_of_them, F act);
 
   std::string tag_;
   std::function<void(const std::string&)> log_;

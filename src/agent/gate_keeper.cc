@@ -105,10 +105,15 @@ void GateKeeper::seal(std::int64_t attempt, Deadline deadline) {
   if (!talking.try_lock_for(deadline.left(Millis(5000))))
     throw Error(Code::timeout, "the gate is busy", "", true);
   say({{"op", "seal"}, {"attempt", attempt}}, deadline);
-  // From here a gate that restarts gets no timer back.
   std::lock_guard lock(mutex_);
+  if ((wish_ != GateWish::hold && wish_ != GateWish::sealed) || attempt_ != attempt) {
+    // The attempt was given up while the gate answered: it is told again what it is to do.
+    version_++;
+    changed_.notify_all();
+    throw Error(Code::state, "attempt " + std::to_string(attempt) + " was given up while its gate was sealed");
+  }
+  // From here a gate that restarts gets no timer back.
   wish_ = GateWish::sealed;
-  attempt_ = attempt;
   hold_ = nullptr;
 }
 

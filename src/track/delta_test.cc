@@ -301,6 +301,27 @@ TEST(Delta, BoundedMemoryBecomesOneTree) {
   EXPECT_FALSE(set.rescan_reason().empty());
 }
 
+TEST(Delta, WhatIsUnderWayIsNotClean) {
+  DirtySet set;
+  set.add("a", why_content);
+  set.add_inode(7);
+  Dirty taken = set.take();
+  EXPECT_TRUE(set.empty());
+  EXPECT_EQ(set.size(), 2u);
+  set.put_back(std::move(taken));
+  set.confirm();
+  EXPECT_EQ(set.size(), 2u);
+  set.take();
+  set.confirm();
+  EXPECT_EQ(set.size(), 0u);
+  set.rescan("lost");
+  set.take();
+  EXPECT_EQ(set.rescan_reason(), "");
+  EXPECT_EQ(set.open_rescan(), "lost");
+  set.confirm();
+  EXPECT_EQ(set.open_rescan(), "");
+}
+
 TEST(Delta, ExcludedIsNeitherSentNorRemoved) {
   Pair p({}, {"*.tmp", "/cache/"});
   p.start();

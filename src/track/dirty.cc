@@ -90,7 +90,15 @@ Dirty DirtySet::take() {
   Dirty out = std::move(now_);
   now_ = {};
   bytes_ = 0;
+  taken_ = out.paths.size() + out.inodes.size();
+  taken_rescan_ = out.reason;
   return out;
+}
+
+void DirtySet::confirm() {
+  std::lock_guard lock(mutex_);
+  taken_ = 0;
+  taken_rescan_.clear();
 }
 
 void DirtySet::put_back(Dirty&& dirty) {
@@ -112,12 +120,17 @@ void DirtySet::put_back(Dirty&& dirty) {
 
 std::size_t DirtySet::size() const {
   std::lock_guard lock(mutex_);
-  return now_.paths.size() + now_.inodes.size();
+  return now_.paths.size() + now_.inodes.size() + taken_;
 }
 
 bool DirtySet::empty() const {
   std::lock_guard lock(mutex_);
   return now_.empty();
+}
+
+std::string DirtySet::open_rescan() const {
+  std::lock_guard lock(mutex_);
+  return now_.rescan ? now_.reason : taken_rescan_;
 }
 
 std::string DirtySet::rescan_reason() const {

@@ -38,9 +38,12 @@ class DirtySet {
   void add_move(std::string_view from, std::string_view to);
   void add_inode(std::uint64_t ino, std::uint64_t names = 0);
   void rescan(std::string_view reason);
+  // What is taken counts in size() and open_rescan() until confirm(), which comes after put_back() of what was not done.
   Dirty take();
   void put_back(Dirty&& dirty);
+  void confirm();
   std::size_t size() const;
+  std::string open_rescan() const;    // empty: none is needed, and none is under way
   bool empty() const;
   std::string rescan_reason() const;  // empty: no rescan is needed
 
@@ -48,7 +51,8 @@ class DirtySet {
   void shrink();
   mutable std::mutex mutex_;
   Dirty now_;
-  std::size_t bytes_ = 0;
+  std::size_t bytes_ = 0, taken_ = 0;
+  std::string taken_rescan_;
   const std::size_t most_;
 };
 

@@ -133,6 +133,7 @@ void Follower::loop() {
         std::lock_guard sending(sending_);
         // What changed before now is copied with everything else.
         dirty_.take();
+        dirty_.confirm();
         whole_tree({}, copy_bandwidth_, true);
       } else if (interval.count() > 0) {
         std::lock_guard sending(sending_);
@@ -282,6 +283,10 @@ Flushed Follower::pass(bool final, Deadline deadline, std::int64_t bandwidth, bo
       // The way there first: what is taken out must not be lost when there is none.
       Channel* c = dirty_.rescan_reason().empty() ? &channel(deadline) : nullptr;
       Dirty dirty = dirty_.take();
+      struct Confirm {
+        DirtySet& set;
+        ~Confirm() { set.confirm(); }
+      } confirm{dirty_};
       if (!c && !dirty.rescan) {
         dirty_.put_back(std::move(dirty));
         continue;
@@ -345,7 +350,7 @@ Flushed Follower::flush(bool final, Deadline deadline) {
 
 Json Follower::status() {
   if (watch_) watch_->drain();
-  std::string rescan = rescan_reason();
+  std::string rescan = watch_trouble_.empty() ? dirty_.open_rescan() : watch_trouble_;
   std::lock_guard lock(mutex_);
   Json j{{"state", !rescan.empty() ? "rescan" : "tracking"}, {"tracking", watch_.has_value()}, {"path", settings_.path},
          {"dirty", dirty_.size()}, {"following", interval_.count() > 0}, {"copied", copied_},

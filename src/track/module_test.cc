@@ -1,5 +1,6 @@
 // The module as a store driver asks for it. rsync is the real one, and its shim is this test's own binary.
 #include <linux/aio_abi.h>
+#include <poll.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -355,6 +356,20 @@ TEST_F(Files, CompareOfATreeInUse) {
   stop = true;
   writer.join();
   EXPECT_EQ(c["equal"], true) << c.dump(1);
+}
+
+// What is left of a pass that was given up must not be written after the next one has begun.
+TEST_F(Files, AnEarlierStreamEndsBeforeTheNextBegins) {
+  begin();
+  flush();
+  Fd earlier = source.open_peer({{"op", "files.apply"}, {"store", "files"}}, Deadline::in(Millis(5000)));
+  sh("echo 1 > new");
+  flush();
+  EXPECT_EQ(differences(), "");
+  char c;
+  pollfd p{earlier.get(), POLLIN, 0};
+  ASSERT_EQ(::poll(&p, 1, 5000), 1);
+  EXPECT_EQ(::read(earlier.get(), &c, 1), 0);
 }
 
 TEST_F(Files, OnlyWhatIsRegisteredIsWritten) {

@@ -52,7 +52,7 @@ struct Receiving {
     }
   }
 
-  // Streams of the peer that write here. They end, all of them, before the tree is opened to its application.
+  // Streams of the peer that write here, one at a time. They end, all of them, before the tree is opened to its application.
   std::mutex mutex;
   std::atomic<bool> revoked{true};  // the peer may write only while this is false
   std::set<int> streams;
@@ -70,7 +70,11 @@ struct Receiving {
 class Stream {
  public:
   Stream(Receiving& r, int fd, const std::string& store) : r_(r), fd_(fd) {
-    std::lock_guard lock(r.mutex);
+    std::unique_lock lock(r.mutex);
+    // The sender has given up the earlier one, of which some may still be under way here: it is older, and must not come after this.
+    for (int earlier : r.streams) ::shutdown(earlier, SHUT_RDWR);
+    if (!r.ended.wait_for(lock, std::chrono::seconds(4), [&] { return r.streams.empty(); }))
+      throw Error(Code::timeout, "an earlier pass still writes into store " + store, "it is tried again", true);
     if (r.revoked)
       throw Error(Code::denied, "store " + store + " is in use on this side; nothing is written from the other",
                   "see status: which side serves?");
