@@ -112,6 +112,18 @@ void begin_run(Run& run, const std::string& command) {
   });
 }
 
+// A controller that died after the commit left the journal behind what the records say: the records win. Who serves.
+Side heed_records(Run& run) {
+  const std::string phase = run.phase();
+  const Side serving = run.serves();
+  const std::string now = phase == "following" && serving == Side::target ? "switched" : phase == "switched" && serving == Side::source ? "following" : phase;
+  if (now != phase) {
+    run.journal().append("serves", {{"side", side_name(serving)}, {"found", true}});
+    run.set_phase(now);
+  }
+  return serving;
+}
+
 CutResult switch_run(Run& run, Direction direction, bool when_ready, Millis patience) {
   return controlled(run, [&] {
     // Checked now and not in the pause: a target that cannot serve must not be found out there.
@@ -261,10 +273,14 @@ int reverse(const ReverseOptions& o) {
   run.collect_lag();
   listen(run, o.emit);
   require_phase(run, {"switched", "following"}, "reverse");
-  Side serving = run.serves();
-  if (run.phase() == "following" && run.journal().of_kind("serves").empty())
-    throw Error(Code::state, "nothing was switched yet", "rehome switch");
-  emit_result(o.emit, "reverse", switch_run(run, {serving}, true, Millis(60000)));
+  const bool switched = run.phase() == "switched";
+  if (heed_records(run) == Side::source) {
+    if (!switched) throw Error(Code::state, "the source serves: there is nothing to reverse", "rehome switch");
+    // Its answer was lost, and a person who asks again means the same.
+    o.emit({{"kind", "result"}, {"what", "reverse"}, {"text", "the source serves already: an earlier reverse was carried out"}});
+    return 0;
+  }
+  emit_result(o.emit, "reverse", switch_run(run, {Side::target}, true, Millis(60000)));
   return 0;
 }
 
@@ -283,7 +299,7 @@ int complete(const CompleteOptions& o) {
   }
   auto opened = open_to_end(o, Side::source, o.source_is_gone, o.confirm, "completed");
   Run& run = *opened;
-  Side serving = run.serves();
+  Side serving = heed_records(run);
   if (run.phase() != "completed") {
     require_phase(run, {"switched", "completing"}, "complete");
     if (o.source_is_gone && serving != Side::target) throw Error(Code::state, "the source served last", "rehome resume --source-is-gone opens the target first");
@@ -369,24 +385,16 @@ int resume(const ResumeOptions& o) {
   Run run(load_deployment(o.file), Run::Mode::control);
   run.collect_lag();
   listen(run, o.emit);
-  std::string phase = run.phase();
-  if (phase == "none" || phase == "begun") {
+  if (std::string phase = run.phase(); phase == "none" || phase == "begun") {
     begin_run(run, "resume");
     o.emit({{"kind", "result"}, {"what", "resume"}, {"text", "begin is finished: everything is copied and follows"}});
     return 0;
   }
-  // A controller that died after the commit left the journal behind what the records say: the records win.
-  Side serving = run.serves();
-  Json status = run.site(Side::source).call("attempt.status");
-  std::string now = serving == Side::target ? "switched" : phase == "switched" ? "following" : phase;
-  if (now != phase) {
-    run.journal().append("serves", {{"side", side_name(serving)}, {"found", true}});
-    run.set_phase(now);
-  }
+  Side serving = heed_records(run);
   if (o.recopy)
     for (auto& store : run.stores())
       if (!store->needs_recopy(run.stores_context()).empty()) store->recopy(run.stores_context());
-  if (now == "following") run_steps(begin_steps(run), run.journal(), cancel_flag());
+  if (run.phase() == "following") run_steps(begin_steps(run), run.journal(), cancel_flag());
   o.emit({{"kind", "result"}, {"what", "resume"}, {"text", std::string(side_name(serving)) + " serves; the run is '" + run.phase() + "'"}});
   return 0;
 }

@@ -167,7 +167,20 @@ phase_is switched target
 [ -e "$world/shared/asked" ] || fail "the check that fails at first was not asked"
 yaml=$good
 kept old:new
-rehome -q reverse
+
+say "a reverse whose answer was lost, asked for again, does not turn back"
+cat >"$world/shared/hook" <<H
+#!/bin/sh
+[ "\$1 \$2" = "after open" ] && kill -KILL "\$(cat '$world/shared/lost.pid')"
+exit 0
+H
+REHOME_FAULT_HOOK=$world/shared/hook start lost reverse
+ends lost 137
+rehome reverse >"$world/shared/again.out"
+said again "the source serves already"
+phase_is following source
+rehome reverse >"$world/shared/again.out" 2>&1 && fail "a reverse to the target"
+said again "nothing to reverse"
 kept new:old
 
 say "the source loses its power after the commit: the target is opened by a person"

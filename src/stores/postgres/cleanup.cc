@@ -68,6 +68,8 @@ void PostgresStore::remove_objects(StoreContext& c, Side side, const std::string
   if (keep_fence) {
     // What refuses must not depend on what goes.
     s->exec("DROP FUNCTION IF EXISTS rehome.ddl(); DROP TABLE IF EXISTS rehome.ddl_log; DROP TABLE IF EXISTS rehome.marker");
+    // A database without a table has no fence.
+    if (s->number("SELECT count(*) FROM pg_trigger WHERE tgname IN ('rehome_fence', 'rehome_fence_t')") == 0) s->exec("DROP SCHEMA IF EXISTS rehome CASCADE");
     return;
   }
   for (auto& r : s->query("SELECT DISTINCT quote_ident(n.nspname) || '.' || quote_ident(c.relname) FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace "
