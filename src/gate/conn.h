@@ -34,7 +34,7 @@ class Conn {
     connecting,  // behind it connect(2) is under way
     greeting,    // connected to the peer's gate, whose 'T' has not come
     attached,    // bytes move
-    lingering,   // answered by ourselves; what still comes is dropped until the client ends
+    lingering,   // answered, by ourselves or before all of it was sent; what still comes is dropped until the client ends
     dead,
   };
   // What the owner has to do after bytes moved.

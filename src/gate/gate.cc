@@ -413,7 +413,12 @@ void Gate::work(Conn& conn) {
       busy_.erase(&conn);
       return try_later(conn);
     case Conn::After::end:
-      return drop(conn);
+      if (!conn.up_broken) return drop(conn);
+      // Answered before its client had sent all: what still comes must not become a reset, which could overtake the answer.
+      busy_.erase(&conn);
+      spent_.erase(&conn);
+      conn.server.reset();
+      return end_gently(conn, "");
     case Conn::After::broken:
       // Of a marked connection too: through a unix socket the other gate sees only an end.
       if (!conn.client_broke) {

@@ -121,6 +121,29 @@ TEST(Gate, PassesHalfCloseBothWays) {
   EXPECT_TRUE(eventually([&] { return g.count("in_flight") == 0; }));
 }
 
+TEST(Gate, ARefusedUploadHearsItsAnswer) {
+  Running g;
+  App app(g.app(), [](const Fd& fd) {
+    Reader(fd).exactly(10, soon());
+    send_all(fd, "413 too large", soon());
+    ::shutdown(fd.get(), SHUT_WR);
+    system_clock().sleep(Millis(200));   // and then it reads no more
+  });
+  g.release("local");
+  Fd c = g.client();
+  std::thread upload([&] {
+    try {
+      send_all(c, std::string(16u << 20, 'x'), soon());
+    } catch (const Error&) {
+      // The answer is what matters.
+    }
+  });
+  EXPECT_TRUE(eventually([&] { return app.connections > 0 && g.count("in_flight") == 0; }));
+  EXPECT_EQ(read_to_end(c), "413 too large");
+  ::shutdown(c.get(), SHUT_RDWR);
+  upload.join();
+}
+
 TEST(Gate, MovesMuchThroughSlowReaders) {
   Running g;
   constexpr std::size_t kMuch = 64u << 20;
