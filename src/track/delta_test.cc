@@ -301,6 +301,19 @@ TEST(Delta, BoundedMemoryBecomesOneTree) {
   EXPECT_FALSE(set.rescan_reason().empty());
 }
 
+TEST(Delta, AFileThatBecomesAnExcludedDirectoryIsRemoved) {
+  Pair p({}, {"cache/"});
+  p.start();
+  sh(p.from(), "echo 1 > cache; mkdir d; echo 2 > d/cache");
+  p.flush();
+  EXPECT_EQ(oracle(p.from(), p.to(), {"--exclude=cache/"}), "");
+  sh(p.from(), "rm cache d/cache; mkdir cache d/cache; echo 3 > cache/in");
+  sh(p.to(), "rm d/cache; mkdir d/cache; echo kept > d/cache/of-this-side");
+  p.flush();
+  EXPECT_EQ(oracle(p.from(), p.to(), {"--exclude=cache/"}), "");
+  EXPECT_TRUE(exists(p.to() + "/d/cache/of-this-side"));
+}
+
 TEST(Delta, WhatIsUnderWayIsNotClean) {
   DirtySet set;
   set.add("a", why_content);

@@ -211,17 +211,25 @@ class TrackModule : public AgentModule {
     bool close = false, receive = false, track = false;
   };
   Missing missing(const std::string& name) {
-    std::lock_guard lock(mutex_);
     Missing m;
-    auto it = stores_.find(name);
-    if (it == stores_.end()) return m;
-    const Kept& kept = it->second;
-    m.saved = kept.saved;
-    m.receive = kept.saved.contains("receive") && (!kept.receiving || kept.receiving->stale());
+    std::shared_ptr<Receiving> receiving;
+    std::shared_ptr<Follower> follower;
+    bool not_closed;
+    {
+      std::lock_guard lock(mutex_);
+      auto it = stores_.find(name);
+      if (it == stores_.end()) return m;
+      m.saved = it->second.saved;
+      receiving = it->second.receiving;
+      follower = it->second.follower;
+      auto t = troubles_.find(name);
+      not_closed = t != troubles_.end() && t->second.contains("close");
+    }
+    // Outside the lock, for which every store's requests wait: a server that is gone may hold whoever looks at its directory.
+    m.receive = m.saved.contains("receive") && (!receiving || receiving->stale());
     // The bind mount did not outlive a reboot.
-    auto t = troubles_.find(name);
-    m.close = get_bool(kept.saved, "closed", false) && (m.receive || (t != troubles_.end() && t->second.contains("close")));
-    m.track = kept.saved.contains("track") && (!kept.follower || kept.follower->stale());
+    m.close = get_bool(m.saved, "closed", false) && (m.receive || not_closed);
+    m.track = m.saved.contains("track") && (!follower || follower->stale());
     return m;
   }
 

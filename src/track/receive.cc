@@ -20,10 +20,22 @@ std::uint64_t block_for(std::uint64_t size) {
   return block;
 }
 
+// Never through a symbolic link that somebody has put there meanwhile, which fchmodat would follow. errno as chmod's.
+bool set_mode(int directory, const std::string& name, mode_t mode) {
+  Fd fd(::openat(directory, name.c_str(), O_PATH | O_NOFOLLOW | O_CLOEXEC));
+  struct stat st;
+  if (!fd || ::fstat(fd.get(), &st) != 0) return false;
+  if (S_ISLNK(st.st_mode)) {
+    errno = ELOOP;
+    return false;
+  }
+  return ::chmod(("/proc/self/fd/" + std::to_string(fd.get())).c_str(), mode) == 0;
+}
+
 Fd open_for_write(int directory, const std::string& name, int more = 0) {
   constexpr int flags = O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC;
   Fd fd(::openat(directory, name.c_str(), flags | more, 0600));
-  if (!fd && errno == EACCES && ::fchmodat(directory, name.c_str(), 0600, 0) == 0)
+  if (!fd && errno == EACCES && set_mode(directory, name, 0600))
     fd = Fd(::openat(directory, name.c_str(), flags | more, 0600));
   return fd;
 }
@@ -472,7 +484,7 @@ void Receiver::write_meta(const Entry& e, int directory, const std::string& name
     if (!now) throw Error(Code::io, shown(e.path) + " vanished while it was written");
   }
   auto change_mode = [&] {
-    if (!S_ISLNK(m.mode) && ::fchmodat(directory, name.c_str(), m.mode & 07777, 0) != 0)
+    if (!S_ISLNK(m.mode) && !set_mode(directory, name, m.mode & 07777))
       throw errno_error(errno, "change mode of", shown(e.path));
   };
   bool acl = std::any_of(now->xattrs.begin(), now->xattrs.end(), [](const auto& x) { return is_acl(x.first); }) ||

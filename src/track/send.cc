@@ -232,7 +232,11 @@ void Sender::send_path(const std::string& path, std::uint8_t why) {
     remove(path);
     return;
   }
-  if (!filter_.includes(path, meta->is_directory())) return;
+  if (!filter_.includes(path, meta->is_directory())) {
+    // A rule for directories alone, and it was none before: what it was is not to stay at the other side.
+    if (filter_.includes(path, !meta->is_directory())) remove(path);
+    return;
+  }
   bool tree = meta->is_directory() && (why & why_tree);
   // A directory that was removed and made again: what happened in the one before may have been told too late to find out
   // where, so what it held and the new one does not is removed by the list.
