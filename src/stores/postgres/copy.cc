@@ -140,9 +140,6 @@ std::string PostgresStore::hold_snapshot(StoreContext& c, const std::string& dat
   if (before.is == SnapshotState::rest) return {};
   if (!before.why.empty()) c.log(config_.name + ": " + before.why);
   auto admin = session(c, Side::source, database);
-  c.source.call("keep.drop", {{"name", keep}});
-  // What an earlier slot held back is covered by no snapshot any more: the tables that used it start again.
-  drop_slots(*admin, "slot_name = " + pg_literal(flow.slot));
   if (before.is == SnapshotState::lost) {
     // Tables finished under the lost slot cannot be followed by the new one.
     c.log(config_.name + ": all tables of " + database + " are copied again");
@@ -152,23 +149,36 @@ std::string PostgresStore::hold_snapshot(StoreContext& c, const std::string& dat
     auto t = session(c, Side::target, database);
     t->exec("DROP SCHEMA IF EXISTS rehome CASCADE");
   }
-  c.note("slot " + flow.slot, {{"where", "source: " + database}, {"undo", "pg_drop_replication_slot"}});
-  PgAddress a = address(c, Side::source, database, keep);
-  PgSession walsender(a, "rehome snapshot", true);
-  auto rows = walsender.query("CREATE_REPLICATION_SLOT " + pg_identifier(flow.slot) + " LOGICAL pgoutput EXPORT_SNAPSHOT");
-  std::string snapshot = rows.at(0).at(2).value_or("");
-  {
-    // What the schema is compared with later: as the snapshot has it.
-    auto s = session(c, Side::source, database, "rehome copy");
-    s->exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
-    s->exec("SET TRANSACTION SNAPSHOT " + pg_literal(snapshot));
-    std::int64_t ddl = s->number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
-    remember_schema(c, database, Side::source, ddl, catalogue_fingerprint(*s));
-    c.remember(key("extensions", database), extension_versions(*s));
+  for (int tries = 1;; tries++) {
+    c.source.call("keep.drop", {{"name", keep}});
+    // What an earlier slot held back is covered by no snapshot any more: the tables that used it start again.
+    drop_slots(*admin, "slot_name = " + pg_literal(flow.slot));
+    // Tables may have come since the run was prepared: other databases were copied meanwhile, or a person was away.
+    prepare_source(c, database);
+    c.note("slot " + flow.slot, {{"where", "source: " + database}, {"undo", "pg_drop_replication_slot"}});
+    PgAddress a = address(c, Side::source, database, keep);
+    PgSession walsender(a, "rehome snapshot", true);
+    auto rows = walsender.query("CREATE_REPLICATION_SLOT " + pg_identifier(flow.slot) + " LOGICAL pgoutput EXPORT_SNAPSHOT");
+    std::string snapshot = rows.at(0).at(2).value_or("");
+    {
+      // What the schema is compared with later: as the snapshot has it.
+      auto s = session(c, Side::source, database, "rehome copy");
+      s->exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
+      s->exec("SET TRANSACTION SNAPSHOT " + pg_literal(snapshot));
+      // The slot waits for open transactions: a table that one of them has made is in the snapshot, and nobody would follow it.
+      if (std::string bare = not_followed(*s, flow, tables(*s)); !bare.empty()) {
+        if (tries == 10) throw Error(Code::store, "source: database " + database + ": tables are made all the time: " + bare, "wait until a migration of the application is over, then resume", true);
+        c.log(config_.name + ": " + database + ": its slot is made anew, for these tables were made meanwhile: " + bare);
+        continue;
+      }
+      std::int64_t ddl = s->number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
+      remember_schema(c, database, Side::source, ddl, catalogue_fingerprint(*s));
+      c.remember(key("extensions", database), extension_versions(*s));
+    }
+    c.remember(key("snapshot", database), snapshot);
+    walsender.leave();
+    return snapshot;
   }
-  c.remember(key("snapshot", database), snapshot);
-  walsender.leave();
-  return snapshot;
 }
 
 const PgPrograms& PostgresStore::programs(StoreContext& c) {
@@ -282,6 +292,8 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
     s->exec("BEGIN ISOLATION LEVEL REPEATABLE READ");
     s->exec("SET TRANSACTION SNAPSHOT " + pg_literal(snapshot));
     all = tables(*s);
+    if (std::string bare = not_followed(*s, f, all); !bare.empty())
+      throw Error(Code::store, "source: database " + database + ": nothing follows these tables, which are in its snapshot: " + bare, "rehome cancel, then begin again");
   }
   std::set<std::string> finished;
   Json done = c.recall(key("done", database));

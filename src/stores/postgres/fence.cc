@@ -192,6 +192,8 @@ class PostgresCut : public Cut {
   void make_ready(Database& db) {
     PgSession& s = *db.fence;
     auto tables = store_.tables(s);
+    if (std::string bare = store_.not_followed(s, db.forward, tables); !bare.empty())
+      throw Error(Code::verify, db.name + ": nothing follows these tables, or they have no fence: " + bare, "rehome resume --recopy, then switch");
     for (const auto& t : tables)
       if (t.unlogged && !t.partitioned) db.unlogged.push_back(t);
     db.lock = std::make_unique<WriterLock>(store_, d_.yields, s, tables);

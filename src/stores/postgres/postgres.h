@@ -79,6 +79,9 @@ class PostgresStore : public Store {
   std::vector<std::string> databases(StoreContext&);
   PgFlow flow(const std::string& database, Side publisher) const;
   std::vector<PgTable> tables(PgSession&);
+  // Which of the publisher's `tables` its publication or its fence lacks, as this session's snapshot has it: their rows would be copied
+  // once, and no later write would come over or be refused. Empty: none.
+  std::string not_followed(PgSession& publisher, const PgFlow&, const std::vector<PgTable>& tables);
   // The flow's slot is there, and the server still has the WAL that it asks for.
   static bool slot_stands(PgSession& publisher, const PgFlow&);
   // Where that side's server finds the socket that leads to the other's, and the passfile for it: a directory of the agent's

@@ -219,6 +219,18 @@ std::vector<std::string> PostgresStore::published(PgSession& s, const PgFlow& fl
   return all;
 }
 
+std::string PostgresStore::not_followed(PgSession& s, const PgFlow& flow, const std::vector<PgTable>& tables) {
+  std::set<std::string> all, names;
+  for (const auto& name : published(s, flow)) all.insert(name);
+  for (const auto& t : tables)
+    if (!t.partitioned && !t.unlogged && !all.contains(t.full())) names.insert(t.full());
+  for (const auto& t : unfenced(s, tables)) names.insert(t.full());
+  std::vector<std::string> few(names.begin(), names.end());
+  std::string more = few.size() > 8 ? " and " + std::to_string(few.size() - 8) + " more" : "";
+  if (few.size() > 8) few.resize(8);
+  return join(few, ", ") + more;
+}
+
 std::string PostgresStore::socket_directory(StoreContext& c, Side side) {
   std::string fact = key("socket_directory." + std::string(side_name(side)));
   Json known = c.recall(fact);

@@ -276,7 +276,6 @@ void PostgresStore::copy_whole(StoreContext& c, const std::string& database, con
   remove_flow(c, database, flow(database, Side::target));
   c.remember(key("copied", database), false);
   c.remember(key("snapshot", database), "lost");
-  prepare_source(c, database);
   open_path(c, database, flow(database, Side::source));
   copy_database(c, database);
 }
