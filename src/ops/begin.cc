@@ -64,7 +64,7 @@ std::vector<Step> begin_steps(Run& run) {
          .run = [&context, &store] { store->prepare(context); }, .undo = [&context, &store] { store->abandon(context); }});
   for (auto& store : run.stores())
     add({.id = "copy " + store->name(), .title = "copy " + store->name(), .group = "copy",
-         .run = [&context, &store] { store->copy(context); }});
+         .run = [&context, &store] { store->copy(context); }, .still_done = [&context, &store] { return store->copied(context); }});
   for (auto& store : run.stores())
     add({.id = "follow " + store->name(), .title = "follow " + store->name(),
          .run = [&context, &store] { store->follow(context); },

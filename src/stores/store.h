@@ -150,6 +150,8 @@ class Store {
 
   virtual void prepare(StoreContext&) = 0;        // triggers, publications, slots, closed target; idempotent
   virtual void copy(StoreContext&) = 0;           // finished tables or files are not copied again
+  // Whether what copy() brought is there as a whole: a recopy that was interrupted may have left half of it. Then copy() finishes it.
+  virtual bool copied(StoreContext&) { return true; }
   virtual void follow(StoreContext&) = 0;         // from here it follows without the controller
   virtual FollowStatus follow_status(StoreContext&) = 0;
   // What must still be copied again before a switch ("table public.t: ALTER TABLE at ..."); empty: nothing.
@@ -160,7 +162,8 @@ class Store {
   virtual void prepare_reverse(StoreContext&, Direction) = 0;   // disabled reverse follower; before the pause, idempotent
   virtual ActionSets actions(StoreContext&, Direction) = 0;
   // Before the side that takes over is opened by a person's word without a cut, the other one being gone: what a cut would have
-  // carried over and can be told from this side alone. Uses this side only. Idempotent.
+  // carried over and can be told from this side alone. Uses this side only. Idempotent. Throws Error(state) where the first copy, or a
+  // repeated one, was never finished there; what is whole but for some tables is said.
   virtual void make_up_for_cut(StoreContext&, Direction) {}
   virtual std::unique_ptr<Cut> open_cut(StoreContext&, Direction) = 0;
   // Soft fence, marker, proof, let go: milliseconds it took.

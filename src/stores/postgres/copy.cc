@@ -146,6 +146,8 @@ std::string PostgresStore::hold_snapshot(StoreContext& c, const std::string& dat
     c.remember(key("done", database), Json::array());
     c.remember(key("sections", database), Json::array());
     c.remember(key("postdata_begun", database), Json());
+    // A subscription, and the prepared way back's slot, would keep the target's database from being made anew.
+    for (Side publisher : {Side::source, Side::target}) remove_flow(c, database, this->flow(database, publisher));
     auto t = session(c, Side::target, database);
     t->exec("DROP SCHEMA IF EXISTS rehome CASCADE");
   }
@@ -493,11 +495,19 @@ void PostgresStore::analyze(StoreContext& c, const std::string& database) {
 }
 
 void PostgresStore::copy(StoreContext& c) {
+  // An interrupted try may have ended between its dropping and its making.
+  for (const auto& database : databases(c))
+    if (c.recall(key("copied", database)) != true) create_database(c, database);
   watch_wal(c, Side::source);
   for (const auto& database : databases(c)) {
     if (c.recall(key("copied", database)) == true) continue;
     copy_database(c, database);
   }
+}
+
+bool PostgresStore::copied(StoreContext& c) {
+  const auto all = databases(c);
+  return std::all_of(all.begin(), all.end(), [&](const std::string& database) { return c.recall(key("copied", database)) == true; });
 }
 
 }  // namespace rehome

@@ -9,6 +9,8 @@ namespace rehome {
 void PostgresStore::follow(StoreContext& c) {
   for (const auto& database : databases(c)) {
     PgFlow f = flow(database, Side::source);
+    // A new subscription takes every table for a whole one.
+    if (c.recall(key("copied", database)) != true) throw Error(Code::state, "database " + database + " cannot be followed: its copy is not finished", "rehome resume");
     // kill -9 of the copy's walsender leaves the slot active for a moment.
     auto s = session(c, Side::source, database);
     Deadline deadline = Deadline::in(Millis(15000));

@@ -51,6 +51,7 @@ class PostgresStore : public Store {
   Estimate estimate(StoreContext&) override;
   void prepare(StoreContext&) override;
   void copy(StoreContext&) override;
+  bool copied(StoreContext&) override;
   void follow(StoreContext&) override;
   FollowStatus follow_status(StoreContext&) override;
   std::vector<std::string> needs_recopy(StoreContext&) override;

@@ -261,6 +261,10 @@ std::vector<std::string> PostgresStore::needs_recopy(StoreContext& c) {
     PgFlow f = flow(database, Side::source);
     auto s = session(c, Side::source, database);
     const bool window = follows(*s, flow(database, Side::target));
+    if (!window && c.recall(key("copied", database)) != true) {
+      all.push_back(database + ": everything: a copy of it was begun and not finished");
+      continue;
+    }
     if (!window && !slot_stands(*s, f))
       all.push_back(database + ": everything: slot " + f.slot + " is gone (it passed the limit of WAL kept, or somebody dropped it)");
     for (const auto& line : split(schema_change(c, database, window ? Side::target : Side::source), '\n'))
@@ -271,9 +275,7 @@ std::vector<std::string> PostgresStore::needs_recopy(StoreContext& c) {
 
 void PostgresStore::copy_whole(StoreContext& c, const std::string& database, const std::string& why) {
   c.log(config_.name + ": " + database + " is copied again as a whole: " + why);
-  // The prepared way back too: its slot would keep the target's database from being made anew.
-  remove_flow(c, database, flow(database, Side::source));
-  remove_flow(c, database, flow(database, Side::target));
+  // First of all: from here on what is there is followed no more until it is whole, whoever goes on with it.
   c.remember(key("copied", database), false);
   c.remember(key("snapshot", database), "lost");
   open_path(c, database, flow(database, Side::source));
@@ -323,6 +325,10 @@ void PostgresStore::accept_schema(StoreContext& c, const std::string& database) 
 }
 
 void PostgresStore::recopy(StoreContext& c) {
+  if (!copied(c)) {
+    copy(c);
+    follow(c);
+  }
   bool window = false;
   for (const auto& database : databases(c)) {
     PgFlow f = flow(database, Side::source);

@@ -166,6 +166,68 @@ TEST(PostgresChange, WholeDatabaseWhereItMustBe) {
   quiesced_equal(source, target);
 }
 
+// A copy of the whole that is killed in its middle is finished by whoever comes next, and followed, or opened, by nobody before that.
+class PostgresWhole : public ::testing::TestWithParam<const char*> {};
+
+TEST_P(PostgresWhole, InterruptedIsFinished) {
+  const bool by_recopy = std::string(GetParam()) == "recopy";
+  PgServer source(15), target(15);
+  source.session("postgres")->exec("CREATE DATABASE shop");
+  auto s = source.session("shop");
+  s->exec("SET search_path = public; CREATE TABLE small(id int PRIMARY KEY); INSERT INTO small SELECT generate_series(1, 100); CREATE TABLE large(id int PRIMARY KEY, t text); INSERT INTO large SELECT i, repeat(md5(i::text), 5) FROM generate_series(1, 60000) i");
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  begin(w, store);
+  EXPECT_TRUE(store.copied(w.context()));
+  store.prepare_reverse(w.context(), {Side::source});
+  PgFlow f = store.flow("shop", Side::source);
+  target.session("shop")->exec("ALTER SUBSCRIPTION " + f.subscription + " DISABLE");
+  s->exec("DO $$ BEGIN PERFORM pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE active; FOR i IN 1..500 LOOP EXIT WHEN NOT EXISTS (SELECT 1 FROM pg_replication_slots WHERE active); PERFORM pg_sleep(0.01); END LOOP; END $$; "
+          "SELECT pg_drop_replication_slot('" + f.slot + "')");
+  w.deployment.limits.bandwidth = 1 << 20;
+  w.progress.clear();
+  {
+    std::jthread stopper([&] {
+      auto copying = [&] {
+        std::lock_guard lock(w.mutex);
+        return std::any_of(w.progress.begin(), w.progress.end(), [](const Progress& p) { return p.phase == "copy"; });
+      };
+      Deadline deadline = Deadline::in(Millis(60000));
+      while (!copying() && !deadline.passed()) system_clock().sleep(Millis(20));
+      w.cancelled = true;
+    });
+    EXPECT_THROW(store.recopy(w.context()), Error);
+  }
+  w.cancelled = false;
+  w.deployment.limits.bandwidth = 0;
+  ASSERT_LT(target.session("shop")->number("SELECT count(*) FROM public.large"), 60000) << "the test's copy was too quick";
+  // Another process goes on.
+  PostgresStore next(w.deployment.stores[0], w.deployment);
+  EXPECT_FALSE(next.copied(w.context()));
+  auto again = next.needs_recopy(w.context());
+  ASSERT_EQ(again.size(), 1u) << join(again, "\n");
+  EXPECT_NE(again[0].find("not finished"), std::string::npos) << again[0];
+  EXPECT_THROW(next.follow(w.context()), Error);
+  EXPECT_THROW(next.make_up_for_cut(w.context(), {Side::source}), Error);
+  // As a database that was killed while it was made anew.
+  if (!by_recopy) target.session("postgres")->exec("DROP DATABASE shop WITH (FORCE)"), w.facts["postgres.db.shop.snapshot"] = "lost";
+  if (by_recopy) {
+    next.recopy(w.context());
+  } else {
+    next.copy(w.context());
+    next.follow(w.context());
+  }
+  EXPECT_TRUE(next.copied(w.context()));
+  wait_until_following(w, next);
+  EXPECT_EQ(next.needs_recopy(w.context()), std::vector<std::string>{});
+  s->exec("INSERT INTO public.small VALUES (200); DELETE FROM public.large WHERE id > 1000");
+  wait_until_following(w, next);
+  switch_over(w, next, {Side::source});
+  quiesced_equal(source, target);
+}
+
+INSTANTIATE_TEST_SUITE_P(By, PostgresWhole, ::testing::Values("recopy", "resume"), [](const auto& p) { return std::string(p.param); });
+
 class PostgresSynchronise : public ::testing::TestWithParam<int> {};
 
 // A worker that fails again and again is seen on every major, by who asks for the status and by who waits for its end.
@@ -205,6 +267,9 @@ TEST_P(PostgresSynchronise, FailureIsSeen) {
   EXPECT_THROW(target.session("shop", "rehome copy")->exec("INSERT INTO public.item VALUES (7, 7)"), PgError) << "the fence was left open";
   trouble = store.follow_status(w.context()).trouble;
   EXPECT_NE(trouble.find("never_negative"), std::string::npos) << trouble;
+  // Who opens the target with what it has is told what it has not.
+  store.make_up_for_cut(w.context(), {Side::source});
+  EXPECT_TRUE(said(w, "NOT WHOLE, for they were just being copied again, and rows are missing: public.item")) << join(w.lines, "\n");
   t->exec("ALTER TABLE public.item DROP CONSTRAINT never_negative, DROP COLUMN n");
   trouble = store.follow_status(w.context()).trouble;
   EXPECT_NE(trouble.find("public.item has no column n"), std::string::npos) << trouble;

@@ -36,6 +36,16 @@ void refresh_views(PgSession& s) {
 }  // namespace
 
 void PostgresStore::make_up_for_cut(StoreContext& c, Direction d) {
+  // Of all of them before any is changed.
+  for (const auto& database : databases(c)) {
+    if (d.yields == Side::source && c.recall(key("copied", database)) != true)
+      throw Error(Code::state, "the target does not have everything: a copy of database " + database + " was begun again and not finished", "bring the source back, then rehome resume --recopy");
+    auto rows = session(c, d.takes(), database)->query("SELECT r.srrelid::regclass::text FROM pg_subscription s JOIN pg_subscription_rel r ON r.srsubid = s.oid WHERE s.subname = $1 AND "
+                                                       "s.subdbid = (SELECT oid FROM pg_database WHERE datname = current_database()) AND r.srsubstate <> 'r' ORDER BY 1", {flow(database, d.yields).subscription});
+    std::vector<std::string> part;
+    for (auto& r : rows) part.push_back(*r[0]);
+    if (!part.empty()) c.log(config_.name + ": " + database + ": NOT WHOLE, for they were just being copied again, and rows are missing: " + join(part, ", "));
+  }
   for (const auto& database : databases(c)) {
     auto s = session(c, d.takes(), database);
     s->exec(advance_sequences(flow(database, d.yields).subscription));
