@@ -130,8 +130,8 @@ class PostgresCut : public Cut {
         throw Error(Code::verify, db.name + ": the schema was changed (" + differs + ") and the change is not on the " + std::string(side_name(d_.takes())), "rehome resume --recopy, then switch");
       // Under the fence nobody can add to the log: pg_class is locked.
       std::int64_t now = db.marker->number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
-      if (now != db.ddl_at_open)
-        throw Error(Code::verify, db.name + ": the schema was changed since the switch began", "see status, copy the tables again, then switch");
+      if (now != db.ddl_accepted)
+        throw Error(Code::verify, db.name + ": the schema was changed, and the change is not on the " + std::string(side_name(d_.takes())), "rehome resume --recopy, then switch");
       std::string missing = db.target->value("SELECT coalesce(string_agg(n, ', '), '') FROM unnest($1::text[]) n WHERE to_regclass(n) IS NULL", {db.table_array}, deadline);
       if (!missing.empty()) throw Error(Code::verify, db.name + ": missing on the " + std::string(side_name(d_.takes())) + ": " + missing, "copy again");
     });
@@ -184,7 +184,7 @@ class PostgresCut : public Cut {
     std::string refuse, token, position, table_array;
     std::vector<PgTable> unlogged;
     std::atomic<bool> fenced{false};
-    std::int64_t ddl_at_open = 0;
+    std::int64_t ddl_accepted = 0;   // what of its log is on the other side
     std::vector<Sequence> sequences;   // as they are on the taking-over side
     std::future<Json> looking;         // last: it ends before its sessions do
   };
@@ -208,7 +208,9 @@ class PostgresCut : public Cut {
       db.table_array += (db.table_array.size() > 1 ? ",\"" : "\"") + escaped + "\"";
     }
     db.table_array += "}";
-    db.ddl_at_open = s.number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
+    // Not what the log holds by now: a switch may have waited for its moment for a day since somebody looked.
+    const Json seen = c_.recall(store_.schema_key("ddl_seen", db.name, d_.yields));
+    db.ddl_accepted = seen.is_number() ? seen.get<std::int64_t>() : 0;
     db.question = std::make_unique<CatalogueQuestion>(std::vector<PgSession*>{db.look[0].get(), db.look[1].get()});
     db.fingerprint = c_.recall(store_.schema_key("fingerprint", db.name, d_.yields));
     db.marker->exec("SET synchronous_commit = on; SET client_min_messages = 'error'; SET jit = off");

@@ -348,6 +348,34 @@ TEST(PostgresChange, FingerprintFindsWhatTheTriggerMissed) {
   quiesced_equal(source, target);
 }
 
+// A switch may wait long between its last look at the schema and its cut: what was logged meanwhile is refused, also where the catalogue
+// looks as before.
+TEST(PostgresChange, LoggedWhileASwitchWaits) {
+  PgServer source(15), target(15);
+  source.session("postgres")->exec("CREATE DATABASE shop");
+  auto s = source.session("shop");
+  s->exec("CREATE TABLE public.item(id int PRIMARY KEY, t text); INSERT INTO public.item VALUES (1, 'a')");
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  begin(w, store);
+  EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
+  store.prepare_reverse(w.context(), {Side::source});
+  Json before = catalogue_fingerprint(*s);
+  s->exec("ALTER TABLE public.item ALTER t TYPE text USING upper(t)");
+  ASSERT_EQ(catalogue_difference(before, catalogue_fingerprint(*s)), "");
+  {
+    auto cut = store.open_cut(w.context(), {Side::source});
+    Deadline deadline = Deadline::in(Millis(10000));
+    cut->soft_fence(deadline);
+    cut->marker(deadline);
+    cut->catch_up(deadline);
+    EXPECT_THROW(cut->compare(deadline), Error);
+    cut->release();
+  }
+  store.recopy(w.context());
+  switch_over(w, store, {Side::source});
+}
+
 // A source that restarts, or a keeper that dies, in the middle of the first copy: the finished tables stay.
 class PostgresLost : public ::testing::TestWithParam<const char*> {};
 
