@@ -49,7 +49,7 @@ void PostgresStore::remove_publisher(StoreContext& c, PgSession& publisher, cons
 void PostgresStore::remove_objects(StoreContext& c, Side side, const std::string& database, bool keep_fence) {
   auto s = session(c, side, database);
   s->exec("SET client_min_messages = 'error'");
-  s->exec("DROP EVENT TRIGGER IF EXISTS rehome_ddl; DROP EVENT TRIGGER IF EXISTS rehome_drop");
+  s->exec("DROP EVENT TRIGGER IF EXISTS rehome_ddl; DROP EVENT TRIGGER IF EXISTS rehome_drop; DROP EVENT TRIGGER IF EXISTS rehome_rewrite");
   // Put back only what this run changed, and nobody since.
   const Json identities = c.recall(key("identity", database));
   auto bounded = [&](const std::string& sql) {
@@ -67,7 +67,7 @@ void PostgresStore::remove_objects(StoreContext& c, Side side, const std::string
       bounded("ALTER TABLE " + table + " REPLICA IDENTITY " + was.get<std::string>());
   if (keep_fence) {
     // What refuses must not depend on what goes.
-    s->exec("DROP FUNCTION IF EXISTS rehome.ddl(); DROP TABLE IF EXISTS rehome.ddl_log; DROP TABLE IF EXISTS rehome.marker");
+    s->exec("DROP FUNCTION IF EXISTS rehome.ddl(); DROP FUNCTION IF EXISTS rehome.rewritten(); DROP TABLE IF EXISTS rehome.ddl_log; DROP TABLE IF EXISTS rehome.marker");
     // A database without a table has no fence.
     if (s->number("SELECT count(*) FROM pg_trigger WHERE tgname IN ('rehome_fence', 'rehome_fence_t')") == 0) s->exec("DROP SCHEMA IF EXISTS rehome CASCADE");
     return;

@@ -461,6 +461,9 @@ void PostgresStore::copy_rest(StoreContext& c, const std::string& database) {
   synchronise(c, database, Side::source);
   auto now = read_source_schema(c, database);
   finish_schema(c, database, now);
+  // What was written down as copied is the schema of this moment, and the finished tables' rows are the snapshot's: a change in between
+  // is brought by a copy of the whole, for want of a record.
+  if (!schema_change(c, database, Side::source).empty()) t->exec("DELETE FROM rehome.copied_schema");
   analyze(c, database);
   copy_large_objects(c, database);
   c.remember(key("copied", database), true);

@@ -31,7 +31,7 @@ struct SchemaEntry {
   std::string kind, schema, tag, owner;       // "TABLE", "public", "orders", "shopkeeper"
   std::string sql;                            // without the settings that stand between entries
   std::vector<int> needs;                     // ids
-  std::string key, hash;                      // what it is; its text (of a table also its oid: made anew it has other rows)
+  std::string key, hash;                      // what it is; its text (of a table also its oid: made anew it has other rows; and read_columns)
   std::string type, names, arguments;         // pg_identify_object_as_address; empty for what is no object of its own
 };
 

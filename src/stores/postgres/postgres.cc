@@ -210,6 +210,13 @@ std::string ddl_function(bool refusing) {
          (refusing ? refuse : "INSERT INTO rehome.ddl_log(tag, object) VALUES (r.command_tag, r.object_identity); ") + "END IF; END LOOP; END IF; END $rehome$";
 }
 
+std::string rewrite_function() {
+  return "CREATE OR REPLACE FUNCTION rehome.rewritten() RETURNS event_trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog AS "
+         "$rehome$ BEGIN IF current_setting('application_name') LIKE 'rehome%' THEN RETURN; END IF; "
+         "INSERT INTO rehome.ddl_log(tag, object, rewritten) SELECT TG_TAG || ' (rows rewritten)', c.oid::regclass::text, c.oid FROM pg_class c "
+         "WHERE c.oid = pg_event_trigger_table_rewrite_oid() AND c.relpersistence <> 't'; END $rehome$";
+}
+
 std::string end_fence_sessions() {
   return "DO $rehome$ DECLARE n int; BEGIN FOR i IN 1..500 LOOP "
          "SELECT count(pg_terminate_backend(pid)) INTO n FROM pg_stat_activity WHERE application_name = 'rehome fence' "

@@ -230,6 +230,9 @@ std::string empty_table(const PgTable&, bool whole = false);
 // Makes both triggers of a table that has neither; several statements.
 std::string fence_triggers(const PgTable&);
 std::string ddl_function(bool refusing);
+// Records a table whose rows ALTER TABLE or ALTER TYPE writes anew: neither a dump nor the follower tells. By its oid, for it may get
+// another name in the same transaction.
+std::string rewrite_function();
 // Terminates our earlier sessions that could still commit a fence, and waits until they are gone. A statement sent by a
 // dead agent's life may land late; docs/model has the run in which that loses a write.
 std::string end_fence_sessions();

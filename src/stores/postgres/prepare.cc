@@ -107,7 +107,7 @@ void PostgresStore::install_fence(StoreContext& c, PgSession& s, Side side, cons
   s.exec("CREATE SCHEMA IF NOT EXISTS rehome; GRANT USAGE ON SCHEMA rehome TO public");
   s.exec("CREATE TABLE IF NOT EXISTS rehome.marker(token text PRIMARY KEY, at timestamptz NOT NULL DEFAULT now())");
   s.exec("CREATE TABLE IF NOT EXISTS rehome.ddl_log(n bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, at timestamptz NOT NULL DEFAULT "
-         "clock_timestamp(), who text NOT NULL DEFAULT session_user, tag text NOT NULL, object text)");
+         "clock_timestamp(), who text NOT NULL DEFAULT session_user, tag text NOT NULL, object text, rewritten oid)");
   if (s.number("SELECT count(*) FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace WHERE n.nspname = 'rehome' AND p.proname = 'fence'") == 0)
     s.exec(pgsql::fence_function(refusing, where));
   s.exec(pgsql::ddl_function(config_.postgres.ddl == PostgresConfig::Ddl::block && side == Side::source));
@@ -115,6 +115,9 @@ void PostgresStore::install_fence(StoreContext& c, PgSession& s, Side side, cons
     s.exec("CREATE EVENT TRIGGER rehome_ddl ON ddl_command_end EXECUTE FUNCTION rehome.ddl(); ALTER EVENT TRIGGER rehome_ddl ENABLE ALWAYS");
   if (s.number("SELECT count(*) FROM pg_event_trigger WHERE evtname = 'rehome_drop'") == 0)
     s.exec("CREATE EVENT TRIGGER rehome_drop ON sql_drop EXECUTE FUNCTION rehome.ddl(); ALTER EVENT TRIGGER rehome_drop ENABLE ALWAYS");
+  s.exec(pgsql::rewrite_function());
+  if (s.number("SELECT count(*) FROM pg_event_trigger WHERE evtname = 'rehome_rewrite'") == 0)
+    s.exec("CREATE EVENT TRIGGER rehome_rewrite ON table_rewrite EXECUTE FUNCTION rehome.rewritten(); ALTER EVENT TRIGGER rehome_rewrite ENABLE ALWAYS");
   // Some tables in one transaction: one a table took 40 ms each, all at once would keep writers waiting for seconds. The locks
   // come first, in one statement that waits 100 ms at most for all of them; then nothing waits any more.
   s.exec("SET deadlock_timeout = '10ms'");

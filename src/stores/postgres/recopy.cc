@@ -42,6 +42,7 @@ PostgresStore::SourceSchema PostgresStore::read_source_schema(StoreContext& c, c
     now.entries = now.dump->entries();
     try {
       read_addresses(*s, now.entries);
+      read_columns(*s, now.entries);
     } catch (const PgError&) {
       continue;   // something in the dump has gone since
     }
@@ -65,6 +66,12 @@ void PostgresStore::record_copied_schema(StoreContext& c, const std::string& dat
   auto entries = dump.entries();
   auto s = session(c, Side::source, database);
   auto t = session(c, Side::target, database, "rehome copy");
+  {
+    auto then = session(c, Side::source, database, "rehome copy");
+    then->exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
+    then->exec("SET TRANSACTION SNAPSHOT " + pg_literal(snapshot));
+    read_columns(*then, entries);
+  }
   try {
     read_addresses(*s, entries);
   } catch (const PgError&) {
@@ -136,7 +143,11 @@ std::string PostgresStore::copy_changed(StoreContext& c, const std::string& data
   auto s = session(c, Side::source, database);
   auto t = session(c, Side::target, database, "rehome copy");
   SourceSchema now = read_source_schema(c, database);
-  SchemaChange change(*t, now.entries);
+  // Rows that the follower was not told of: a rewrite is no change of rows to it. After the schema was read: one more is met again.
+  const Json seen = c.recall(schema_key("ddl_seen", database, Side::source));
+  std::set<std::int64_t> rewritten;
+  for (auto& r : s->query("SELECT DISTINCT rewritten FROM rehome.ddl_log WHERE rewritten IS NOT NULL AND n > " + std::to_string(seen.is_number() ? seen.get<std::int64_t>() : 0))) rewritten.insert(std::stoll(*r[0]));
+  SchemaChange change(*t, now.entries, rewritten);
   if (!change.known()) return "there is no record of what was copied";
   if (!change.obstacle().empty()) return change.obstacle();
   if (!slot_stands(*s, f)) return "its slot is gone";
@@ -170,7 +181,7 @@ std::string PostgresStore::copy_changed(StoreContext& c, const std::string& data
     // An extension's update writes its tables at both sides; one that is not published was made anew with its extension.
     for (const auto& x : at_source) {
       bool renewed = std::any_of(updates.begin(), updates.end(), [&](const ExtensionUpdate& u) { return u.name == x.extension; });
-      if (!x.extension.empty() && !x.unlogged && !x.partitioned && (renewed || !published_now.contains(x.full()))) affected.insert(x.full());
+      if (!x.extension.empty() && !x.unlogged && !x.partitioned && (renewed || rewritten.contains(x.oid) || !published_now.contains(x.full()))) affected.insert(x.full());
     }
     std::vector<std::string> again;
     for (const auto& x : at_source)

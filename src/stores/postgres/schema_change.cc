@@ -81,6 +81,15 @@ void read_addresses(PgSession& s, std::vector<SchemaEntry>& entries) {
   }
 }
 
+void read_columns(PgSession& s, std::vector<SchemaEntry>& entries) {
+  std::map<std::int64_t, std::string> columns;
+  for (auto& r : s.query("SELECT c.oid, md5(coalesce(string_agg(a.attnum::text, ',' ORDER BY a.attnum), '')) FROM pg_class c LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped "
+                         "WHERE c.relkind IN ('r', 'p') AND c.oid >= 16384 GROUP BY c.oid"))
+    columns[std::stoll(*r[0])] = *r[1];
+  for (auto& e : entries)
+    if (e.kind == "TABLE") e.hash += " " + columns[e.oid];
+}
+
 std::set<int> missing_objects(PgSession& s, const std::vector<SchemaEntry>& entries) {
   make_question(s);
   std::set<int> missing;
@@ -119,7 +128,7 @@ void write_copied_schema(PgSession& target, const std::vector<SchemaEntry>& entr
   target.exec(sql);
 }
 
-SchemaChange::SchemaChange(PgSession& target, const std::vector<SchemaEntry>& now) : now_(now) {
+SchemaChange::SchemaChange(PgSession& target, const std::vector<SchemaEntry>& now, const std::set<std::int64_t>& rewritten) : now_(now) {
   if (target.value("SELECT to_regclass('rehome.copied_schema') IS NOT NULL") != "t") return;
   for (auto& r : target.query("SELECT * FROM rehome.copied_schema")) copied_[*r[0]] = {*r[1], *r[2], *r[3], *r[4], *r[5], *r[6]};
   known_ = !copied_.empty();
@@ -139,7 +148,7 @@ SchemaChange::SchemaChange(PgSession& target, const std::vector<SchemaEntry>& no
   };
   for (const auto& e : now_) {
     auto at = copied_.find(e.key);
-    if (at != copied_.end() && at->second.hash == e.hash) continue;
+    if (at != copied_.end() && at->second.hash == e.hash && !(e.kind == "TABLE" && rewritten.contains(e.oid))) continue;
     changed.insert(&e);
     if (e.kind == "TABLE ATTACH" && copied_.contains("TABLE\t" + e.schema + "\t" + e.tag)) whole(e.key, "TABLE");
     if (e.class_oid && e.type.empty()) obstacle_ = e.kind + " " + e.tag + " changed";

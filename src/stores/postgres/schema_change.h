@@ -16,6 +16,9 @@ namespace rehome {
 // Fills type, names and arguments of the entries, as `s` (the dumped server) knows them. An object that has gone meanwhile is
 // a PgError or stays without: the caller dumps again.
 void read_addresses(PgSession& s, std::vector<SchemaEntry>& entries);
+// Puts the numbers of its columns into a table's hash: one that was dropped and added again as the last looks the same in a dump, and
+// has lost its values. `s` sees the dumped server as the dump did.
+void read_columns(PgSession& s, std::vector<SchemaEntry>& entries);
 // The ids of those entries with an address that do not exist at `s`, another server.
 std::set<int> missing_objects(PgSession& s, const std::vector<SchemaEntry>& entries);
 // Replaces rehome.copied_schema by `entries`, but for those in `without`. In the caller's transaction, or in one of its own.
@@ -23,8 +26,9 @@ void write_copied_schema(PgSession& target, const std::vector<SchemaEntry>& entr
 
 class SchemaChange {
  public:
-  // `now`: with addresses. Reads rehome.copied_schema; known() is false where there is none.
-  SchemaChange(PgSession& target, const std::vector<SchemaEntry>& now);
+  // `now`: with addresses and columns. Reads rehome.copied_schema; known() is false where there is none. `rewritten`: oids of tables
+  // that have changed, whatever their text says.
+  SchemaChange(PgSession& target, const std::vector<SchemaEntry>& now, const std::set<std::int64_t>& rewritten = {});
   bool known() const { return known_; }
   bool empty() const { return changed_.empty() && gone_.empty(); }
   // Why it cannot be done object by object; empty: it can.
