@@ -18,7 +18,7 @@ struct Part {
 // Objects of initdb are below this (FirstNormalObjectId).
 #define OURS " >= 16384"
 
-std::vector<Part> parts(int major) {
+std::vector<Part> parts(int major, bool roles) {
   const std::string space =
       " NOT IN (SELECT oid FROM pg_namespace WHERE nspname IN ('pg_catalog', 'information_schema', 'rehome') OR nspname LIKE 'pg\\_toast%' OR nspname LIKE 'pg\\_temp%')";
   const std::string relation = " JOIN pg_class c ON c.relkind IN ('r', 'p', 'v', 'm', 'S', 'f', 'c') AND c.oid" OURS " AND c.relpersistence <> 't' AND c.relnamespace" + space + " AND ";
@@ -63,14 +63,21 @@ std::vector<Part> parts(int major) {
   add("pg_aggregate", 1, "r.*", "pg_aggregate r WHERE r.aggfnoid::oid" OURS);
   add("pg_ts_config_map", 1, "r.*", "pg_ts_config_map r WHERE r.mapcfg" OURS);
   add("pg_foreign_table", 1, "r.*", "pg_foreign_table r");
+  add("the database itself", 1, "d.datdba, d.datacl, shobj_description(d.oid, 'pg_database')", "pg_database d WHERE d.datname = current_database()");
+  add("settings of the database", 1, "s.setrole, s.setconfig", "pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase WHERE d.datname = current_database()");
+  if (!roles) return all;
+  // Without the verifier, of which no hash leaves the server: ALTER ROLE writes the row anew, and VACUUM keeps its xmin.
+  add("roles", 1, "r.oid, r.rolname, r.rolsuper, r.rolinherit, r.rolcreaterole, r.rolcreatedb, r.rolcanlogin, r.rolreplication, r.rolbypassrls, r.rolconnlimit, r.rolvaliduntil, r.xmin", "pg_authid r WHERE r.rolname NOT LIKE 'pg\\_%'");
+  add("memberships of roles", 1, std::string("m.roleid, m.member, m.admin_option") + (major >= 16 ? ", m.inherit_option, m.set_option" : ""), "pg_auth_members m");
+  add("settings of roles", 1, "s.setrole, s.setconfig", "pg_db_role_setting s WHERE s.setdatabase = 0");
   return all;
 }
 
 // The parts, dealt out to `n` sessions.
-std::vector<std::string> questions(int major, std::size_t n) {
+std::vector<std::string> questions(int major, bool roles, std::size_t n) {
   std::vector<std::string> all(n);
   std::vector<int> load(n, 0);
-  for (const auto& p : parts(major)) {
+  for (const auto& p : parts(major, roles)) {
     auto least = static_cast<std::size_t>(std::min_element(load.begin(), load.end()) - load.begin());
     load[least] += p.cost;
     // The sum of 64-bit hashes does not depend on the order; a bigint's sum is a numeric and does not overflow.
@@ -85,14 +92,14 @@ void add(Json& all, const std::vector<PgRow>& rows) {
 
 }  // namespace
 
-Json catalogue_fingerprint(PgSession& session) {
+Json catalogue_fingerprint(PgSession& session, bool roles) {
   Json all = Json::object();
-  add(all, session.query(questions(session.major(), 1)[0]));
+  add(all, session.query(questions(session.major(), roles, 1)[0]));
   return all;
 }
 
-CatalogueQuestion::CatalogueQuestion(const std::vector<PgSession*>& sessions) : sessions_(sessions) {
-  auto all = questions(sessions.at(0)->major(), sessions.size());
+CatalogueQuestion::CatalogueQuestion(const std::vector<PgSession*>& sessions, bool roles) : sessions_(sessions) {
+  auto all = questions(sessions.at(0)->major(), roles, sessions.size());
   for (std::size_t i = 0; i < all.size(); i++) sessions_[i]->exec("PREPARE rehome_fingerprint AS " + all[i]);
   // The plans, and the catalogues in the sessions' caches.
   ask(Deadline());

@@ -17,15 +17,18 @@ namespace rehome {
 // fingerprints of one server can be compared, never those of two servers. VACUUM, ANALYZE, TRUNCATE, REINDEX, CLUSTER and a
 // refreshed view leave it as it is: file nodes, flags that VACUUM corrects, and the oids of indexes are left out.
 //
+// With it what no dump of one database holds and no event trigger tells: settings, owner, rights and comment of the database, and of the
+// whole cluster its roles, where the run carries those (`roles`). Nothing is made of a verifier: its row's number tells of a new one.
+//
 // Errors are those of PgSession::query.
-Json catalogue_fingerprint(PgSession& session);
+Json catalogue_fingerprint(PgSession& session, bool roles = true);
 
 // The same question, asked again and again, and planned once (which costs more than the answer): divided among several
 // sessions of one server that nobody else uses meanwhile.
 class CatalogueQuestion {
  public:
   // Prepares the statements: outside of any transaction.
-  explicit CatalogueQuestion(const std::vector<PgSession*>& sessions);
+  explicit CatalogueQuestion(const std::vector<PgSession*>& sessions, bool roles = true);
   Json ask(Deadline deadline) const;
 
  private:

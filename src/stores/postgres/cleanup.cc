@@ -134,6 +134,8 @@ std::vector<std::string> PostgresStore::abandon(StoreContext& c) {
       left.push_back("target: database " + database + " was there before the run and stays, with what was copied");
     }
   }
+  const Json settings = c.recall(key("settings_of_all"));
+  for (const auto& [_, name] : settings.items()) admin->exec("ALTER ROLE ALL RESET " + pg_identifier(name.get<std::string>()));
   Json roles = c.recall(key("roles"));
   if (roles.is_array())
     for (const auto& r : roles) {

@@ -174,7 +174,7 @@ std::string PostgresStore::hold_snapshot(StoreContext& c, const std::string& dat
         continue;
       }
       std::int64_t ddl = s->number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
-      remember_schema(c, database, Side::source, ddl, catalogue_fingerprint(*s));
+      remember_schema(c, database, Side::source, ddl, catalogue_fingerprint(*s, config_.postgres.roles));
       c.remember(key("extensions", database), extension_versions(*s));
     }
     c.remember(key("snapshot", database), snapshot);
@@ -267,6 +267,9 @@ void PostgresStore::restore_section(StoreContext& c, const std::string& database
 void PostgresStore::copy_database(StoreContext& c, const std::string& database) {
   PgFlow f = flow(database, Side::source);
   std::string snapshot = hold_snapshot(c, database, f);
+  // As they are now or as the snapshot has them, never older: what changes later, the fingerprint tells.
+  restore_roles(c);
+  carry_database(c, database);
   if (snapshot.empty()) return copy_rest(c, database);
   c.progress({.store = config_.name, .phase = "schema", .detail = database});
   // Until the triggers are there nobody but superusers may connect: an application that is pointed at the new server too early must

@@ -211,7 +211,7 @@ class PostgresCut : public Cut {
     // Not what the log holds by now: a switch may have waited for its moment for a day since somebody looked.
     const Json seen = c_.recall(store_.schema_key("ddl_seen", db.name, d_.yields));
     db.ddl_accepted = seen.is_number() ? seen.get<std::int64_t>() : 0;
-    db.question = std::make_unique<CatalogueQuestion>(std::vector<PgSession*>{db.look[0].get(), db.look[1].get()});
+    db.question = std::make_unique<CatalogueQuestion>(std::vector<PgSession*>{db.look[0].get(), db.look[1].get()}, store_.config().postgres.roles);
     db.fingerprint = c_.recall(store_.schema_key("fingerprint", db.name, d_.yields));
     db.marker->exec("SET synchronous_commit = on; SET client_min_messages = 'error'; SET jit = off");
     db.target->exec("SET client_min_messages = 'error'; SET jit = off");

@@ -115,8 +115,13 @@ class PostgresStore : public Store {
   void open_path(StoreContext&, const std::string& database, const PgFlow&);
   void subscribe(StoreContext&, const std::string& database, const PgFlow&, bool enabled);
   std::string connection_string(StoreContext&, const std::string& database, const PgFlow&);
+  // Brings roles, their memberships and settings, and settings of all roles, as they are now. Those that the target had before the run
+  // stay as they are.
   void restore_roles(StoreContext&);
   void create_database(StoreContext&, const std::string& database);
+  // Owner, settings, rights and comment of the database, which are in no dump, as they are now. One that was there before the run only gets
+  // more of them.
+  void carry_database(StoreContext&, const std::string& database);
   // Whether this run made the target's database.
   bool is_made(StoreContext&, const std::string& database);
   // How many may connect to the target's database as it was before the run, which closes it for a while; null where this run made it.

@@ -332,8 +332,11 @@ void PostgresStore::restore_roles(StoreContext& c) {
            "SET log_min_error_statement = 'panic'; SET pg_stat_statements.track = 'none'; SET pg_stat_statements.track_utility = off; SET pgaudit.log = 'none'");
   Json made = c.recall(key("roles"));
   if (!made.is_array()) made = Json::array();
-  std::set<std::string> there, known;
-  for (auto& r : to->query("SELECT rolname FROM pg_roles")) there.insert(*r[0]);
+  std::set<std::string> there, known, ending;
+  for (auto& r : to->query("SELECT rolname, rolvaliduntil FROM pg_roles")) {
+    there.insert(*r[0]);
+    if (r[1]) ending.insert(*r[0]);
+  }
   // Those that were there before the run keep what they have. One that an interrupted try has made may lack anything.
   for (const auto& r : there)
     if (std::find(made.begin(), made.end(), Json(r)) == made.end()) known.insert(r);
@@ -346,7 +349,7 @@ void PostgresStore::restore_roles(StoreContext& c) {
     auto flag = [&](std::size_t i, const char* word) { return std::string(*r[i] == "t" ? " " : " NO") + word; };
     std::string sql = (again ? "ALTER ROLE " : "CREATE ROLE ") + pg_identifier(*r[0]) + flag(1, "SUPERUSER") + flag(2, "INHERIT") + flag(3, "CREATEROLE") +
                       flag(4, "CREATEDB") + flag(5, "LOGIN") + flag(6, "REPLICATION") + flag(7, "BYPASSRLS") + " CONNECTION LIMIT " + *r[8];
-    if (r[10]) sql += " VALID UNTIL " + pg_literal(*r[10]);
+    if (r[10] || ending.contains(*r[0])) sql += " VALID UNTIL " + pg_literal(r[10].value_or("infinity"));
     if (!again) {
       c.note("role " + *r[0], {{"where", "target"}, {"undo", "stays, when it owns something"}});
       if (std::find(made.begin(), made.end(), Json(*r[0])) == made.end()) made.push_back(*r[0]);
@@ -354,18 +357,57 @@ void PostgresStore::restore_roles(StoreContext& c) {
     }
     to->exec(sql);
     // The stored verifier, not a password.
-    if (r[9]) to->exec("ALTER ROLE " + pg_identifier(*r[0]) + " PASSWORD " + pg_literal(*r[9]));
+    if (r[9] || again) to->exec("ALTER ROLE " + pg_identifier(*r[0]) + " PASSWORD " + (r[9] ? pg_literal(*r[9]) : "NULL"));
+    if (again) to->exec("ALTER ROLE " + pg_identifier(*r[0]) + " RESET ALL");
   }
-  std::set<std::pair<std::string, std::string>> member;
-  for (auto& r : to->query("SELECT b.rolname, m.rolname FROM pg_auth_members a JOIN pg_roles b ON b.oid = a.roleid JOIN pg_roles m ON m.oid = a.member")) member.emplace(*r[0], *r[1]);
+  for (const auto& r : made) {
+    const std::string name = r.get<std::string>();
+    if (!there.contains(name) || std::any_of(rows.begin(), rows.end(), [&](const PgRow& row) { return *row[0] == name; })) continue;
+    // Gone at the source. What belongs to it here may not have got its new owner yet.
+    try {
+      to->exec("DROP ROLE " + pg_identifier(name));
+    } catch (const PgError& e) {
+      if (e.sqlstate != "2BP01") throw;
+      to->exec("ALTER ROLE " + pg_identifier(name) + " NOLOGIN PASSWORD NULL");
+      c.log(config_.name + ": target: role " + name + " is gone at the source, and stays, without login, for objects depend on it");
+    }
+  }
   // Who granted it is us there, so several grants of one membership become the sum of them.
-  bool options = from->major() >= 16 && to->major() >= 16;
-  for (auto& r : from->query(std::string("SELECT b.rolname, m.rolname, bool_or(a.admin_option)") + (options ? ", bool_or(a.inherit_option), bool_or(a.set_option)" : "") +
-                             " FROM pg_auth_members a JOIN pg_roles b ON b.oid = a.roleid JOIN pg_roles m ON m.oid = a.member WHERE m.rolname NOT LIKE 'pg\\_%' GROUP BY 1, 2")) {
-    if (known.contains(*r[1]) && member.contains({*r[0], *r[1]})) continue;
-    auto is = [&](std::size_t i) { return std::string(*r[i] == "t" ? "TRUE" : "FALSE"); };
-    to->exec("GRANT " + pg_identifier(*r[0]) + " TO " + pg_identifier(*r[1]) +
-             (options ? " WITH ADMIN " + is(2) + ", INHERIT " + is(3) + ", SET " + is(4) : *r[2] == "t" ? " WITH ADMIN OPTION" : ""));
+  const bool options = from->major() >= 16 && to->major() >= 16;
+  auto memberships = [&](PgSession& at) {
+    std::map<std::pair<std::string, std::string>, std::vector<std::string>> all;
+    for (auto& r : at.query(std::string("SELECT b.rolname, m.rolname, bool_or(a.admin_option)") + (options ? ", bool_or(a.inherit_option), bool_or(a.set_option)" : "") +
+                            " FROM pg_auth_members a JOIN pg_roles b ON b.oid = a.roleid JOIN pg_roles m ON m.oid = a.member WHERE m.rolname NOT LIKE 'pg\\_%' GROUP BY 1, 2"))
+      for (std::size_t i = 2; i < r.size(); i++) all[{*r[0], *r[1]}].push_back(*r[i] == "t" ? "TRUE" : "FALSE");
+    return all;
+  };
+  const auto wanted = memberships(*from), have = memberships(*to);
+  for (const auto& [m, is] : have)
+    if (auto at = wanted.find(m); !known.contains(m.second) && (at == wanted.end() || at->second != is)) to->exec("REVOKE " + pg_identifier(m.first) + " FROM " + pg_identifier(m.second));
+  for (const auto& [m, is] : wanted) {
+    if (auto at = have.find(m); at != have.end() && (known.contains(m.second) || at->second == is)) continue;
+    to->exec("GRANT " + pg_identifier(m.first) + " TO " + pg_identifier(m.second) +
+             (options ? " WITH ADMIN " + is[0] + ", INHERIT " + is[1] + ", SET " + is[2] : is[0] == "TRUE" ? " WITH ADMIN OPTION" : ""));
+  }
+  // Of all roles: what the target has set by itself stays, for it is its other databases' too.
+  const std::string of_all = "SELECT unnest(setconfig) FROM pg_db_role_setting WHERE setdatabase = 0 AND setrole = 0";
+  auto setting = [](const PgRow& r) { return r[0]->substr(0, r[0]->find('=')); };
+  Json ours = c.recall(key("settings_of_all"));
+  if (!ours.is_array()) ours = Json::array();
+  const Json before = ours;
+  auto is_ours = [&](const std::string& name) { return std::find(before.begin(), before.end(), Json(name)) != before.end(); };
+  std::set<std::string> own;
+  for (auto& r : to->query(of_all))
+    if (!is_ours(setting(r))) own.insert(setting(r));
+  for (const auto& name : before) to->exec("ALTER ROLE ALL RESET " + pg_identifier(name.get<std::string>()));
+  for (auto& r : from->query(of_all)) {
+    if (own.contains(setting(r))) continue;
+    if (!is_ours(setting(r))) {
+      c.note("setting " + setting(r) + " of all roles", {{"where", "target"}, {"undo", "ALTER ROLE ALL RESET"}});
+      ours.push_back(setting(r));
+      c.remember(key("settings_of_all"), ours);
+    }
+    to->exec("ALTER ROLE ALL" + set_clause(*r[0]));
   }
   for (auto& r : from->query("SELECT r.rolname, unnest(s.setconfig) FROM pg_db_role_setting s JOIN pg_roles r ON r.oid = s.setrole WHERE s.setdatabase = 0"))
     if (!known.contains(*r[0])) to->exec("ALTER ROLE " + pg_identifier(*r[0]) + set_clause(*r[1]));
@@ -407,18 +449,30 @@ void PostgresStore::create_database(StoreContext& c, const std::string& database
              " LC_CTYPE " + pg_literal(*r[2]) + locale_provider(*from, *to, database) + " OWNER " + pg_identifier(*r[3]) + " CONNECTION LIMIT 0");
   }
   connection_limit(c, database);
-  for (auto& s : from->query("SELECT coalesce(r.rolname, ''), unnest(s.setconfig) FROM pg_db_role_setting s LEFT JOIN pg_roles r ON r.oid = s.setrole "
-                             "WHERE s.setdatabase = " + *r[5])) {
-    to->exec((s[0]->empty() ? "ALTER DATABASE " + pg_identifier(database) : "ALTER ROLE " + pg_identifier(*s[0]) + " IN DATABASE " + pg_identifier(database)) + set_clause(*s[1]));
+  carry_database(c, database);
+}
+
+void PostgresStore::carry_database(StoreContext& c, const std::string& database) {
+  auto from = session(c, Side::source, server(Side::source).admin_database);
+  auto to = session(c, Side::target, server(Side::target).admin_database);
+  const std::string name = pg_identifier(database), here = " d.datname = " + pg_literal(database);
+  const bool made = is_made(c, database);
+  auto both = [&](const std::string& sql) { return std::pair(from->query(sql), to->query(sql)); };
+  auto whose = [&](const PgRow& r) { return (r[0]->empty() ? "ALTER DATABASE " + name : "ALTER ROLE " + pg_identifier(*r[0]) + " IN DATABASE " + name); };
+  if (auto [owner, has] = both("SELECT pg_get_userbyid(d.datdba) FROM pg_database d WHERE" + here); made && owner != has) to->exec("ALTER DATABASE " + name + " OWNER TO " + pg_identifier(owner.at(0)[0].value_or("")));
+  if (auto [settings, has] = both("SELECT coalesce(r.rolname, ''), unnest(s.setconfig) FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase LEFT JOIN pg_roles r ON r.oid = s.setrole WHERE" + here + " ORDER BY 1"); settings != has) {
+    if (made)
+      for (auto& r : has) to->exec(whose(r) + " RESET ALL");
+    for (auto& r : settings) to->exec(whose(r) + set_clause(*r[1]));
   }
-  // Rights on the database itself are not in a dump of one database.
-  for (auto& g : from->query("SELECT CASE WHEN x.grantee = 0 THEN 'public' ELSE quote_ident(pg_get_userbyid(x.grantee)) END, x.privilege_type, x.is_grantable FROM "
-                             "pg_database d, aclexplode(d.datacl) x WHERE d.datname = " + pg_literal(database)))
-    to->exec("GRANT " + *g[1] + " ON DATABASE " + pg_identifier(database) + " TO " + *g[0] + (*g[2] == "t" ? " WITH GRANT OPTION" : ""));
-  if (from->number("SELECT count(*) FROM pg_database WHERE datacl IS NOT NULL AND datname = " + pg_literal(database)) > 0)
-    for (const char* right : {"CONNECT", "TEMPORARY"})
-      if (from->value("SELECT bool_or(x.grantee = 0) FROM pg_database d, aclexplode(d.datacl) x WHERE x.privilege_type = " + pg_literal(right) + " AND d.datname = " + pg_literal(database)) != "t")
-        to->exec(std::string("REVOKE ") + right + " ON DATABASE " + pg_identifier(database) + " FROM public");
+  const std::string grantee = "CASE WHEN x.grantee = 0 THEN 'public' ELSE quote_ident(pg_get_userbyid(x.grantee)) END";
+  if (auto [rights, has] = both("SELECT " + grantee + ", x.privilege_type, x.is_grantable FROM pg_database d, aclexplode(coalesce(d.datacl, acldefault('d', d.datdba))) x WHERE" + here + " ORDER BY 1, 2"); rights != has) {
+    for (auto& r : has)
+      if (made || *r[0] == "public") to->exec("REVOKE ALL ON DATABASE " + name + " FROM " + *r[0] + " CASCADE");
+    for (auto& r : rights) to->exec("GRANT " + *r[1] + " ON DATABASE " + name + " TO " + *r[0] + (*r[2] == "t" ? " WITH GRANT OPTION" : ""));
+  }
+  if (auto [comment, has] = both("SELECT shobj_description(d.oid, 'pg_database') FROM pg_database d WHERE" + here); comment != has && (made || !has.at(0)[0]))
+    to->exec("COMMENT ON DATABASE " + name + " IS " + (comment.at(0)[0] ? pg_literal(*comment[0][0]) : "NULL"));
 }
 
 void PostgresStore::prepare_source(StoreContext& c, const std::string& database) {

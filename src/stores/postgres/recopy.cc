@@ -37,7 +37,7 @@ PostgresStore::SourceSchema PostgresStore::read_source_schema(StoreContext& c, c
   for (int i = 0; i < 5; i++) {
     SourceSchema now;
     now.ddl = s->number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
-    now.fingerprint = catalogue_fingerprint(*s);
+    now.fingerprint = catalogue_fingerprint(*s, config_.postgres.roles);
     now.dump = std::make_unique<SchemaDump>(c, *this, programs(c), Side::source, database, "", std::vector<std::string>{"-s"});
     now.entries = now.dump->entries();
     try {
@@ -46,7 +46,7 @@ PostgresStore::SourceSchema PostgresStore::read_source_schema(StoreContext& c, c
     } catch (const PgError&) {
       continue;   // something in the dump has gone since
     }
-    if (catalogue_fingerprint(*s) == now.fingerprint) return now;
+    if (catalogue_fingerprint(*s, config_.postgres.roles) == now.fingerprint) return now;
   }
   throw Error(Code::store, "source: database " + database + ": its schema changes all the time", "wait until a migration of the application is over, then try again", true);
 }
@@ -143,6 +143,9 @@ std::string PostgresStore::copy_changed(StoreContext& c, const std::string& data
   auto s = session(c, Side::source, database);
   auto t = session(c, Side::target, database, "rehome copy");
   SourceSchema now = read_source_schema(c, database);
+  // Before objects that belong to them, or that they have rights on.
+  restore_roles(c);
+  carry_database(c, database);
   // Rows that the follower was not told of: a rewrite is no change of rows to it. After the schema was read: one more is met again.
   const Json seen = c.recall(schema_key("ddl_seen", database, Side::source));
   std::set<std::int64_t> rewritten;
@@ -261,8 +264,8 @@ std::string PostgresStore::schema_change(StoreContext& c, const std::string& dat
   for (auto& r : s->query("SELECT tag, object, at::text FROM rehome.ddl_log WHERE n > " + std::to_string(seen.is_number() ? seen.get<std::int64_t>() : 0) + " ORDER BY n LIMIT 50"))
     all.push_back(*r[0] + " " + r[1].value_or("") + " at " + *r[2]);
   // What the event trigger did not see.
-  std::string differs = catalogue_difference(c.recall(schema_key("fingerprint", database, side)), catalogue_fingerprint(*s));
-  if (!differs.empty() && all.empty()) all.push_back("changed while the event trigger was off: " + differs);
+  std::string differs = catalogue_difference(c.recall(schema_key("fingerprint", database, side)), catalogue_fingerprint(*s, config_.postgres.roles));
+  if (!differs.empty() && all.empty()) all.push_back("changed, and no event trigger told of it: " + differs);
   return join(all, "\n");
 }
 
@@ -304,7 +307,7 @@ void PostgresStore::accept_schema(StoreContext& c, const std::string& database) 
   if (changed.empty()) return;
   auto s = session(c, Side::source, database), t = session(c, Side::target, database);
   const std::int64_t ddl = t->number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
-  const Json fingerprint = catalogue_fingerprint(*t);
+  const Json fingerprint = catalogue_fingerprint(*t, config_.postgres.roles);
   auto columns = [&](PgSession& at) {
     std::set<std::string> all;
     for (const auto& x : tables(at)) {
