@@ -203,6 +203,7 @@ std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
   for (auto& r : admin.target->query("SELECT name FROM pg_available_extensions")) available.insert(*r[0]);
   std::set<std::string> there;
   for (auto& r : admin.target->query("SELECT datname FROM pg_database")) there.insert(*r[0]);
+  const bool begun = !c.recall(key("databases")).is_null();
   std::int64_t bytes = 0;
   for (const auto& database : list) {
     if (admin.source->number("SELECT count(*) FROM pg_database WHERE datname = " + pg_literal(database)) == 0) {
@@ -215,6 +216,11 @@ std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
     auto s = session(c, Side::source, database);
     auto all = tables(*s);
     check_database(*s, all, f);
+    // What lies in it is neither dumped nor copied, and goes with the end of a run. Another run's fences would be taken for this one's.
+    for (Side side : {Side::source, Side::target})
+      if (!begun && (side == Side::source || there.contains(database)) && session(c, side, database)->number("SELECT count(*) FROM pg_namespace WHERE nspname = 'rehome'") > 0)
+        f.error("schema", std::string(side_name(side)) + ": database " + database, "it has a schema rehome, which is the name of the run's own, and this run has not made it",
+                "where it is another run's or was left by one, end that run there first (rehome complete --unfence-source, rehome cancel); else rename it: ALTER SCHEMA rehome RENAME TO ...");
     std::vector<PgRow> conditional;
     for (const auto& t : all) {
       bytes += t.bytes;
@@ -232,7 +238,7 @@ std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
         f.error("tablespace", "target", "tablespace " + *r[0] + " is not there, and in database " + database + " these lie in it: " + (r[1]->size() > 200 ? r[1]->substr(0, 200) + "..." : *r[1]),
                 "CREATE TABLESPACE " + pg_identifier(*r[0]) + " LOCATION '...' on the target, or move them out of it on the source");
     check_locales(c, *s, *admin.target, database, f);
-    if (there.contains(database) && c.recall(key("databases")).is_null()) {
+    if (there.contains(database) && !begun) {
       auto t = session(c, Side::target, database);
       auto full = t->query("SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind IN ('r', 'p', 'v', 'm', 'S') AND n.nspname NOT IN "
                            "('pg_catalog', 'information_schema') AND n.nspname NOT LIKE 'pg\\_toast%' LIMIT 20");

@@ -292,5 +292,33 @@ TEST(PostgresPreflight, TablespacesThatTheTargetLacks) {
   store.copy(w.context());
 }
 
+// A schema of the name of ours is neither copied nor kept: nobody's may be there but the run's own.
+TEST(PostgresPreflight, SchemaOfOurNameThatIsNotThisRuns) {
+  PgServer source(15), target(15);
+  for (const PgServer* server : {&source, &target}) server->session("postgres")->exec("CREATE DATABASE shop");
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  auto found = [](World& world, PostgresStore& of) {
+    std::string all;
+    for (const auto& f : of.preflight(world.context()))
+      if (f.level == Finding::Level::error) all += f.id + " " + f.object + "; ";
+    return all;
+  };
+  EXPECT_EQ(found(w, store), "");
+  for (const PgServer* server : {&source, &target}) server->session("shop")->exec("CREATE SCHEMA rehome");
+  EXPECT_EQ(found(w, store), "postgres.schema db: source: database shop; postgres.schema db: target: database shop; ");
+  for (const PgServer* server : {&source, &target}) server->session("shop")->exec("DROP SCHEMA rehome");
+  store.prepare(w.context());
+  store.copy(w.context());
+  EXPECT_EQ(found(w, store), "");
+  // The same database under another name.
+  Deployment second = w.deployment;
+  second.name = "second";
+  World other(second);
+  PostgresStore again(other.deployment.stores[0], other.deployment);
+  EXPECT_NE(found(other, again).find("postgres.schema db: source: database shop; "), std::string::npos);
+  store.abandon(w.context());
+}
+
 }  // namespace
 }  // namespace rehome
