@@ -5,6 +5,7 @@
 #include <atomic>
 #include <future>
 #include <random>
+#include <set>
 #include <thread>
 
 #include "base/text.h"
@@ -25,26 +26,82 @@ std::string random_token() {
 struct Sequence {
   std::string name;
   std::int64_t last = 0, increment = 1, minimum = 0, maximum = 0;
-  bool called = false;
+  bool called = false;   // false: `last` itself comes next
   bool operator==(const Sequence&) const = default;
 };
 
-std::vector<Sequence> read_sequences(PgSession& s) {
-  std::vector<Sequence> all;
-  // One statement for all: pg_sequences reads each one's tuple without a lock that would wait.
-  for (auto& r : s.query("SELECT quote_ident(schemaname) || '.' || quote_ident(sequencename), last_value, increment_by, min_value, max_value FROM pg_sequences "
-                         "WHERE schemaname <> 'rehome' ORDER BY 1")) {
-    Sequence q;
-    q.name = *r[0];
-    q.called = r[1].has_value();
-    q.last = q.called ? std::stoll(*r[1]) : 0;
-    q.increment = std::stoll(*r[2]);
-    q.minimum = std::stoll(*r[3]);
-    q.maximum = std::stoll(*r[4]);
-    all.push_back(std::move(q));
+// Where sequences stand, all of them in a few round trips. pg_sequences reads each one's tuple without a lock that would wait, but has
+// no position for one that was never called since it was positioned (setval(s, v, false), RESTART, TRUNCATE ... RESTART IDENTITY); those
+// are asked themselves, by statements that are planned once, with the first answer: planning them takes longer than the answer.
+class SequenceQuestion {
+ public:
+  // Prepares statements: outside of any transaction, once a session.
+  explicit SequenceQuestion(PgSession& s) : session_(s) {
+    std::vector<std::string> uncalled;
+    for (const auto& q : list({}))
+      if (!q.called) uncalled.push_back(q.name);
+    for (std::size_t from = 0; from < uncalled.size(); from += kPiece) {
+      std::vector<std::string> piece(uncalled.begin() + static_cast<std::ptrdiff_t>(from), uncalled.begin() + static_cast<std::ptrdiff_t>(std::min(uncalled.size(), from + kPiece)));
+      prepared_.push_back("rehome_sequences_" + std::to_string(prepared_.size()));
+      session_.exec("PREPARE " + prepared_.back() + " AS " + positions(piece));
+    }
   }
-  return all;
-}
+
+  // By name.
+  std::vector<Sequence> ask(Deadline deadline) const {
+    std::vector<Sequence> all = list(deadline);
+    auto find = [&](const std::string& name) {
+      auto at = std::lower_bound(all.begin(), all.end(), name, [](const Sequence& a, const std::string& b) { return a.name < b; });
+      return at != all.end() && at->name == name ? &*at : nullptr;
+    };
+    std::set<std::string> known;
+    auto fill = [&](const std::vector<PgRow>& rows) {
+      for (auto& r : rows) {
+        known.insert(*r[0]);
+        if (Sequence* q = find(*r[0])) {
+          q->last = std::stoll(*r[1]);
+          q->called = *r[2] == "t";
+        }
+      }
+    };
+    for (const auto& name : prepared_) fill(session_.query("EXECUTE " + name, deadline));
+    std::vector<std::string> more;   // positioned since
+    for (const auto& q : all)
+      if (!q.called && !known.contains(q.name)) more.push_back(q.name);
+    for (std::size_t from = 0; from < more.size(); from += kPiece)
+      fill(session_.query(positions({more.begin() + static_cast<std::ptrdiff_t>(from), more.begin() + static_cast<std::ptrdiff_t>(std::min(more.size(), from + kPiece))}), deadline));
+    return all;
+  }
+
+ private:
+  // Each locks its sequences until its end: more at once would want a larger lock table.
+  static constexpr std::size_t kPiece = 1000;
+
+  static std::string positions(const std::vector<std::string>& names) {
+    std::string sql;
+    for (const auto& n : names) sql += (sql.empty() ? "SELECT " : " UNION ALL SELECT ") + pg_literal(n) + ", last_value, is_called FROM " + n;
+    return sql;
+  }
+
+  std::vector<Sequence> list(Deadline deadline) const {
+    std::vector<Sequence> all;
+    for (auto& r : session_.query("SELECT quote_ident(schemaname) || '.' || quote_ident(sequencename), last_value, increment_by, min_value, max_value FROM pg_sequences "
+                                  "WHERE schemaname <> 'rehome' ORDER BY 1", deadline)) {
+      Sequence q;
+      q.name = *r[0];
+      q.called = r[1].has_value();
+      q.last = q.called ? std::stoll(*r[1]) : 0;
+      q.increment = std::stoll(*r[2]);
+      q.minimum = std::stoll(*r[3]);
+      q.maximum = std::stoll(*r[4]);
+      all.push_back(std::move(q));
+    }
+    return all;
+  }
+
+  PgSession& session_;
+  std::vector<std::string> prepared_;
+};
 
 // nextval is not fenced, and somebody may hold a number that he has not used yet: the other side starts a little further.
 constexpr std::int64_t kSequenceMargin = 32;
@@ -180,6 +237,7 @@ class PostgresCut : public Cut {
     std::unique_ptr<WriterLock> lock;
     std::mutex fence_mutex;   // the pulse and the phases share that session
     std::unique_ptr<CatalogueQuestion> question;
+    std::unique_ptr<SequenceQuestion> positions;
     Json fingerprint;   // what the yielding side's schema must be
     std::string refuse, token, position, table_array;
     std::vector<PgTable> unlogged;
@@ -224,8 +282,9 @@ class PostgresCut : public Cut {
       if (c_.cancelled) throw Error(Code::interrupted, "stopped while carrying large objects of " + db.name);
       c_.progress({.store = store_.name(), .phase = "large objects", .detail = db.name, .done = brought += bytes});
     });
-    db.sequences = read_sequences(*db.target);
-    bring_sequences(db, read_sequences(*db.marker), {});
+    db.sequences = SequenceQuestion(*db.target).ask({});
+    db.positions = std::make_unique<SequenceQuestion>(*db.marker);
+    carry_sequences(db, {});
     db.target->query("SELECT end_lsn FROM pg_replication_slot_advance($1, pg_current_wal_flush_lsn())", std::vector<std::string>{db.reverse.slot});
   }
 
@@ -272,25 +331,23 @@ class PostgresCut : public Cut {
   }
 
   // Sets only what has changed since it was last carried: 2,000 sequences of which ten move cost ten.
-  void bring_sequences(Database& db, const std::vector<Sequence>& now, Deadline deadline) {
+  void carry_sequences(Database& db, Deadline deadline) {
     std::string values;
     int changed = 0;
-    for (const auto& q : now) {
-      if (!q.called) continue;
+    for (const auto& q : db.positions->ask(deadline)) {
       auto at = std::lower_bound(db.sequences.begin(), db.sequences.end(), q, [](const Sequence& a, const Sequence& b) { return a.name < b.name; });
-      std::int64_t wanted = with_margin(q);
+      // Of one that was only positioned nobody holds a number: the other side gives the very same next.
+      std::int64_t wanted = q.called ? with_margin(q) : q.last;
       if (at == db.sequences.end() || at->name != q.name)
         throw Error(Code::verify, db.name + ": sequence " + q.name + " is missing on the " + std::string(side_name(d_.takes())), "copy again");
-      bool enough = at->called && (q.increment > 0 ? at->last >= q.last + 1 && at->last <= wanted : at->last <= q.last - 1 && at->last >= wanted);
+      bool enough = !q.called ? !at->called && at->last == wanted : at->called && (q.increment > 0 ? at->last >= q.last + 1 && at->last <= wanted : at->last <= q.last - 1 && at->last >= wanted);
       if (enough) continue;
       at->last = wanted;
-      at->called = true;
-      values += (changed++ ? ", (" : "(") + pg_literal(q.name) + "::regclass, " + std::to_string(wanted) + "::bigint)";
+      at->called = q.called;
+      values += (changed++ ? ", (" : "(") + pg_literal(q.name) + "::regclass, " + std::to_string(wanted) + "::bigint, " + (q.called ? "true)" : "false)");
     }
-    if (changed) db.target->query("SELECT setval(s, v, true) FROM (VALUES " + values + ") x(s, v)", deadline);
+    if (changed) db.target->query("SELECT setval(s, v, c) FROM (VALUES " + values + ") x(s, v, c)", deadline);
   }
-
-  void carry_sequences(Database& db, Deadline deadline) { bring_sequences(db, read_sequences(*db.marker), deadline); }
 
   // What logical replication does not carry, copied whole inside the pause; the plan has priced it.
   void carry_unreplicated(Database& db, Deadline deadline) {

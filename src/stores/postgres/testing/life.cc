@@ -161,17 +161,25 @@ std::string large_objects(const PgServer& server) {
   return server.session("shop")->value("SELECT string_agg(m.oid || ' ' || pg_get_userbyid(lomowner) || ' ' || md5(lo_get(m.oid)), ', ' ORDER BY m.oid) FROM pg_largeobject_metadata m");
 }
 
-// How far every sequence of `b` is at least as far as in `a`.
+std::vector<std::string> sequences(const PgServer& server, const std::string& database) {
+  auto s = server.session(database);
+  std::vector<std::string> all;
+  for (auto& r : s->query("SELECT quote_ident(schemaname) || '.' || quote_ident(sequencename) FROM pg_sequences WHERE schemaname <> 'rehome' ORDER BY 1"))
+    all.push_back(*r[0] + " " + s->value("SELECT last_value || CASE WHEN is_called THEN ' called' ELSE '' END FROM " + *r[0]));
+  return all;
+}
+
 void sequences_cover(const PgServer& a, const PgServer& b) {
-  auto read = [](const PgServer& s) {
-    std::map<std::string, std::pair<std::int64_t, bool>> all;
-    for (auto& r : s.session("shop")->query("SELECT schemaname || '.' || sequencename, last_value, increment_by > 0 FROM pg_sequences WHERE schemaname <> 'rehome'"))
-      all[*r[0]] = {r[1] ? std::stoll(*r[1]) : 0, *r[2] == "t"};
+  auto read = [](const PgServer& server) {
+    auto s = server.session("shop");
+    std::map<std::string, std::pair<std::int64_t, std::int64_t>> all;
+    for (auto& r : s->query("SELECT quote_ident(schemaname) || '.' || quote_ident(sequencename), increment_by FROM pg_sequences WHERE schemaname <> 'rehome'"))
+      all[*r[0]] = {s->number("SELECT last_value + CASE WHEN is_called THEN " + *r[1] + " ELSE 0 END FROM " + *r[0]), std::stoll(*r[1])};
     return all;
   };
   auto x = read(a), y = read(b);
   ASSERT_EQ(x.size(), y.size());
-  for (auto& [name, v] : x) EXPECT_TRUE(v.second ? y.at(name).first >= v.first : y.at(name).first <= v.first) << name << " " << v.first << " " << y.at(name).first;
+  for (auto& [name, v] : x) EXPECT_TRUE(v.second > 0 ? y.at(name).first >= v.first : y.at(name).first <= v.first) << name << " " << v.first << " " << y.at(name).first;
 }
 
 }  // namespace rehome::testing

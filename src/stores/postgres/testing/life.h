@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "stores/postgres/postgres.h"
 #include "stores/postgres/testing/local_site.h"
@@ -23,7 +24,9 @@ void quiesced_equal(const PgServer& a, const PgServer& b, const std::string& dat
 // A schema `stock` of everything that is not a plain table, with rows, owned by `role`, which it makes.
 std::string variety(const std::string& role);
 std::string large_objects(const PgServer& server);
-// Every sequence of `b` is at least as far as in `a`.
+// "schema.name position[ called]", as a dump would say by setval.
+std::vector<std::string> sequences(const PgServer& server, const std::string& database = "shop");
+// What every sequence of `b` gives next is at least as far as in `a`.
 void sequences_cover(const PgServer& a, const PgServer& b);
 
 }  // namespace rehome::testing
