@@ -106,6 +106,9 @@ class SequenceQuestion {
 // nextval is not fenced, and somebody may hold a number that he has not used yet: the other side starts a little further.
 constexpr std::int64_t kSequenceMargin = 32;
 
+constexpr int kMicroTries = 3;
+constexpr Millis kMicroRest(200);
+
 std::int64_t with_margin(const Sequence& q) {
   __int128 v = static_cast<__int128>(q.last) + static_cast<__int128>(q.increment) * kSequenceMargin;
   if (v > q.maximum || v < q.minimum) return q.last;   // near its end: the very next value, and no margin
@@ -137,8 +140,14 @@ class PostgresCut : public Cut {
     pulse_ = {};
   }
 
+  // For the micro-fence, which must not hold writers for a follower that is behind.
+  void await_followers(Deadline deadline) {
+    each("followers", [&](Database& db) { db.quick = await_follower(*db.marker, *db.target, db.forward, deadline); });
+  }
+
   void soft_fence(Deadline deadline) override {
     each("soft fence", [&](Database& db) {
+      if (db.looking.valid()) db.looking.wait();   // of a try before
       std::lock_guard alive(db.fence_mutex);
       db.lock->take(db.refuse, deadline);
       db.fenced = true;
@@ -162,8 +171,9 @@ class PostgresCut : public Cut {
   void catch_up(Deadline deadline) override {
     each("catch up", [&](Database& db) {
       PgSession& t = *db.target;
+      Deadline seen = measuring_ ? Deadline::in(db.quick) : deadline;
       while (t.query("SELECT 1 FROM rehome.marker WHERE token = $1", {db.token}, deadline).empty()) {
-        if (deadline.passed())
+        if (seen.passed() || deadline.passed())
           throw Error(Code::timeout, db.name + ": the marker is not on the " + std::string(side_name(d_.takes())) + " yet", "wait for a smaller lag", true);
         system_clock().sleep(Millis(1));
       }
@@ -242,6 +252,7 @@ class PostgresCut : public Cut {
     std::string refuse, token, position, table_array;
     std::vector<PgTable> unlogged;
     std::atomic<bool> fenced{false};
+    Millis quick{100};
     std::int64_t ddl_accepted = 0;   // what of its log is on the other side
     std::vector<Sequence> sequences;   // as they are on the taking-over side
     std::future<Json> looking;         // last: it ends before its sessions do
@@ -377,12 +388,23 @@ std::unique_ptr<Cut> PostgresStore::open_cut(StoreContext& c, Direction d) { ret
 
 Millis PostgresStore::micro_fence(StoreContext& c, Direction d, Deadline deadline) {
   PostgresCut cut(c, *this, d, true);
-  Ticks from = system_clock().now();
-  cut.soft_fence(deadline);
-  cut.marker(deadline);
-  cut.catch_up(deadline);
-  cut.release();
-  double took = ms_between(from, system_clock().now());
+  double took = 0;
+  for (int tries = 1;; tries++) {
+    cut.await_followers(deadline);
+    Ticks from = system_clock().now();
+    try {
+      cut.soft_fence(deadline);
+      cut.marker(deadline);
+      cut.catch_up(deadline);
+      cut.release();
+      took = ms_between(from, system_clock().now());
+      break;
+    } catch (const Error& e) {
+      cut.release();
+      if (e.code != Code::timeout || !e.retryable || tries == kMicroTries || deadline.passed()) throw;
+    }
+    system_clock().sleep(kMicroRest);
+  }
   // What is copied whole inside the pause would keep writers waiting for a measurement: it is estimated, as in the plan.
   for (const auto& database : databases(c))
     for (const auto& t : tables(*session(c, d.yields, database)))

@@ -3,6 +3,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <future>
 
 #include "base/text.h"
 #include "stores/postgres/postgres.h"
@@ -231,6 +232,44 @@ TEST(PostgresCutTest, TimingsGrowWithTables) {
     load.stop();
     EXPECT_EQ(load.judge(target), std::vector<std::string>{});
   }
+}
+
+// A comparison and a micro-fence hold writers for what a marker takes, never for a follower that is behind.
+TEST(PostgresVerify, WritersDoNotWaitForAFollowerThatIsBehind) {
+  PgServer source(15), target(15);
+  source.session("postgres")->exec("CREATE DATABASE shop");
+  source.session("shop")->exec("SET search_path = public; " + Load::schema(2));
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  begin(w, store);
+  store.prepare_reverse(w.context(), {Side::source});
+  Load load({&source, &target}, "shop", 2);
+  auto obstacle = target.session("shop");
+  obstacle->exec("BEGIN; LOCK TABLE public.account IN SHARE MODE");
+  system_clock().sleep(Millis(1000));
+  load.longest_gap();
+  try {
+    store.micro_fence(w.context(), {Side::source}, Deadline::in(Millis(1500)));
+    ADD_FAILURE() << "measured";
+  } catch (const Error& e) {
+    EXPECT_TRUE(e.retryable);
+    EXPECT_NE(e.message.find("its follower is "), std::string::npos) << e.message;
+    EXPECT_NE(e.message.find("B behind"), std::string::npos) << e.message;
+  }
+  EXPECT_LT(load.longest_gap(), 500);
+  auto verdict = std::async(std::launch::async, [&] { return store.verify(w.context()); });
+  system_clock().sleep(Millis(4000));
+  EXPECT_LT(load.longest_gap(), 500);
+  EXPECT_NE(verdict.wait_for(Millis(0)), std::future_status::ready);
+  {
+    std::lock_guard lock(w.mutex);
+    ASSERT_FALSE(w.progress.empty());
+    EXPECT_NE(w.progress.back().detail.find("waiting for the follower"), std::string::npos) << w.progress.back().detail;
+  }
+  obstacle->exec("ROLLBACK");
+  EXPECT_TRUE(verdict.get().equal);
+  EXPECT_LT(load.longest_gap(), 500);
+  load.stop();
 }
 
 // What a new version changes after the switch: the way back is refused until the old side has a place for every row.

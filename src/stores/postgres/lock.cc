@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cctype>
 
+#include "base/text.h"
+
 namespace rehome {
 namespace {
 
@@ -46,7 +48,7 @@ std::string WriterLock::statement() const {
   return sql + "rehome.ddl_log, pg_catalog.pg_class, pg_catalog.pg_proc, pg_catalog.pg_type, pg_catalog.pg_enum, pg_catalog.pg_namespace, pg_catalog.pg_largeobject, pg_catalog.pg_largeobject_metadata IN SHARE ROW EXCLUSIVE MODE";
 }
 
-void WriterLock::take(const std::string& then, Deadline deadline) {
+void WriterLock::take(const std::string& then, Deadline deadline, int most) {
   while (true) {
     tries_++;
     std::string sql = "BEGIN; SET LOCAL lock_timeout = '100ms'; SET LOCAL statement_timeout = '100ms'; " + statement() +
@@ -58,12 +60,14 @@ void WriterLock::take(const std::string& then, Deadline deadline) {
       if (session_.broken()) throw;
       session_.exec("ROLLBACK");
       if (!pg_is_lock_failure(e.sqlstate)) throw;
-      if (deadline.passed())
-        throw Error(Code::timeout, session_.address().label + ": writers did not let every table be locked in " + std::to_string(tries_) + " tries: " + e.message,
-                    "a long writing transaction is open, or the load is too high: wait, or hold the traffic longer", true);
       std::int64_t oid = e.sqlstate == "40P01" ? waited_for(e.detail, tables_) : 0;
       auto order = store_.lock_order(side_, session_.address().database);
-      if (oid && (order.empty() || order.front() != oid)) {
+      bool learnt = oid && (order.empty() || order.front() != oid);
+      if (!learnt) most--;
+      if (deadline.passed() || most <= 0)
+        throw Error(Code::timeout, session_.address().label + ": writers did not let every table be locked in " + std::to_string(tries_) + " tries: " + e.message,
+                    "a long writing transaction is open, or the load is too high: wait, or hold the traffic longer", true);
+      if (learnt) {
         store_.locks_first(side_, session_.address().database, oid);
         continue;
       }
@@ -72,6 +76,37 @@ void WriterLock::take(const std::string& then, Deadline deadline) {
       throw;
     }
     pg_random_wait(Millis(20));
+  }
+}
+
+Millis await_follower(PgSession& publisher, PgSession& subscriber, const PgFlow& flow, Deadline deadline, const std::function<void(std::int64_t)>& waits) {
+  Ticks from = system_clock().now();
+  publisher.exec("SELECT 1");
+  subscriber.exec("SELECT 1");
+  const Millis quick(100 + static_cast<std::int64_t>(2 * ms_between(from, system_clock().now())));
+  // One large transaction shows no progress until its end.
+  constexpr Millis kStalled = std::chrono::minutes(10);
+  Deadline stalled = Deadline::in(kStalled);
+  std::string confirmed;
+  while (true) {
+    std::string token = publisher.value("INSERT INTO rehome.marker(token) VALUES ('wait ' || gen_random_uuid()) RETURNING token");
+    Deadline soon = Deadline::in(quick);
+    while (subscriber.query("SELECT 1 FROM rehome.marker WHERE token = $1", {token}).empty()) {
+      if (!soon.passed() && !deadline.passed()) {
+        system_clock().sleep(Millis(1));
+        continue;
+      }
+      auto slot = publisher.query("SELECT confirmed_flush_lsn, pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn)::bigint FROM pg_replication_slots WHERE slot_name = " + pg_literal(flow.slot));
+      if (slot.empty() || !slot[0][0]) throw Error(Code::store, publisher.address().label + ": slot " + flow.slot + " is gone", "see status");
+      if (*slot[0][0] != confirmed) stalled = Deadline::in(kStalled);
+      confirmed = *slot[0][0];
+      std::int64_t behind = std::stoll(*slot[0][1]);
+      if (deadline.passed() || stalled.passed())
+        throw Error(Code::timeout, subscriber.address().label + ": its follower is " + human_bytes(behind) + " behind" + (stalled.passed() ? ", and stands still" : ""), "wait for a smaller lag, which status shows; then try again", true);
+      if (waits) waits(behind);
+      system_clock().sleep(Millis(50));
+    }
+    if (!soon.passed()) return quick;
   }
 }
 

@@ -1,6 +1,7 @@
 // The lock that holds every writer of a database back: what the cut, the micro-fence and the comparison share.
 #pragma once
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -22,9 +23,9 @@ class WriterLock {
   WriterLock(PostgresStore& store, Side side, PgSession& s, const std::vector<PgTable>& tables);
 
   // BEGIN, the locks, and `then` in one round trip. Each try is bounded by 100 ms as a whole (lock_timeout counts each lock
-  // for itself), then everybody goes on, and after a random wait it is tried again until the deadline; Error(timeout)
-  // then. A throw leaves no transaction open.
-  void take(const std::string& then, Deadline deadline);
+  // for itself), then everybody goes on, and after a random wait it is tried again until the deadline, `most` times at most
+  // (a try that taught the order does not count); Error(timeout) then. A throw leaves no transaction open.
+  void take(const std::string& then, Deadline deadline, int most = 1 << 30);
   int tries() const { return tries_; }
 
  private:
@@ -35,5 +36,11 @@ class WriterLock {
   std::vector<std::pair<std::int64_t, std::string>> tables_;   // oid, "ONLY name"
   int tries_ = 0;
 };
+
+// Before writers are held for a marker: sends one and waits for it without any lock, then another, until one is quick. Throws
+// Error(timeout), which says how far behind the follower is, at the deadline and when it makes no progress for ten minutes.
+// `waits` hears now and then how many bytes are missing, and may throw. Returns how long writers may be held for the next one:
+// 100 ms, and the ways to both servers.
+Millis await_follower(PgSession& publisher, PgSession& subscriber, const PgFlow& flow, Deadline deadline, const std::function<void(std::int64_t)>& waits = {});
 
 }  // namespace rehome

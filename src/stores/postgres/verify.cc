@@ -13,6 +13,10 @@
 namespace rehome {
 namespace {
 
+// The lock holds writers 100 ms while it is waited for and 100 ms while a marker travels; they have five times as long between two tries.
+constexpr int kTries = 10;
+constexpr Millis kRest(1000), kTry(10000), kCatchUp = std::chrono::hours(24);
+
 // What logical replication does not carry is copied inside the pause, so before it a difference is none; how much there is to
 // be copied is worth knowing.
 std::string large_objects_sql() {
@@ -117,28 +121,33 @@ Verdict PostgresStore::verify(StoreContext& c) {
     auto list = tables(*hold_y);
     std::string snap_y, snap_t;
     WriterLock lock(*this, publisher, *y, list);
-    Deadline deadline = Deadline::in(Millis(30000));
-    pg_retry_locks(deadline, [&] {
+    for (int tries = 1;; tries++) {
+      // After a long copy there is much to catch up with: writers do not wait for that.
+      Millis quick = await_follower(*m, *t, f, Deadline::in(kCatchUp), [&](std::int64_t behind) {
+        if (c.cancelled) throw Error(Code::interrupted, "stopped while waiting for the follower of " + database);
+        c.progress({.store = config_.name, .phase = "verify", .detail = database + ": waiting for the follower, " + human_bytes(behind) + " behind"});
+      });
       try {
-        lock.take("", deadline);
+        lock.take("", Deadline::in(kTry), 1);
         hold_y->exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
         snap_y = hold_y->value("SELECT pg_export_snapshot()");
         std::string token = m->value("INSERT INTO rehome.marker(token) VALUES ('verify ' || gen_random_uuid()) RETURNING token");
-        // Writers wait from here: at most a second, and then they go on and the comparison waits for a smaller lag.
-        Deadline seen = Deadline::in(Millis(1000));
+        Deadline seen = Deadline::in(quick);
         while (t->query("SELECT 1 FROM rehome.marker WHERE token = $1", {token}).empty()) {
-          if (seen.passed()) throw Error(Code::timeout, database + ": the follower is more than a second behind", "wait for a smaller lag, then verify again", true);
+          if (seen.passed()) throw Error(Code::timeout, database + ": the follower fell behind while writers waited for it", "wait for a smaller load, then verify again", true);
           system_clock().sleep(Millis(1));
         }
         hold_t->exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
         snap_t = hold_t->value("SELECT pg_export_snapshot()");
         y->exec("ROLLBACK");
-      } catch (const Error&) {
+        break;
+      } catch (const Error& e) {
         for (auto* s : {y.get(), hold_y.get(), hold_t.get()})
           if (!s->broken()) s->exec("ROLLBACK");
-        throw;
+        if (e.code != Code::timeout || !e.retryable || tries == kTries) throw;
       }
-    });
+      system_clock().sleep(kRest);
+    }
     std::string snap_s = publisher == Side::source ? snap_y : snap_t, snap_d = publisher == Side::source ? snap_t : snap_y;
     std::deque<const PgTable*> queue;
     for (const auto& table : list)
