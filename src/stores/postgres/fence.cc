@@ -282,7 +282,7 @@ class PostgresCut : public Cut {
     db.ddl_accepted = seen.is_number() ? seen.get<std::int64_t>() : 0;
     db.question = std::make_unique<CatalogueQuestion>(std::vector<PgSession*>{db.look[0].get(), db.look[1].get()}, store_.config().postgres.roles);
     db.fingerprint = c_.recall(store_.schema_key("fingerprint", db.name, d_.yields));
-    db.marker->exec("SET synchronous_commit = on; SET client_min_messages = 'error'; SET jit = off");
+    db.marker->exec("SET client_min_messages = 'error'; SET jit = off");
     db.target->exec("SET client_min_messages = 'error'; SET jit = off");
     // Parsed and planned once, and the catalogue in this backend's cache, before the pause.
     db.target->query("SELECT 1 FROM rehome.marker WHERE token = $1", {std::string("none")});

@@ -234,6 +234,49 @@ TEST(PostgresCutTest, TimingsGrowWithTables) {
   }
 }
 
+// Where commits do not wait for the disk, ours do: a fence that a crash takes away would leave two sides that serve.
+TEST(PostgresCutTest, WhatACutHasDoneIsStillThereAfterACrash) {
+  const std::vector<std::string> lazy{"synchronous_commit = off", "wal_writer_delay = 10s", "autovacuum = off"};
+  PgServer source(15, lazy), target(15, lazy);
+  source.session("postgres")->exec("CREATE DATABASE shop");
+  source.session("shop")->exec("CREATE TABLE public.item(id serial PRIMARY KEY, a int); INSERT INTO public.item(a) SELECT generate_series(1, 100)");
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  begin(w, store);
+  auto crash = [](PgServer& server) {
+    server.stop("immediate");
+    server.start();
+  };
+  const std::string write = "INSERT INTO public.item(a) VALUES (0)";
+  // A cut, and the last that it does.
+  store.prepare_reverse(w.context(), {Side::source});
+  {
+    auto cut = store.open_cut(w.context(), {Side::source});
+    source.session("shop")->exec("SELECT setval('public.item_id_seq', 1000)");
+    Deadline deadline = Deadline::in(Millis(10000));
+    cut->soft_fence(deadline);
+    cut->marker(deadline);
+    cut->catch_up(deadline);
+    crash(target);
+    EXPECT_EQ(target.session("shop")->value("SELECT last_value FROM public.item_id_seq"), "1032");
+    cut->hard_fence(deadline);
+    crash(source);
+  }
+  EXPECT_THROW(source.session("shop")->exec(write), PgError);
+  // What the agents do without us.
+  ActionSets sets = store.actions(w.context(), {Side::source});
+  w.target.run_actions(sets.open);
+  crash(target);
+  target.session("shop")->exec(write);
+  w.target.run_actions(sets.close.target);
+  crash(target);
+  EXPECT_THROW(target.session("shop")->exec(write), PgError);
+  // Who asks for more gets it.
+  source.session("postgres")->exec("ALTER DATABASE shop SET synchronous_commit = remote_apply");
+  EXPECT_EQ(source.session("postgres")->value("SHOW synchronous_commit"), "on");
+  EXPECT_EQ(source.session("shop")->value("SHOW synchronous_commit"), "remote_apply");
+}
+
 // A comparison and a micro-fence hold writers for what a marker takes, never for a follower that is behind.
 TEST(PostgresVerify, WritersDoNotWaitForAFollowerThatIsBehind) {
   PgServer source(15), target(15);

@@ -89,7 +89,7 @@ ActionSets PostgresStore::actions(StoreContext& c, Direction d) {
     }
     a.argv = {program.empty() ? "psql" : program, "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-d", info};
     a.user = pg.os_user;
-    a.input = "SET client_min_messages = 'error'\\; SET statement_timeout = 0\\; SET lock_timeout = 0\\; SET default_transaction_read_only = off;\n" + input + "\n";
+    a.input = "SET client_min_messages = 'error'\\; SET statement_timeout = 0\\; SET lock_timeout = 0\\; SET default_transaction_read_only = off\\; " + pg_durable() + ";\n" + input + "\n";
     a.try_input = "SELECT 1;\n";
     a.warm = warm;
     a.timeout = Millis(30000);

@@ -54,6 +54,8 @@ PgSession::PgSession(const PgAddress& address, const std::string& application, b
   // application has.
   std::string settings = "SET idle_in_transaction_session_timeout = 0; SET statement_timeout = 0; SET lock_timeout = 0; SET default_transaction_read_only = off; SET TimeZone = 'UTC'; "
                          "SET DateStyle = 'ISO'; SET IntervalStyle = 'postgres'; SET extra_float_digits = 3; SET bytea_output = 'hex'; SET lc_monetary = 'C'; SET default_transaction_isolation = 'read committed'; SET row_security = off; SET search_path = pg_catalog";
+  // What we were told is committed is still there after a crash: a fence, a sequence's position.
+  settings += "; " + pg_durable();
   if (major() >= 14) settings += "; SET idle_session_timeout = 0";
   if (major() >= 17) settings += "; SET transaction_timeout = 0";
   exec(settings, Deadline::in(Millis(15000)));
@@ -264,6 +266,8 @@ std::int64_t PgSession::copy_to(const std::string& copy_out, PgSession& to, cons
 }
 
 std::string PgSession::quote(const std::string& literal) const { return pg_literal(literal); }
+
+std::string pg_durable() { return "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') <> 'remote_apply'"; }
 
 std::string pg_identifier(std::string_view name) {
   std::string out = "\"";

@@ -91,6 +91,8 @@ class PgSession {
   std::string command_tag_;
 };
 
+// The statement after which a session's COMMIT returns when it is on disk; what waits for more than that stays as it is set.
+std::string pg_durable();
 std::string pg_identifier(std::string_view name);                           // "quoted"
 std::string pg_literal(std::string_view text);                              // 'quoted', standard_conforming_strings on
 std::string pg_conninfo_value(std::string_view text);                       // 'quoted', for a connection string
