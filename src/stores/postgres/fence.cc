@@ -362,17 +362,31 @@ class PostgresCut : public Cut {
 
   // What logical replication does not carry, copied whole inside the pause; the plan has priced it.
   void carry_unreplicated(Database& db, Deadline deadline) {
+    if (!db.unlogged.empty()) carry_unlogged(db, deadline);
+    carry_large_objects(*db.marker, *db.target, deadline);
+  }
+
+  void carry_unlogged(Database& db, Deadline deadline) {
+    // The fence on the target refuses even us: a replica role passes no ALWAYS trigger, so it is switched off and on inside one transaction.
+    std::string off, on, plain, own;
     for (const auto& t : db.unlogged) {
-      // The fence on the target refuses even us: a replica role passes no ALWAYS trigger, so it is switched off and on inside one transaction.
-      db.target->exec("BEGIN; ALTER TABLE " + t.full() + " DISABLE TRIGGER rehome_fence, DISABLE TRIGGER rehome_fence_t; " + pgsql::empty_table(t), deadline);
+      off += "; ALTER TABLE " + t.full() + " DISABLE TRIGGER rehome_fence, DISABLE TRIGGER rehome_fence_t";
+      on += "ALTER TABLE " + t.full() + " ENABLE ALWAYS TRIGGER rehome_fence, ENABLE ALWAYS TRIGGER rehome_fence_t; ";
+      if (t.extension.empty())
+        plain += (plain.empty() ? "; TRUNCATE ONLY " : ", ONLY ") + t.full();
+      else
+        own += "; " + pgsql::empty_table(t);
+    }
+    // All in one statement: one that another's foreign key points to is emptied only together with that one.
+    db.target->exec("BEGIN" + off + own + plain, deadline);
+    for (const auto& t : db.unlogged) {
       std::string columns = t.columns.empty() ? "" : "(" + t.columns + ")";
       // Not by the fence's own session: that one's pulse goes on meanwhile.
       db.marker->copy_to("COPY (SELECT " + t.columns + " FROM ONLY " + t.full() + " " + t.condition + ") TO STDOUT", *db.target, "COPY " + t.full() + columns + " FROM STDIN", [&](std::int64_t) {
         if (deadline.passed()) throw Error(Code::timeout, "copying unlogged table " + t.full() + " inside the pause took too long", "raise max_pause");
       });
-      db.target->exec("ALTER TABLE " + t.full() + " ENABLE ALWAYS TRIGGER rehome_fence, ENABLE ALWAYS TRIGGER rehome_fence_t; COMMIT", deadline);
     }
-    carry_large_objects(*db.marker, *db.target, deadline);
+    db.target->exec(on + "COMMIT", deadline);
   }
 
   StoreContext& c_;

@@ -277,6 +277,24 @@ TEST(PostgresCutTest, WhatACutHasDoneIsStillThereAfterACrash) {
   EXPECT_EQ(source.session("shop")->value("SHOW synchronous_commit"), "remote_apply");
 }
 
+// TRUNCATE minds foreign keys even where nothing fires them.
+TEST(PostgresCutTest, UnloggedTablesWithForeignKeysBetweenThem) {
+  PgServer source(15), target(17);
+  source.session("postgres")->exec("CREATE DATABASE shop");
+  source.session("shop")->exec("SET search_path = public; CREATE TABLE customer(id int PRIMARY KEY); INSERT INTO customer VALUES (1); CREATE UNLOGGED TABLE basket(id int PRIMARY KEY, of int REFERENCES customer); "
+                               "CREATE UNLOGGED TABLE a_line(basket int REFERENCES basket, n int PRIMARY KEY, before int REFERENCES a_line); INSERT INTO basket VALUES (1, 1), (2, 1); INSERT INTO a_line VALUES (1, 1, NULL), (2, 2, 1)");
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  begin(w, store);
+  switch_over(w, store, {Side::source});
+  quiesced_equal(source, target);
+  auto t = target.session("shop");
+  t->exec("DELETE FROM public.a_line WHERE n = 2; DELETE FROM public.basket WHERE id = 2; INSERT INTO public.basket VALUES (3, 1); INSERT INTO public.a_line VALUES (3, 3, 1)");
+  switch_over(w, store, {Side::target});
+  EXPECT_EQ(source.session("shop")->value("SELECT string_agg(a_line::text, ' ' ORDER BY n) FROM public.a_line"), "(1,1,) (3,3,1)");
+  EXPECT_THROW(target.session("shop")->exec("DELETE FROM public.a_line"), PgError);
+}
+
 // A comparison and a micro-fence hold writers for what a marker takes, never for a follower that is behind.
 TEST(PostgresVerify, WritersDoNotWaitForAFollowerThatIsBehind) {
   PgServer source(15), target(15);
