@@ -321,6 +321,38 @@ TEST(PostgresPath, ServerThatCannotSeeTheSocketIsFoundFirst) {
   store.prepare(w.context());
 }
 
+std::vector<std::string> errors_of(World& w, PostgresStore& store) {
+  std::vector<std::string> all;
+  for (const auto& f : store.preflight(w.context()))
+    if (f.level == Finding::Level::error) all.push_back(f.id + ": " + f.message + " / " + f.mend);
+  return all;
+}
+
+// They would fire for what is replicated: an audit row that the trigger writes, and the one that comes from the other side.
+TEST(PostgresPreflight, TriggersThatFireForReplicatedRows) {
+  PgServer source(15), target(15);
+  source.session("postgres")->exec("CREATE DATABASE shop");
+  auto s = source.session("shop");
+  s->exec("SET search_path = public; CREATE TABLE item(id int PRIMARY KEY, a int); CREATE TABLE audit(id int); CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN INSERT INTO public.audit VALUES (NEW.id); RETURN NEW; END'; "
+          "CREATE TRIGGER \"Watch\" AFTER INSERT ON item FOR EACH ROW EXECUTE FUNCTION note(); CREATE TRIGGER quiet BEFORE INSERT ON item FOR EACH ROW EXECUTE FUNCTION note(); ALTER TABLE item DISABLE TRIGGER quiet; "
+          "CREATE TRIGGER copy BEFORE INSERT ON audit FOR EACH ROW EXECUTE FUNCTION note(); ALTER TABLE item ENABLE ALWAYS TRIGGER \"Watch\"; ALTER TABLE audit ENABLE REPLICA TRIGGER copy");
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  auto found = errors_of(w, store);
+  ASSERT_EQ(found.size(), 2u) << join(found, "\n");
+  EXPECT_NE(found[0].find("public.item: \"Watch\" / ALTER TABLE public.item ENABLE TRIGGER \"Watch\": "), std::string::npos) << found[0];
+  EXPECT_NE(found[1].find("public.audit: copy / ALTER TABLE public.audit DISABLE TRIGGER copy: "), std::string::npos) << found[1];
+  // What the mends say is enough.
+  s->exec("ALTER TABLE public.item ENABLE TRIGGER \"Watch\"; ALTER TABLE public.audit DISABLE TRIGGER copy");
+  EXPECT_EQ(errors_of(w, store), std::vector<std::string>{});
+  begin(w, store);
+  s->exec("INSERT INTO public.item SELECT generate_series(1, 10)");
+  EXPECT_EQ(s->value("SELECT count(*) FROM public.audit"), "10");
+  quiesced_equal(source, target);
+  // Our own are ENABLE ALWAYS.
+  EXPECT_EQ(errors_of(w, store), std::vector<std::string>{});
+}
+
 TEST(PostgresPreflight, TablespacesThatTheTargetLacks) {
   PgServer source(15), target(15);
   for (const PgServer* server : {&source, &target}) {
