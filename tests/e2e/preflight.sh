@@ -51,6 +51,7 @@ sql old bad "CREATE SUBSCRIPTION inbound CONNECTION 'host=127.0.0.1 port=1 dbnam
 sql old bad "ALTER SUBSCRIPTION inbound ENABLE" >/dev/null
 sql old bad "CREATE TRIGGER same BEFORE UPDATE ON t3 FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger(); ALTER TABLE t3 ENABLE ALWAYS TRIGGER same;
   CREATE TRIGGER other BEFORE UPDATE ON t3 FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger(); ALTER TABLE t3 ENABLE REPLICA TRIGGER other" >/dev/null
+sql old bad "CREATE PUBLICATION everything FOR ALL TABLES" >/dev/null
 sql old postgres "CREATE DATABASE words TEMPLATE template0 LOCALE_PROVIDER icu ICU_LOCALE 'de' LOCALE 'C.UTF-8'" >/dev/null
 sql new postgres "CREATE DATABASE words TEMPLATE template0 LOCALE 'C.UTF-8'" >/dev/null
 # A hundred thousand transactions later every table is old enough; at that pace its vacuum lasts for minutes.
@@ -157,6 +158,7 @@ warning${T}postgres.unlogged${T}database bad.*1 unlogged${T}logged
 warning${T}postgres.large_objects${T}database bad.*1 large object${T}plan
 error${T}postgres.always_triggers${T}database bad.*public.t3: same${T}ALTER TABLE public.t3 ENABLE TRIGGER same
 error${T}postgres.replica_triggers${T}database bad.*public.t3: other${T}ALTER TABLE public.t3 DISABLE TRIGGER other
+error${T}postgres.all_tables${T}database bad.*publication everything, slot others${T}its tables by name
 warning${T}postgres.foreign_slots${T}database bad.*others${T}target
 error${T}postgres.subscriptions${T}database bad.*inbound${T}DISABLE
 warning${T}postgres.pg_cron${T}source: database bad.*pg_cron${T}disable

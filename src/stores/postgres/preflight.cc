@@ -106,6 +106,14 @@ void check_database(PgSession& s, const std::vector<PgTable>& tables, Findings& 
   if (static_cast<std::int64_t>(tables.size()) * 2 > locks)
     f.error("max_locks_per_transaction", where, std::to_string(tables.size()) + " tables are locked at once, and the lock table holds " + std::to_string(locks),
             "ALTER SYSTEM SET max_locks_per_transaction = " + std::to_string(static_cast<std::int64_t>(tables.size()) * 2 / std::max<std::int64_t>(1, locks / 64) + 64) + ", then restart that server", true);
+  // Our tables would be in such a publication, and a server that follows it has none of them: it stops at their first row, and its slot
+  // keeps WAL without an end. Who follows what, the slot does not say.
+  auto everything = s.query("SELECT quote_ident(pubname) FROM pg_publication WHERE puballtables ORDER BY 1"),
+       subscribers = s.query("SELECT slot_name FROM pg_replication_slots WHERE slot_type = 'logical' AND plugin = 'pgoutput' AND database = current_database() AND slot_name NOT LIKE 'rehome\\_%' ORDER BY 1");
+  if (!everything.empty() && !subscribers.empty())
+    f.error("all_tables", where, "a publication FOR ALL TABLES publishes the tables that rehome makes here too, and a subscriber, which does not have them, stops at their first row while its slot keeps all WAL: publication " +
+                                     names(everything) + ", slot " + names(subscribers),
+            "give that publication its tables by name (DROP PUBLICATION, CREATE PUBLICATION ... FOR TABLE ..., then ALTER SUBSCRIPTION ... REFRESH PUBLICATION), or drop the subscriber first");
   auto foreign_slots = s.query("SELECT slot_name || coalesce(' (' || plugin || ')', '') FROM pg_replication_slots WHERE slot_type = 'logical' AND database = current_database() AND slot_name NOT LIKE 'rehome\\_%'");
   if (!foreign_slots.empty())
     f.warn("foreign_slots", where, "other programs follow this database: " + names(foreign_slots) + "; they will not follow to the target by themselves", "plan their move: they must start again on the target");

@@ -353,6 +353,33 @@ TEST(PostgresPreflight, TriggersThatFireForReplicatedRows) {
   EXPECT_EQ(errors_of(w, store), std::vector<std::string>{});
 }
 
+// A subscriber of somebody else's, which has none of our tables, goes on while we move its publisher.
+TEST(PostgresPreflight, PublicationOfAllTablesThatSomebodyFollows) {
+  PgServer source(15), target(15), reader(15);
+  for (const PgServer* server : {&source, &reader}) {
+    server->session("postgres")->exec("CREATE DATABASE shop");
+    server->session("shop")->exec("CREATE TABLE public.item(id int PRIMARY KEY)");
+  }
+  auto s = source.session("shop"), r = reader.session("shop");
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  s->exec("CREATE PUBLICATION everything FOR ALL TABLES");
+  EXPECT_EQ(errors_of(w, store), std::vector<std::string>{});   // nobody follows it
+  r->exec("CREATE SUBSCRIPTION reader CONNECTION " + pg_literal(source.conninfo("shop")) + " PUBLICATION everything");
+  auto found = errors_of(w, store);
+  ASSERT_EQ(found.size(), 1u) << join(found, "\n");
+  EXPECT_NE(found[0].find("publication everything, slot reader / give that publication its tables by name"), std::string::npos) << found[0];
+  s->exec("DROP PUBLICATION everything; CREATE PUBLICATION everything FOR TABLE public.item");
+  r->exec("ALTER SUBSCRIPTION reader REFRESH PUBLICATION");
+  EXPECT_EQ(errors_of(w, store), std::vector<std::string>{});
+  begin(w, store);
+  EXPECT_TRUE(store.verify(w.context()).equal);
+  s->exec("INSERT INTO public.item VALUES (1)");
+  Deadline deadline = Deadline::in(Millis(20000));
+  while (r->value("SELECT count(*) FROM public.item") != "1" && !deadline.passed()) system_clock().sleep(Millis(50));
+  EXPECT_EQ(r->value("SELECT count(*) FROM public.item"), "1") << reader.log();
+}
+
 TEST(PostgresPreflight, TablespacesThatTheTargetLacks) {
   PgServer source(15), target(15);
   for (const PgServer* server : {&source, &target}) {
