@@ -106,6 +106,28 @@ TEST(PostgresDdl, BlockLetsThroughWhatChangesNoSchema) {
   EXPECT_EQ(s->value("SELECT count(*) FROM rehome.ddl_log"), "0");
 }
 
+// COPY writes in the client's encoding. A role's own one, on one side, must turn no byte into another.
+TEST(PostgresSettings, BytesStayWhatTheyAreWhateverEncodingARoleAsksFor) {
+  for (Side odd : {Side::source, Side::target}) {
+    PgServer source(15), target(15);
+    (odd == Side::source ? source : target).session("postgres")->exec("ALTER ROLE postgres SET client_encoding = 'LATIN1'");
+    source.session("postgres")->exec("CREATE DATABASE shop");
+    source.session("postgres")->exec("CREATE DATABASE bytes TEMPLATE template0 ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C'");
+    // The array is why one of them is copied as text.
+    const std::string tables = "CREATE TABLE public.item(id int PRIMARY KEY, t text, k name[]); CREATE UNLOGGED TABLE public.fleeting(t text); ";
+    source.session("shop")->exec(tables + "INSERT INTO public.item SELECT i, chr(i), ARRAY[chr(i)::name] FROM generate_series(192, 255) i; INSERT INTO public.fleeting SELECT string_agg(t, '') FROM public.item");
+    source.session("bytes")->exec(tables + "INSERT INTO public.item SELECT i, convert_from(decode(to_hex(i), 'hex'), 'SQL_ASCII'), NULL FROM generate_series(160, 255) i; INSERT INTO public.fleeting SELECT string_agg(t, '') FROM public.item");
+    World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop", "bytes"}));
+    PostgresStore store(w.deployment.stores[0], w.deployment);
+    begin(w, store);
+    EXPECT_TRUE(store.verify(w.context()).equal);
+    switch_over(w, store, {Side::source});
+    for (const char* database : {"shop", "bytes"})
+      for (const char* question : {"SELECT md5(string_agg(t::bytea::text || coalesce(k::text, ''), ' ' ORDER BY id)) FROM public.item", "SELECT md5(string_agg(t::bytea::text, ' ')) FROM public.fleeting"})
+        EXPECT_EQ(source.session(database)->value(question), target.session(database)->value(question)) << database << " " << side_name(odd) << " " << question;
+  }
+}
+
 // Two servers are compared by their rows' text: what each writes by itself must not tell.
 TEST(PostgresSettings, RowsLookTheSameWhateverTheServersSay) {
   PgServer source(15, {"timezone = 'Europe/Berlin'", "datestyle = 'German'"}), target(17, {"timezone = 'UTC'", "bytea_output = escape", "extra_float_digits = -3"});

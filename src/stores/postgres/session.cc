@@ -23,10 +23,10 @@ std::string passfile_line(const std::string& password) {
 PgSession::PgSession(const PgAddress& address, const std::string& application, bool replication) : address_(address) {
   std::string port = std::to_string(address.port);
   const char* keys[] = {"host", "port", "user", "password", "dbname", "application_name", "connect_timeout", "replication",
-                        "client_encoding", "fallback_application_name", nullptr};
+                        "fallback_application_name", nullptr};
   const char* values[] = {address.host.c_str(), port.c_str(), address.user.c_str(), address.password.c_str(),
                           address.database.c_str(), application.c_str(), "15", replication ? "database" : nullptr,
-                          nullptr, "rehome", nullptr};
+                          "rehome", nullptr};
   connection_.reset(PQconnectdbParams(keys, values, 0));
   if (!connection_) throw Error(Code::internal, "out of memory for a connection");
   if (PQstatus(connection_.get()) != CONNECTION_OK) {
@@ -56,6 +56,9 @@ PgSession::PgSession(const PgAddress& address, const std::string& application, b
                          "SET DateStyle = 'ISO'; SET IntervalStyle = 'postgres'; SET extra_float_digits = 3; SET bytea_output = 'hex'; SET lc_monetary = 'C'; SET default_transaction_isolation = 'read committed'; SET row_security = off; SET search_path = pg_catalog";
   // What we were told is committed is still there after a crash: a fence, a sequence's position.
   settings += "; " + pg_durable();
+  // Bytes go from one database to another of the same encoding as they are: a role's client_encoding, or PGCLIENTENCODING here, would turn
+  // them into others on one side alone.
+  settings += "; SELECT set_config('client_encoding', current_setting('server_encoding'), false)";
   if (major() >= 14) settings += "; SET idle_session_timeout = 0";
   if (major() >= 17) settings += "; SET transaction_timeout = 0";
   exec(settings, Deadline::in(Millis(15000)));
