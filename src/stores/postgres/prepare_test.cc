@@ -106,6 +106,25 @@ TEST(PostgresDdl, BlockLetsThroughWhatChangesNoSchema) {
   EXPECT_EQ(s->value("SELECT count(*) FROM rehome.ddl_log"), "0");
 }
 
+// It is the source's until the switch: where the way back is undone, the side that serves goes on to take changes.
+TEST(PostgresDdl, BlockIsOfTheSourceUntilTheSwitch) {
+  PgServer source(15), target(15);
+  source.session("postgres")->exec("CREATE DATABASE shop");
+  source.session("shop")->exec("CREATE TABLE public.item(id int PRIMARY KEY, a int)");
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  w.deployment.stores[0].postgres.ddl = PostgresConfig::Ddl::block;
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  begin(w, store);
+  store.prepare_reverse(w.context(), {Side::source});
+  w.source.run_actions(store.actions(w.context(), {Side::source}).undo);
+  EXPECT_THROW(source.session("shop")->exec("CREATE INDEX ON public.item(a)"), PgError);
+  switch_over(w, store, {Side::source});
+  target.session("shop")->exec("CREATE INDEX a1 ON public.item(a)");
+  store.prepare_reverse(w.context(), {Side::target});
+  w.target.run_actions(store.actions(w.context(), {Side::target}).undo);
+  target.session("shop")->exec("CREATE INDEX a2 ON public.item(a); INSERT INTO public.item VALUES (1, 1)");
+}
+
 // COPY writes in the client's encoding. A role's own one, on one side, must turn no byte into another.
 TEST(PostgresSettings, BytesStayWhatTheyAreWhateverEncodingARoleAsksFor) {
   for (Side odd : {Side::source, Side::target}) {

@@ -104,7 +104,8 @@ ActionSets PostgresStore::actions(StoreContext& c, Direction d) {
                                "SELECT format('ALTER SUBSCRIPTION %I DISABLE', subname) FROM pg_subscription WHERE subname = " + pg_literal(reverse.subscription) +
                                    " AND subdbid = (SELECT oid FROM pg_database WHERE datname = current_database()) AND subenabled \\gexec\n" +
                                pgsql::end_fence_sessions() + ";\nBEGIN;\n" + pgsql::fence_function(false, "") + ";\n" +
-                                   pgsql::ddl_function(config_.postgres.ddl == PostgresConfig::Ddl::block) + ";\nCOMMIT;",
+                                   // What was opened after a switch takes changes of its schema, and goes on to.
+                                   pgsql::ddl_function(config_.postgres.ddl == PostgresConfig::Ddl::block && d.yields == Side::source) + ";\nCOMMIT;",
                                true));
     sets.open.push_back(action(d.takes(), "open", database,
                                pgsql::end_fence_sessions() + ";\nBEGIN;\n" + pgsql::fence_function(false, "") + ";\n" + pgsql::ddl_function(false) + ";\nCOMMIT;", true));
