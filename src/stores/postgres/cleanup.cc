@@ -99,6 +99,8 @@ void PostgresStore::take_helpers(StoreContext& c) {
     untune(c, side);
     c.at(side).call("child.drop", {{"name", "wal-limit-" + config_.name}});
     c.at(side).exec_ok({.argv = {"rm", "-rf", socket_directory(c, side)}});
+    // Of a controller that was killed.
+    c.at(side).exec_ok({.argv = {"sh", "-c", "rm -rf -- \"$1\".*", "sh", dump_place()}});
   }
 }
 
@@ -178,6 +180,8 @@ std::vector<std::string> PostgresStore::leftovers(StoreContext& c) {
       else if (s->number("SELECT count(*) FROM pg_namespace WHERE nspname = 'rehome'") > 0)
         all.push_back(where + ": " + database + ": schema rehome");
     }
+    for (const auto& at : split(trim(c.at(side).exec_ok({.argv = {"sh", "-c", "ls -d -- \"$1\".* 2>/dev/null; true", "sh", dump_place()}}).out), '\n'))
+      if (!at.empty()) all.push_back(where + ": " + at);
     if (c.at(side).exec({.argv = {"test", "-e", socket_directory(c, side)}}).ok()) all.push_back(where + ": " + socket_directory(c, side));
   }
   return all;

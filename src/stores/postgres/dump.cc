@@ -89,7 +89,7 @@ SchemaDump::SchemaDump(StoreContext& c, PostgresStore& store, const PgPrograms& 
       a.port = 5432;
     }
   }
-  directory_ = std::string(trim(run_there({"mktemp", "-d", "/tmp/rehome-dump.XXXXXX"}, {}, "mktemp")));
+  directory_ = std::string(trim(run_there({"mktemp", "-d", store.dump_place() + ".XXXXXX"}, {}, "mktemp")));
   std::vector<std::pair<std::string, std::string>> env{{"PGHOST", a.host}, {"PGPORT", std::to_string(a.port)}, {"PGUSER", a.user}, {"PGDATABASE", a.database}, {"PGAPPNAME", "rehome copy"}};
   if (!a.password.empty()) env.emplace_back("PGPASSWORD", a.password);
   std::vector<std::string> argv{programs.directory + "pg_dump", "-Fc", "--exclude-schema=rehome", "--no-publications", "--no-subscriptions", "-f", directory_ + "/dump"};

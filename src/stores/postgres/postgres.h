@@ -74,6 +74,8 @@ class PostgresStore : public Store {
   double split_share = 1.25;
 
   // For the phases and the Cut.
+  // Where a schema dump lies while it is read, on whichever host pg_dump runs: a name with a random end behind it.
+  std::string dump_place() const { return "/tmp/rehome-dump-" + tag_; }
   std::string server_address(Side side) const;   // as seen from its site, for a relay
   PgAddress address(StoreContext&, Side, const std::string& database, const std::string& keep = {});
   std::unique_ptr<PgSession> session(StoreContext&, Side, const std::string& database, const std::string& application = "rehome");

@@ -43,6 +43,17 @@ TEST(PostgresRoles, SettingsListsAndPasswordsWithoutAWordInTheLog) {
   EXPECT_EQ(target.log().find("SCRAM-SHA-256"), std::string::npos);
 }
 
+TEST(PostgresRoles, AnErrorSaysNothingOfAPassword) {
+  PgServer server(15);
+  try {
+    server.session("postgres")->exec("ALTER ROLE nobody PASSWORD 'md50123456789abcdef0123456789abcdef'");
+    FAIL();
+  } catch (const Error& e) {
+    EXPECT_NE(std::string(e.what()).find("ALTER ROLE nobody PASSWORD"), std::string::npos) << e.what();
+    EXPECT_EQ(std::string(e.what()).find("md5"), std::string::npos) << e.what();
+  }
+}
+
 TEST(PostgresRoles, MembershipsKeepTheirOptions) {
   PgServer source(17), target(17);
   source.session("postgres")->exec("CREATE DATABASE shop; ");
@@ -473,6 +484,23 @@ TEST(PostgresPreflight, SchemaOfOurNameThatIsNotThisRuns) {
   PostgresStore again(other.deployment.stores[0], other.deployment);
   EXPECT_NE(found(other, again).find("postgres.schema db: source: database shop; "), std::string::npos);
   store.abandon(w.context());
+}
+
+// "postgres" of `databases: all` has none as a rule. What a killed controller's dump left goes too.
+TEST(PostgresCleanup, ADatabaseWithoutTablesKeepsNothing) {
+  PgServer source(15), target(15);
+  source.session("postgres")->exec("CREATE DATABASE shop");
+  source.session("shop")->exec("CREATE TABLE public.t(id int PRIMARY KEY)");
+  source.session("postgres")->exec("CREATE DATABASE bare");
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop", "bare"}));
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  begin(w, store);
+  switch_over(w, store, {Side::source});
+  make_directories(store.dump_place() + ".killed");
+  EXPECT_NE(join(store.leftovers(w.context()), "; ").find(store.dump_place() + ".killed"), std::string::npos);
+  store.finish(w.context(), Side::target);
+  EXPECT_EQ(store.leftovers(w.context()), std::vector<std::string>{"source: shop: refusing trigger on 1 tables (the fence)"});
+  EXPECT_FALSE(exists(store.dump_place() + ".killed"));
 }
 
 }  // namespace

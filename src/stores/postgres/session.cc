@@ -78,6 +78,8 @@ void PgSession::fail(const PGresult* result, std::string_view sql) {
   if (!detail.empty()) text += " (" + detail.substr(0, 300) + ")";
   // The statement's beginning tells which one; values are parameters and not in it.
   std::string head(sql.substr(0, 100));
+  // Of a role's password, which cannot be a parameter, not a letter.
+  if (auto secret = head.find(" PASSWORD '"); secret != std::string::npos) head.resize(secret + 9);
   for (char& c : head)
     if (c == '\n') c = ' ';
   text += " [" + head + (sql.size() > 100 ? "..." : "") + "]";
