@@ -173,8 +173,7 @@ std::string PostgresStore::hold_snapshot(StoreContext& c, const std::string& dat
         c.log(config_.name + ": " + database + ": its slot is made anew, for these tables were made meanwhile: " + bare);
         continue;
       }
-      std::int64_t ddl = s->number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
-      remember_schema(c, database, Side::source, ddl, catalogue_fingerprint(*s, config_.postgres.roles));
+      remember_schema(c, database, Side::source, s->value("SELECT pg_current_snapshot()"), catalogue_fingerprint(*s, config_.postgres.roles));
       c.remember(key("extensions", database), extension_versions(*s));
     }
     c.remember(key("snapshot", database), snapshot);

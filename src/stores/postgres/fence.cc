@@ -196,8 +196,7 @@ class PostgresCut : public Cut {
       if (!differs.empty())
         throw Error(Code::verify, db.name + ": the schema was changed (" + differs + ") and the change is not on the " + std::string(side_name(d_.takes())), "rehome resume --recopy, then switch");
       // Under the fence nobody can add to the log: pg_class is locked.
-      std::int64_t now = db.marker->number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
-      if (now != db.ddl_accepted)
+      if (db.marker->number("SELECT count(*) FROM " + db.logged) > 0)
         throw Error(Code::verify, db.name + ": the schema was changed, and the change is not on the " + std::string(side_name(d_.takes())), "rehome resume --recopy, then switch");
       std::string missing = db.target->value("SELECT coalesce(string_agg(n, ', '), '') FROM unnest($1::text[]) n WHERE to_regclass(n) IS NULL", {db.table_array}, deadline);
       if (!missing.empty()) throw Error(Code::verify, db.name + ": missing on the " + std::string(side_name(d_.takes())) + ": " + missing, "copy again");
@@ -250,10 +249,10 @@ class PostgresCut : public Cut {
     std::unique_ptr<SequenceQuestion> positions;
     Json fingerprint;   // what the yielding side's schema must be
     std::string refuse, token, position, table_array;
+    std::string logged;                // where its log holds what is not on the other side
     std::vector<PgTable> unlogged;
     std::atomic<bool> fenced{false};
     Millis quick{100};
-    std::int64_t ddl_accepted = 0;   // what of its log is on the other side
     std::vector<Sequence> sequences;   // as they are on the taking-over side
     std::future<Json> looking;         // last: it ends before its sessions do
   };
@@ -278,8 +277,7 @@ class PostgresCut : public Cut {
     }
     db.table_array += "}";
     // Not what the log holds by now: a switch may have waited for its moment for a day since somebody looked.
-    const Json seen = c_.recall(store_.schema_key("ddl_seen", db.name, d_.yields));
-    db.ddl_accepted = seen.is_number() ? seen.get<std::int64_t>() : 0;
+    db.logged = store_.logged_since(c_, db.name, d_.yields);
     db.question = std::make_unique<CatalogueQuestion>(std::vector<PgSession*>{db.look[0].get(), db.look[1].get()}, store_.config().postgres.roles);
     db.fingerprint = c_.recall(store_.schema_key("fingerprint", db.name, d_.yields));
     db.marker->exec("SET client_min_messages = 'error'; SET jit = off");

@@ -343,10 +343,9 @@ TEST(PostgresWindow, SchemaChangesAfterTheSwitch) {
   begin(w, store);
   switch_over(w, store, {Side::source});
   EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
-  const char* change = "CREATE TABLE public.made(id bigint PRIMARY KEY, t text); ALTER TABLE public.account ADD COLUMN note text DEFAULT 'none'";
+  const std::string column = "ALTER TABLE public.account ADD COLUMN note text DEFAULT 'none'", table = "CREATE TABLE public.made(id bigint PRIMARY KEY, t text)", change = column + "; " + table;
   auto t = target.session("shop");
-  t->exec(change);
-  t->exec("INSERT INTO public.made SELECT i, 'before' FROM generate_series(1, 1000) i; UPDATE public.account SET note = 'kept' WHERE id = 1");
+  t->exec(column);
   EXPECT_FALSE(store.needs_recopy(w.context()).empty());
   // Nobody who goes past `reverse` gets through either.
   store.prepare_reverse(w.context(), {Side::target});
@@ -356,6 +355,9 @@ TEST(PostgresWindow, SchemaChangesAfterTheSwitch) {
     cut->soft_fence(deadline);
     EXPECT_THROW(cut->compare(deadline), Error);
   }
+  t->exec(table);
+  EXPECT_THROW(store.open_cut(w.context(), {Side::target}), Error);
+  t->exec("INSERT INTO public.made SELECT i, 'before' FROM generate_series(1, 1000) i; UPDATE public.account SET note = 'kept' WHERE id = 1");
   try {
     store.recopy(w.context());
     ADD_FAILURE() << "the source has no table made";

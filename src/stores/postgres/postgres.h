@@ -94,6 +94,8 @@ class PostgresStore : public Store {
   // The key under which a fact of this store is remembered.
   std::string key(const std::string& what, const std::string& database = {}) const;
   std::string schema_key(const std::string& what, const std::string& database, Side) const;
+  // "rehome.ddl_log WHERE ...": what it holds beside what was accepted. A change that was open then, and commits later, is among it.
+  std::string logged_since(StoreContext&, const std::string& database, Side);
   const PostgresServer& server(Side side) const { return config_.postgres.server[side]; }
   const StoreConfig& config() const { return config_; }
   // The tables that the application locks first, as fences have met them: a fence that locks in the same order meets no
@@ -163,7 +165,8 @@ class PostgresStore : public Store {
   SourceSchema read_source_schema(StoreContext&, const std::string& database);
   void record_copied_schema(StoreContext&, const std::string& database, const std::string& snapshot);
   // A side's schema as the other one has it: the source's since it was copied, the target's since the switch.
-  void remember_schema(StoreContext&, const std::string& database, Side, std::int64_t ddl, const Json& fingerprint);
+  // `seen`: a snapshot, for the log's numbers come in another order than their commits.
+  void remember_schema(StoreContext&, const std::string& database, Side, const std::string& seen, const Json& fingerprint);
   // Every table of the publisher published, and copied to the other side where the subscription does not know it yet; until all
   // are followed.
   void synchronise(StoreContext&, const std::string& database, Side publisher);

@@ -107,7 +107,7 @@ void PostgresStore::install_fence(StoreContext& c, PgSession& s, Side side, cons
   s.exec("CREATE SCHEMA IF NOT EXISTS rehome; GRANT USAGE ON SCHEMA rehome TO public");
   s.exec("CREATE TABLE IF NOT EXISTS rehome.marker(token text PRIMARY KEY, at timestamptz NOT NULL DEFAULT now())");
   s.exec("CREATE TABLE IF NOT EXISTS rehome.ddl_log(n bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, at timestamptz NOT NULL DEFAULT "
-         "clock_timestamp(), who text NOT NULL DEFAULT session_user, tag text NOT NULL, object text, rewritten oid)");
+         "clock_timestamp(), who text NOT NULL DEFAULT session_user, tag text NOT NULL, object text, rewritten oid, xact xid8 NOT NULL DEFAULT pg_current_xact_id())");
   if (s.number("SELECT count(*) FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace WHERE n.nspname = 'rehome' AND p.proname = 'fence'") == 0)
     s.exec(pgsql::fence_function(refusing, where));
   s.exec(pgsql::ddl_function(config_.postgres.ddl == PostgresConfig::Ddl::block && side == Side::source));

@@ -36,7 +36,7 @@ PostgresStore::SourceSchema PostgresStore::read_source_schema(StoreContext& c, c
   auto s = session(c, Side::source, database);
   for (int i = 0; i < 5; i++) {
     SourceSchema now;
-    now.ddl = s->number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
+    now.ddl = s->value("SELECT pg_current_snapshot()");
     now.fingerprint = catalogue_fingerprint(*s, config_.postgres.roles);
     now.dump = std::make_unique<SchemaDump>(c, *this, programs(c), Side::source, database, "", std::vector<std::string>{"-s"});
     now.entries = now.dump->entries();
@@ -51,9 +51,14 @@ PostgresStore::SourceSchema PostgresStore::read_source_schema(StoreContext& c, c
   throw Error(Code::store, "source: database " + database + ": its schema changes all the time", "wait until a migration of the application is over, then try again", true);
 }
 
-void PostgresStore::remember_schema(StoreContext& c, const std::string& database, Side side, std::int64_t ddl, const Json& fingerprint) {
-  c.remember(schema_key("ddl_seen", database, side), ddl);
+void PostgresStore::remember_schema(StoreContext& c, const std::string& database, Side side, const std::string& seen, const Json& fingerprint) {
+  c.remember(schema_key("ddl_seen", database, side), seen);
   c.remember(schema_key("fingerprint", database, side), fingerprint);
+}
+
+std::string PostgresStore::logged_since(StoreContext& c, const std::string& database, Side side) {
+  const Json seen = c.recall(schema_key("ddl_seen", database, side));
+  return "rehome.ddl_log" + (seen.is_string() ? " WHERE NOT pg_visible_in_snapshot(xact, " + pg_literal(seen.get<std::string>()) + ")" : std::string(" WHERE true"));
 }
 
 std::string PostgresStore::schema_key(const std::string& what, const std::string& database, Side side) const {
@@ -147,9 +152,8 @@ std::string PostgresStore::copy_changed(StoreContext& c, const std::string& data
   restore_roles(c);
   carry_database(c, database);
   // Rows that the follower was not told of: a rewrite is no change of rows to it. After the schema was read: one more is met again.
-  const Json seen = c.recall(schema_key("ddl_seen", database, Side::source));
   std::set<std::int64_t> rewritten;
-  for (auto& r : s->query("SELECT DISTINCT rewritten FROM rehome.ddl_log WHERE rewritten IS NOT NULL AND n > " + std::to_string(seen.is_number() ? seen.get<std::int64_t>() : 0))) rewritten.insert(std::stoll(*r[0]));
+  for (auto& r : s->query("SELECT DISTINCT rewritten FROM " + logged_since(c, database, Side::source) + " AND rewritten IS NOT NULL")) rewritten.insert(std::stoll(*r[0]));
   SchemaChange change(*t, now.entries, rewritten);
   if (!change.known()) return "there is no record of what was copied";
   if (!change.obstacle().empty()) return change.obstacle();
@@ -259,9 +263,8 @@ std::string PostgresStore::copy_changed(StoreContext& c, const std::string& data
 
 std::string PostgresStore::schema_change(StoreContext& c, const std::string& database, Side side) {
   auto s = session(c, side, database);
-  Json seen = c.recall(schema_key("ddl_seen", database, side));
   std::vector<std::string> all;
-  for (auto& r : s->query("SELECT tag, object, at::text FROM rehome.ddl_log WHERE n > " + std::to_string(seen.is_number() ? seen.get<std::int64_t>() : 0) + " ORDER BY n LIMIT 50"))
+  for (auto& r : s->query("SELECT tag, object, at::text FROM " + logged_since(c, database, side) + " ORDER BY n LIMIT 50"))
     all.push_back(*r[0] + " " + r[1].value_or("") + " at " + *r[2]);
   // What the event trigger did not see.
   std::string differs = catalogue_difference(c.recall(schema_key("fingerprint", database, side)), catalogue_fingerprint(*s, config_.postgres.roles));
@@ -306,7 +309,7 @@ void PostgresStore::accept_schema(StoreContext& c, const std::string& database) 
   const std::string changed = schema_change(c, database, Side::target);
   if (changed.empty()) return;
   auto s = session(c, Side::source, database), t = session(c, Side::target, database);
-  const std::int64_t ddl = t->number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log");
+  const std::string seen = t->value("SELECT pg_current_snapshot()");
   const Json fingerprint = catalogue_fingerprint(*t, config_.postgres.roles);
   auto columns = [&](PgSession& at) {
     std::set<std::string> all;
@@ -335,7 +338,7 @@ void PostgresStore::accept_schema(StoreContext& c, const std::string& database) 
     throw;
   }
   close();
-  remember_schema(c, database, Side::target, ddl, fingerprint);
+  remember_schema(c, database, Side::target, seen, fingerprint);
 }
 
 void PostgresStore::recopy(StoreContext& c) {

@@ -469,6 +469,48 @@ TEST_P(PostgresRewrite, IsCopiedAgain) {
 INSTANTIATE_TEST_SUITE_P(Majors, PostgresRewrite, ::testing::Values(std::pair{13, 13}, std::pair{15, 17}),
                          [](const auto& p) { return std::to_string(p.param.first) + "to" + std::to_string(p.param.second); });
 
+// Two changes may be logged in one order and committed in the other: one that was open while the copy's snapshot was taken is not taken
+// for known because the other is.
+TEST(PostgresChange, CommittedAfterALaterOne) {
+  PgServer source(15), target(15);
+  source.session("postgres")->exec("CREATE DATABASE shop");
+  auto s = source.session("shop"), first = source.session("shop"), second = source.session("shop"), open = source.session("shop");
+  s->exec("CREATE TABLE public.item(id int PRIMARY KEY, t text); INSERT INTO public.item VALUES (1, 'a')");
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  store.prepare(w.context());
+  first->exec("BEGIN; SELECT pg_current_xact_id()");
+  {
+    std::jthread helper([&] {
+      auto until = [&](const std::string& what) {
+        Deadline deadline = Deadline::in(Millis(20000));
+        while (s->number("SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid) WHERE a.application_name LIKE 'rehome%' AND NOT l.granted AND " + what) == 0 && !deadline.passed()) system_clock().sleep(Millis(10));
+        EXPECT_FALSE(deadline.passed()) << what;
+      };
+      // The slot's making waits twice for what is open; what begins during the second is open in its snapshot.
+      auto waits_for = [&](PgSession& one) { until("l.locktype = 'transactionid' AND l.transactionid::text = " + pg_literal(one.value("SELECT pg_current_xact_id()"))); };
+      waits_for(*first);
+      second->exec("BEGIN; SELECT pg_current_xact_id()");
+      first->exec("COMMIT");
+      waits_for(*second);
+      open->exec("BEGIN; ALTER TABLE public.item ALTER t TYPE text USING upper(t)");
+      s->exec("CREATE FUNCTION public.twice(i int) RETURNS int LANGUAGE sql AS 'SELECT i * 2'");
+      second->exec("COMMIT");
+      until("l.locktype = 'relation' AND l.relation = 'public.item'::regclass");
+      open->exec("COMMIT");
+    });
+    store.copy(w.context());
+  }
+  store.follow(w.context());
+  wait_until_following(w, store);
+  EXPECT_FALSE(store.needs_recopy(w.context()).empty());
+  store.recopy(w.context());
+  EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
+  EXPECT_EQ(target.session("shop")->value("SELECT coalesce(string_agg(t, ','), '') FROM public.item"), "A");
+  switch_over(w, store, {Side::source});
+  quiesced_equal(source, target);
+}
+
 // A switch may wait long between its last look at the schema and its cut: what was logged meanwhile is refused, also where the catalogue
 // looks as before.
 TEST(PostgresChange, LoggedWhileASwitchWaits) {
@@ -708,6 +750,9 @@ TEST(PostgresCopy, RangesRightsAndNamedRows) {
   t->exec("BEGIN; ALTER TABLE public.plain DISABLE TRIGGER rehome_fence; DELETE FROM public.plain WHERE id IN (-9997, 1000000); INSERT INTO public.plain VALUES (-9997, md5('1')), (50000, md5('20000')); "
           "ALTER TABLE public.plain ENABLE ALWAYS TRIGGER rehome_fence; COMMIT");
   EXPECT_TRUE(store.verify(w.context()).equal);
+  // Rights on objects are logged as changes of the schema.
+  store.recopy(w.context());
+  EXPECT_TRUE(said(w, "copied again: no table")) << join(w.lines, "\n");
   switch_over(w, store, {Side::source});
   const char* objects = "SELECT string_agg(m.oid || ' ' || pg_get_userbyid(lomowner) || ' ' || md5(lo_get(m.oid)) || ' ' || coalesce(lomacl::text, '-'), ', ' ORDER BY m.oid) FROM pg_largeobject_metadata m";
   EXPECT_EQ(source.session("shop")->value(objects), t->value(objects));   // the switch ends older sessions

@@ -67,7 +67,7 @@ void PostgresStore::prepare_reverse(StoreContext& c, Direction d) {
     }
     subscribe(c, database, r, false);
     // What the target's schema is when it begins to serve: the way back is for that one.
-    if (d.yields == Side::source) remember_schema(c, database, Side::target, publisher->number("SELECT coalesce(max(n), 0) FROM rehome.ddl_log"), catalogue_fingerprint(*publisher, config_.postgres.roles));
+    if (d.yields == Side::source) remember_schema(c, database, Side::target, publisher->value("SELECT pg_current_snapshot()"), catalogue_fingerprint(*publisher, config_.postgres.roles));
     refresh_views(*publisher);
   }
 }

@@ -65,7 +65,7 @@ class SchemaChange {
 
 // The source's schema at one moment, with what will tell whether it has changed since.
 struct PostgresStore::SourceSchema {
-  std::int64_t ddl = 0;
+  std::string ddl;   // a snapshot that is no newer than the rest
   Json fingerprint;
   std::unique_ptr<SchemaDump> dump;
   std::vector<SchemaEntry> entries;
