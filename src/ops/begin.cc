@@ -133,11 +133,15 @@ Prediction wait_until_ready(Run& run, Switchover& switchover, Millis patience, b
   // Micro-fences: three in a row, then ever more seldom, up to five minutes; each cancels autovacuum on the tables it locks.
   int measured = 0;
   Millis rest(10'000);
-  Deadline measure_again;
+  Deadline measure_again, renew = Deadline::in(Millis(60'000));
   std::vector<std::string> last;   // what the last measurement found in the way
   std::string said;
   while (true) {
     if (cancel_flag()) throw Error(Code::interrupted, "stopped while waiting for the moment to switch", "switch again when you like");
+    if (renew.passed()) {
+      switchover.renew();
+      renew = Deadline::in(Millis(60'000));
+    }
     Prediction p = switchover.predict(false);
     if (p.obstacles.empty()) {
       if (measured < 3 || measure_again.passed()) {

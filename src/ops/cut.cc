@@ -139,6 +139,10 @@ void Switchover::prepare() {
   takes().call("action.warm", {{"set", "open"}}, Deadline::in(Millis(60000)));
 }
 
+void Switchover::renew() {
+  for (auto& store : run_.stores()) store->renew_reverse(run_.stores_context(), direction_);
+}
+
 Prediction Switchover::predict(bool measure) {
   Prediction p;
   double ms = 0;

@@ -40,6 +40,8 @@ class Switchover {
   void prepare();
   // `measure`: run the micro-fence of every store (at most 3 in a row; each cancels autovacuum on the tables it locks).
   Prediction predict(bool measure);
+  // For who waits between prepare() and cut(), every minute or so.
+  void renew();
   // The pause. On return the other side serves. Error(backed_out): Y serves as before, nothing is lost, it can be tried
   // again. Error(unknown): the commit was asked for and its outcome is not known here; the agents decide it, see status.
   CutResult cut();

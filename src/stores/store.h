@@ -160,6 +160,8 @@ class Store {
   virtual Verdict verify(StoreContext&) = 0;
 
   virtual void prepare_reverse(StoreContext&, Direction) = 0;   // disabled reverse follower; before the pause, idempotent
+  // Now and then while a switch waits for its moment: what is prepared for the way back begins now, and holds nothing older.
+  virtual void renew_reverse(StoreContext&, Direction) {}
   virtual ActionSets actions(StoreContext&, Direction) = 0;
   // Before the side that takes over is opened by a person's word without a cut, the other one being gone: what a cut would have
   // carried over and can be told from this side alone. Uses this side only. Idempotent. Throws Error(state) where the first copy, or a

@@ -51,7 +51,7 @@ Follower::Follower(AgentHost& host, Accounts& accounts, std::string store, Store
   links_.emplace(*tree_, filter_);
   sender_.emplace(*tree_, filter_, *links_, accounts_);
   try {
-    watch_.emplace(*tree_, filter_, dirty_);
+    watch_.emplace(*tree_, filter_, dirty_, &*links_);
     if (!why_rescan.empty()) dirty_.rescan(why_rescan);
   } catch (const Error& e) {
     // Without events every pass reads the whole tree: slower, not less right.

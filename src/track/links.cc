@@ -84,6 +84,12 @@ std::vector<std::string> LinkIndex::names(ino_t ino) {
   return verified(ino);
 }
 
+bool LinkIndex::is_outside(ino_t ino, nlink_t nlink) {
+  std::lock_guard lock(mutex_);
+  auto known = outside_.find(ino);
+  return known != outside_.end() && known->second == std::pair<nlink_t, std::size_t>(nlink, 0);
+}
+
 void LinkIndex::forget_outside() {
   std::lock_guard lock(mutex_);
   outside_.clear();

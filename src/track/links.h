@@ -34,6 +34,8 @@ class LinkIndex {
   void complete(const std::unordered_map<ino_t, nlink_t>& inodes);
   // The names of this inode in the tree, verified.
   std::vector<std::string> names(ino_t ino);
+  // Whether complete() has found none of these names in the tree.
+  bool is_outside(ino_t ino, nlink_t nlink);
   // After a time in which changes were not noted: a name outside may have become one in the tree.
   void forget_outside();
   std::uint64_t passes() const { return passes_; }  // over the whole tree, after build

@@ -78,7 +78,7 @@ std::string Watch::obstacle(const std::string& path) {
   return {};
 }
 
-Watch::Watch(const Tree& tree, const Filter& filter, DirtySet& dirty) : tree_(tree), filter_(filter), dirty_(dirty) {
+Watch::Watch(const Tree& tree, const Filter& filter, DirtySet& dirty, LinkIndex* links) : tree_(tree), filter_(filter), dirty_(dirty), links_(links) {
   std::string trouble = obstacle("/proc/self/fd/" + std::to_string(tree.root()));
   if (!trouble.empty())
     throw Error(Code::denied, "watch " + tree.label() + ": " + trouble,
@@ -325,8 +325,8 @@ void Watch::changed(std::string_view object, const std::string* path) {
   }
   if (st.st_nlink == 0) return;
   if (!path) {
-    // With the number of its names, by which those that have none here are looked for once only.
-    if (st.st_nlink > 1) dirty_.add_inode(st.st_ino, st.st_nlink);
+    // Those that have no name here are looked for once: who writes one all the time must not keep this tree from ever being clean.
+    if (st.st_nlink > 1 && !(links_ && links_->is_outside(st.st_ino, st.st_nlink))) dirty_.add_inode(st.st_ino, st.st_nlink);
   } else if (st.st_nlink > 1 || ::fstatat(tree_.root(), path->c_str(), &named, AT_SYMLINK_NOFOLLOW) != 0 || named.st_ino != st.st_ino) {
     dirty_.add_inode(st.st_ino);
   }

@@ -13,15 +13,16 @@
 
 #include "track/dirty.h"
 #include "track/filter.h"
+#include "track/links.h"
 #include "track/tree.h"
 
 namespace rehome::track {
 
 class Watch {
  public:
-  // Starts watching and a thread that reads. Borrows all three. Throws Error(denied) where rights or the kernel are
+  // Starts watching and a thread that reads. Borrows all. `links`: knows which files with several names have none in the tree. Throws Error(denied) where rights or the kernel are
   // missing (CAP_SYS_ADMIN and CAP_DAC_READ_SEARCH; Linux 5.9), Error(io) for a file system without file handles.
-  Watch(const Tree& tree, const Filter& filter, DirtySet& dirty);
+  Watch(const Tree& tree, const Filter& filter, DirtySet& dirty, LinkIndex* links = nullptr);
   ~Watch();
   Watch(const Watch&) = delete;
   Watch& operator=(const Watch&) = delete;
@@ -49,6 +50,7 @@ class Watch {
   const Tree& tree_;
   const Filter& filter_;
   DirtySet& dirty_;
+  LinkIndex* links_;
   Fd fd_;
   std::mutex mutex_;  // of reading, and of what is below
   std::unordered_map<std::string, std::string> places_;  // handle -> relative path; "/" for outside

@@ -58,6 +58,7 @@ class PostgresStore : public Store {
   void recopy(StoreContext&) override;
   Verdict verify(StoreContext&) override;
   void prepare_reverse(StoreContext&, Direction) override;
+  void renew_reverse(StoreContext&, Direction) override;
   void make_up_for_cut(StoreContext&, Direction) override;
   ActionSets actions(StoreContext&, Direction) override;
   std::unique_ptr<Cut> open_cut(StoreContext&, Direction) override;

@@ -503,5 +503,26 @@ TEST(PostgresCleanup, ADatabaseWithoutTablesKeepsNothing) {
   EXPECT_FALSE(exists(store.dump_place() + ".killed"));
 }
 
+TEST(PostgresReverse, AWaitingSwitchHoldsNoOldWal) {
+  PgServer source(15), target(15);
+  source.session("postgres")->exec("CREATE DATABASE shop");
+  auto s = source.session("shop");
+  s->exec("CREATE TABLE public.t(id int PRIMARY KEY, filler text)");
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  begin(w, store);
+  store.prepare_reverse(w.context(), {Side::source});
+  auto held = [&] {
+    return target.session("shop")->number("SELECT pg_wal_lsn_diff(pg_current_wal_flush_lsn(), confirmed_flush_lsn)::bigint FROM pg_replication_slots WHERE slot_name = " + pg_literal(store.flow("shop", Side::target).slot));
+  };
+  s->exec("INSERT INTO public.t SELECT i, repeat('x', 1000) FROM generate_series(1, 2000) i");
+  wait_until_following(w, store);
+  EXPECT_GT(held(), 2'000'000);
+  store.renew_reverse(w.context(), {Side::source});
+  EXPECT_LT(held(), 100'000);
+  switch_over(w, store, {Side::source});
+  store.finish(w.context(), Side::target);
+}
+
 }  // namespace
 }  // namespace rehome

@@ -72,6 +72,14 @@ void PostgresStore::prepare_reverse(StoreContext& c, Direction d) {
   }
 }
 
+// What the forward follower writes is WAL too, and a slot that waits for a day would meet its limit.
+void PostgresStore::renew_reverse(StoreContext& c, Direction d) {
+  for (const auto& database : databases(c)) {
+    PgFlow r = flow(database, d.takes());
+    session(c, r.publisher, database)->query("SELECT pg_replication_slot_advance(slot_name, pg_current_wal_flush_lsn()) FROM pg_replication_slots WHERE NOT active AND slot_name = " + pg_literal(r.slot), Deadline::in(Millis(60000)));
+  }
+}
+
 ActionSets PostgresStore::actions(StoreContext& c, Direction d) {
   ActionSets sets;
   auto action = [&](Side side, const std::string& what, const std::string& database, const std::string& input, bool warm) {
