@@ -91,6 +91,7 @@ class Follower {
     std::int64_t wall_us = 0;
   };
   Moment looked_;   // when last for who has files open for writing
+  Ticks look_took_ = 0;
   std::int64_t changed_since_us_ = 0;   // and what may have changed unseen since then: files with this time or a later one
   std::map<std::uint64_t, std::pair<std::int64_t, std::int64_t>> mapped_seen_;  // inode -> mtime
 
