@@ -19,13 +19,6 @@ bool said(World& w, const std::string& what) {
   return std::any_of(w.lines.begin(), w.lines.end(), [&](const std::string& l) { return l.find(what) != std::string::npos; });
 }
 
-std::unique_ptr<PgSession> shop_with(const PgServer& server, const std::string& sql) {
-  server.session("postgres")->exec("CREATE DATABASE shop");
-  auto s = server.session("shop");
-  s->exec(sql);
-  return s;
-}
-
 std::string rows(const PgServer& server, const std::string& table) { return server.session("shop")->value("SELECT coalesce(string_agg(id || ' ' || name, ', ' ORDER BY id), '') FROM public." + table); }
 
 // What people wrote into an extension's tables moves, with and without rows that CREATE EXTENSION makes itself.

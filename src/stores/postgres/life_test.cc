@@ -132,11 +132,8 @@ TEST(PostgresCopyTest, TableMadeBeforeTheSlotIsFollowed) {
 
 // A schema change while following: the switch is refused until the tables are copied again, and nothing is lost by that.
 TEST(PostgresChange, SchemaChangeMustBeCopiedAgain) {
-  PgServer source(15), target(15);
-  source.session("postgres")->exec("CREATE DATABASE shop");
-  source.session("shop")->exec("SET search_path = public; " + Load::schema(2));
-  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
-  PostgresStore store(w.deployment.stores[0], w.deployment);
+  Shop shop("SET search_path = public; " + Load::schema(2));
+  auto& [source, target, s, w, store] = shop;
   Load load({&source, &target}, "shop", 2);
   begin(w, store);
   source.session("shop")->exec("SET search_path = public; CREATE TABLE added(id int PRIMARY KEY); INSERT INTO added VALUES (1); ALTER TABLE churn ADD COLUMN extra int DEFAULT 7; "
@@ -162,11 +159,8 @@ TEST(PostgresChange, SchemaChangeMustBeCopiedAgain) {
 // Whatever phase the controller dies in, before the commit: its sessions are cut, the agent's undo runs, the source serves,
 // and the follower still follows.
 TEST(PostgresCutTest, ControllerLostAtEachPhase) {
-  PgServer source(15), target(15);
-  source.session("postgres")->exec("CREATE DATABASE shop");
-  source.session("shop")->exec("SET search_path = public; " + Load::schema(5));
-  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
-  PostgresStore store(w.deployment.stores[0], w.deployment);
+  Shop shop("SET search_path = public; " + Load::schema(5));
+  auto& [source, target, s, w, store] = shop;
   begin(w, store);
   Direction d{Side::source};
   store.prepare_reverse(w.context(), d);
@@ -279,12 +273,9 @@ TEST(PostgresCutTest, WhatACutHasDoneIsStillThereAfterACrash) {
 
 // TRUNCATE minds foreign keys even where nothing fires them.
 TEST(PostgresCutTest, UnloggedTablesWithForeignKeysBetweenThem) {
-  PgServer source(15), target(17);
-  source.session("postgres")->exec("CREATE DATABASE shop");
-  source.session("shop")->exec("SET search_path = public; CREATE TABLE customer(id int PRIMARY KEY); INSERT INTO customer VALUES (1); CREATE UNLOGGED TABLE basket(id int PRIMARY KEY, of int REFERENCES customer); "
-                               "CREATE UNLOGGED TABLE a_line(basket int REFERENCES basket, n int PRIMARY KEY, before int REFERENCES a_line); INSERT INTO basket VALUES (1, 1), (2, 1); INSERT INTO a_line VALUES (1, 1, NULL), (2, 2, 1)");
-  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
-  PostgresStore store(w.deployment.stores[0], w.deployment);
+  Shop shop("SET search_path = public; CREATE TABLE customer(id int PRIMARY KEY); INSERT INTO customer VALUES (1); CREATE UNLOGGED TABLE basket(id int PRIMARY KEY, of int REFERENCES customer); "
+                               "CREATE UNLOGGED TABLE a_line(basket int REFERENCES basket, n int PRIMARY KEY, before int REFERENCES a_line); INSERT INTO basket VALUES (1, 1), (2, 1); INSERT INTO a_line VALUES (1, 1, NULL), (2, 2, 1)", 15, 17);
+  auto& [source, target, s, w, store] = shop;
   begin(w, store);
   switch_over(w, store, {Side::source});
   quiesced_equal(source, target);
@@ -297,11 +288,8 @@ TEST(PostgresCutTest, UnloggedTablesWithForeignKeysBetweenThem) {
 
 // A comparison and a micro-fence hold writers for what a marker takes, never for a follower that is behind.
 TEST(PostgresVerify, WritersDoNotWaitForAFollowerThatIsBehind) {
-  PgServer source(15), target(15);
-  source.session("postgres")->exec("CREATE DATABASE shop");
-  source.session("shop")->exec("SET search_path = public; " + Load::schema(2));
-  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
-  PostgresStore store(w.deployment.stores[0], w.deployment);
+  Shop shop("SET search_path = public; " + Load::schema(2));
+  auto& [source, target, s, w, store] = shop;
   begin(w, store);
   store.prepare_reverse(w.context(), {Side::source});
   Load load({&source, &target}, "shop", 2);
@@ -335,11 +323,8 @@ TEST(PostgresVerify, WritersDoNotWaitForAFollowerThatIsBehind) {
 
 // What a new version changes after the switch: the way back is refused until the old side has a place for every row.
 TEST(PostgresWindow, SchemaChangesAfterTheSwitch) {
-  PgServer source(15), target(15);
-  source.session("postgres")->exec("CREATE DATABASE shop");
-  source.session("shop")->exec("SET search_path = public; " + Load::schema(2));
-  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
-  PostgresStore store(w.deployment.stores[0], w.deployment);
+  Shop shop("SET search_path = public; " + Load::schema(2));
+  auto& [source, target, s, w, store] = shop;
   begin(w, store);
   switch_over(w, store, {Side::source});
   EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
@@ -365,7 +350,7 @@ TEST(PostgresWindow, SchemaChangesAfterTheSwitch) {
     EXPECT_NE(e.message.find("\"made\""), std::string::npos) << e.message;
     EXPECT_NE(e.message.find("note text"), std::string::npos) << e.message;
   }
-  auto s = source.session("shop");
+  s = source.session("shop");
   EXPECT_THROW(s->exec(change), PgError);
   s->exec(std::string("SET application_name = 'rehome by hand'; ") + change + "; RESET application_name");
   store.recopy(w.context());

@@ -219,12 +219,8 @@ TEST(PostgresNames, DatabaseAndUserOfAnyName) {
 
 // What a plan holds changes when the schema does, not when a table has grown past another one.
 TEST(PostgresEstimate, SchemaFactIsOfNamesAndLargeObjectsAreOfBytes) {
-  PgServer source(15), target(15);
-  source.session("postgres")->exec("CREATE DATABASE shop");
-  auto s = source.session("shop");
-  s->exec("SET search_path = public; CREATE TABLE a(id int); CREATE TABLE b(id int); INSERT INTO a SELECT generate_series(1, 5000)");
-  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
-  PostgresStore store(w.deployment.stores[0], w.deployment);
+  Shop shop("SET search_path = public; CREATE TABLE a(id int); CREATE TABLE b(id int); INSERT INTO a SELECT generate_series(1, 5000)");
+  auto& [source, target, s, w, store] = shop;
   Estimate before = store.estimate(w.context());
   s->exec("INSERT INTO public.b SELECT generate_series(1, 50000)");
   EXPECT_EQ(store.estimate(w.context()).facts, before.facts);
@@ -240,15 +236,12 @@ TEST(PostgresEstimate, SchemaFactIsOfNamesAndLargeObjectsAreOfBytes) {
 
 // A side that is opened without a cut must not give numbers again, whatever its sequences belong to.
 TEST(PostgresSequences, AdvancedWithoutACut) {
-  PgServer source(15), target(15);
-  source.session("postgres")->exec("CREATE DATABASE shop");
-  source.session("shop")->exec("SET search_path = public; CREATE TABLE plain(id serial PRIMARY KEY); INSERT INTO plain SELECT generate_series(1, 100); "
+  Shop shop("SET search_path = public; CREATE TABLE plain(id serial PRIMARY KEY); INSERT INTO plain SELECT generate_series(1, 100); "
                                "CREATE TABLE worded(id text PRIMARY KEY); CREATE SEQUENCE worded_seq OWNED BY worded.id; INSERT INTO worded VALUES ('A-7'), ('B'); SELECT setval('worded_seq', 7); "
                                "CREATE DOMAIN number AS bigint; CREATE TABLE domained(id number PRIMARY KEY); CREATE SEQUENCE domained_seq OWNED BY domained.id; INSERT INTO domained VALUES (500); "
                                "CREATE TABLE huge(id numeric PRIMARY KEY); CREATE SEQUENCE huge_seq OWNED BY huge.id; INSERT INTO huge VALUES (1e30), ('NaN'); "
                                "CREATE TABLE downwards(id int PRIMARY KEY); CREATE SEQUENCE down_seq INCREMENT -1 OWNED BY downwards.id; INSERT INTO downwards VALUES (-50); CREATE SEQUENCE alone");
-  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
-  PostgresStore store(w.deployment.stores[0], w.deployment);
+  auto& [source, target, s, w, store] = shop;
   begin(w, store);
   store.make_up_for_cut(w.context(), {Side::source});
   auto t = target.session("shop");
@@ -382,14 +375,10 @@ std::vector<std::string> errors_of(World& w, PostgresStore& store) {
 
 // They would fire for what is replicated: an audit row that the trigger writes, and the one that comes from the other side.
 TEST(PostgresPreflight, TriggersThatFireForReplicatedRows) {
-  PgServer source(15), target(15);
-  source.session("postgres")->exec("CREATE DATABASE shop");
-  auto s = source.session("shop");
-  s->exec("SET search_path = public; CREATE TABLE item(id int PRIMARY KEY, a int); CREATE TABLE audit(id int); CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN INSERT INTO public.audit VALUES (NEW.id); RETURN NEW; END'; "
+  Shop shop("SET search_path = public; CREATE TABLE item(id int PRIMARY KEY, a int); CREATE TABLE audit(id int); CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN INSERT INTO public.audit VALUES (NEW.id); RETURN NEW; END'; "
           "CREATE TRIGGER \"Watch\" AFTER INSERT ON item FOR EACH ROW EXECUTE FUNCTION note(); CREATE TRIGGER quiet BEFORE INSERT ON item FOR EACH ROW EXECUTE FUNCTION note(); ALTER TABLE item DISABLE TRIGGER quiet; "
           "CREATE TRIGGER copy BEFORE INSERT ON audit FOR EACH ROW EXECUTE FUNCTION note(); ALTER TABLE item ENABLE ALWAYS TRIGGER \"Watch\"; ALTER TABLE audit ENABLE REPLICA TRIGGER copy");
-  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
-  PostgresStore store(w.deployment.stores[0], w.deployment);
+  auto& [source, target, s, w, store] = shop;
   auto found = errors_of(w, store);
   ASSERT_EQ(found.size(), 2u) << join(found, "\n");
   EXPECT_NE(found[0].find("public.item: \"Watch\" / ALTER TABLE public.item ENABLE TRIGGER \"Watch\": "), std::string::npos) << found[0];
@@ -504,12 +493,8 @@ TEST(PostgresCleanup, ADatabaseWithoutTablesKeepsNothing) {
 }
 
 TEST(PostgresReverse, AWaitingSwitchHoldsNoOldWal) {
-  PgServer source(15), target(15);
-  source.session("postgres")->exec("CREATE DATABASE shop");
-  auto s = source.session("shop");
-  s->exec("CREATE TABLE public.t(id int PRIMARY KEY, filler text)");
-  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
-  PostgresStore store(w.deployment.stores[0], w.deployment);
+  Shop shop("CREATE TABLE public.t(id int PRIMARY KEY, filler text)");
+  auto& [source, target, s, w, store] = shop;
   begin(w, store);
   store.prepare_reverse(w.context(), {Side::source});
   auto held = [&] {

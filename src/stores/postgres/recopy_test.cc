@@ -94,14 +94,10 @@ class PostgresRights : public ::testing::TestWithParam<std::pair<int, int>> {};
 // Default rights are carried as statements: no table is copied for them, and what is made afterwards has the same rights on both sides.
 TEST_P(PostgresRights, ByDefaultAreCarried) {
   auto [from, to] = GetParam();
-  PgServer source(from), target(to);
-  source.session("postgres")->exec("CREATE DATABASE shop");
-  auto s = source.session("shop");
-  s->exec("SET search_path = public; CREATE ROLE reader; CREATE ROLE writer; CREATE ROLE maker; CREATE SCHEMA app; GRANT ALL ON SCHEMA app TO maker; ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO reader; "
+  Shop shop("SET search_path = public; CREATE ROLE reader; CREATE ROLE writer; CREATE ROLE maker; CREATE SCHEMA app; GRANT ALL ON SCHEMA app TO maker; ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO reader; "
           "ALTER DEFAULT PRIVILEGES FOR ROLE maker IN SCHEMA app GRANT SELECT, INSERT ON TABLES TO reader; ALTER DEFAULT PRIVILEGES FOR ROLE maker REVOKE EXECUTE ON FUNCTIONS FROM public; "
-          "ALTER DEFAULT PRIVILEGES FOR ROLE maker GRANT USAGE ON SEQUENCES TO writer; " + Load::schema(2) + "; SET ROLE maker; CREATE TABLE app.before(id serial PRIMARY KEY)");
-  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
-  PostgresStore store(w.deployment.stores[0], w.deployment);
+          "ALTER DEFAULT PRIVILEGES FOR ROLE maker GRANT USAGE ON SEQUENCES TO writer; " + Load::schema(2) + "; SET ROLE maker; CREATE TABLE app.before(id serial PRIMARY KEY)", from, to);
+  auto& [source, target, s, w, store] = shop;
   begin(w, store);
   auto all = [](const PgServer& server) {
     // In one order, and without what only another major has: the owner's right to maintain a table.
@@ -225,11 +221,8 @@ INSTANTIATE_TEST_SUITE_P(Majors, PostgresCluster, ::testing::Values(std::pair{13
 
 // What cannot be brought object by object is brought by a copy of the whole, and that is said.
 TEST(PostgresChange, WholeDatabaseWhereItMustBe) {
-  PgServer source(15), target(15);
-  source.session("postgres")->exec("CREATE DATABASE shop");
-  source.session("shop")->exec("SET search_path = public; CREATE ROLE reader; ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO reader; " + Load::schema(2));
-  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
-  PostgresStore store(w.deployment.stores[0], w.deployment);
+  Shop shop("SET search_path = public; CREATE ROLE reader; ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO reader; " + Load::schema(2));
+  auto& [source, target, s, w, store] = shop;
   begin(w, store);
   target.session("shop", "rehome copy")->exec("DROP TABLE rehome.copied_schema");
   source.session("shop")->exec("ALTER DEFAULT PRIVILEGES REVOKE SELECT ON TABLES FROM reader; CREATE TABLE public.later(id int PRIMARY KEY)");
@@ -245,12 +238,8 @@ class PostgresWhole : public ::testing::TestWithParam<const char*> {};
 
 TEST_P(PostgresWhole, InterruptedIsFinished) {
   const bool by_recopy = std::string(GetParam()) == "recopy";
-  PgServer source(15), target(15);
-  source.session("postgres")->exec("CREATE DATABASE shop");
-  auto s = source.session("shop");
-  s->exec("SET search_path = public; CREATE TABLE small(id int PRIMARY KEY); INSERT INTO small SELECT generate_series(1, 100); CREATE TABLE large(id int PRIMARY KEY, t text); INSERT INTO large SELECT i, repeat(md5(i::text), 5) FROM generate_series(1, 60000) i");
-  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
-  PostgresStore store(w.deployment.stores[0], w.deployment);
+  Shop shop("SET search_path = public; CREATE TABLE small(id int PRIMARY KEY); INSERT INTO small SELECT generate_series(1, 100); CREATE TABLE large(id int PRIMARY KEY, t text); INSERT INTO large SELECT i, repeat(md5(i::text), 5) FROM generate_series(1, 60000) i");
+  auto& [source, target, s, w, store] = shop;
   begin(w, store);
   EXPECT_TRUE(store.copied(w.context()));
   store.prepare_reverse(w.context(), {Side::source});
@@ -359,12 +348,8 @@ INSTANTIATE_TEST_SUITE_P(Majors, PostgresSynchronise, ::testing::Values(13, 15),
 
 // Event triggers can be switched off by a superuser; the catalogue cannot.
 TEST(PostgresChange, FingerprintFindsWhatTheTriggerMissed) {
-  PgServer source(15), target(15);
-  source.session("postgres")->exec("CREATE DATABASE shop");
-  auto s = source.session("shop");
-  s->exec("SET search_path = public; " + Load::schema(2) + "; " + variety("storeman"));
-  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
-  PostgresStore store(w.deployment.stores[0], w.deployment);
+  Shop shop("SET search_path = public; " + Load::schema(2) + "; " + variety("storeman"));
+  auto& [source, target, s, w, store] = shop;
   begin(w, store);
   store.prepare_reverse(w.context(), {Side::source});
   const std::string off = "ALTER EVENT TRIGGER rehome_ddl DISABLE; ALTER EVENT TRIGGER rehome_drop DISABLE", on = "ALTER EVENT TRIGGER rehome_ddl ENABLE ALWAYS; ALTER EVENT TRIGGER rehome_drop ENABLE ALWAYS";
@@ -514,12 +499,8 @@ TEST(PostgresChange, CommittedAfterALaterOne) {
 // A switch may wait long between its last look at the schema and its cut: what was logged meanwhile is refused, also where the catalogue
 // looks as before.
 TEST(PostgresChange, LoggedWhileASwitchWaits) {
-  PgServer source(15), target(15);
-  source.session("postgres")->exec("CREATE DATABASE shop");
-  auto s = source.session("shop");
-  s->exec("CREATE TABLE public.item(id int PRIMARY KEY, t text); INSERT INTO public.item VALUES (1, 'a')");
-  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
-  PostgresStore store(w.deployment.stores[0], w.deployment);
+  Shop shop("CREATE TABLE public.item(id int PRIMARY KEY, t text); INSERT INTO public.item VALUES (1, 'a')");
+  auto& [source, target, s, w, store] = shop;
   begin(w, store);
   EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
   store.prepare_reverse(w.context(), {Side::source});

@@ -62,6 +62,17 @@ static std::string diff(const std::string& a, const std::string& b) {
 
 static LocalSite& at(World& w, Side side) { return side == Side::source ? w.source : w.target; }
 
+std::unique_ptr<PgSession> shop_with(const PgServer& server, const std::string& sql) {
+  server.session("postgres")->exec("CREATE DATABASE shop");
+  auto s = server.session("shop");
+  s->exec(sql);
+  return s;
+}
+
+Shop::Shop(const std::string& sql, int from, int to)
+    : source(from), target(to), s(shop_with(source, sql)), w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"})),
+      store(w.deployment.stores[0], w.deployment) {}
+
 void wait_until_following(World& w, PostgresStore& store) {
   Deadline deadline = Deadline::in(Millis(60000));
   while (true) {

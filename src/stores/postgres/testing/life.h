@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -10,6 +11,17 @@
 #include "stores/postgres/testing/pg_server.h"
 
 namespace rehome::testing {
+
+// Makes a database "shop" and runs `sql` in it, in the session that is returned.
+std::unique_ptr<PgSession> shop_with(const PgServer& server, const std::string& sql);
+// Two servers, a database "shop" that `sql` has made on the source's, a session there, and a store between them.
+struct Shop {
+  explicit Shop(const std::string& sql, int from = 15, int to = 15);
+  PgServer source, target;
+  std::unique_ptr<PgSession> s;
+  World w;
+  PostgresStore store;
+};
 
 // Fails the test after a minute.
 void wait_until_following(World& w, PostgresStore& store);
