@@ -169,10 +169,10 @@ class Echo {
         auto fd = accept_from(listener_, Deadline::in(Millis(100)), &stop_);
         if (!fd) continue;
         open++;
-        send_all(*fd, "hello\n");
         auto shared = std::make_shared<Fd>(std::move(*fd));
         threads_.run([this, shared] {
           try {
+            send_all(*shared, "hello\n");
             Reader in(*shared);
             while (!stop_) {
               try {
@@ -237,6 +237,16 @@ TEST(Agent, RelaysAreCutAndKept) {
   ASSERT_EQ(list.size(), 1u);
   EXPECT_EQ(list[0]["alive"], true);
   EXPECT_EQ(a.call("keep.drop", {{"name", "snapshot"}, {"gen", 2}})["dropped"], true);
+  EXPECT_TRUE(becomes(echo.open, 0));
+  // While somebody has it too: the name is free at once, for who dropped it.
+  kept["gen"] = 2;
+  Fd attached = open_agent_stream(a.socket(), kept, Deadline::in(Millis(5000)));
+  for (int i = 0; i < 20; i++) {
+    EXPECT_EQ(a.call("keep.drop", {{"name", "snapshot"}, {"gen", 2}})["dropped"], true);
+    EXPECT_NO_THROW(attached = open_agent_stream(a.socket(), kept, Deadline::in(Millis(5000))));
+  }
+  a.call("keep.drop", {{"name", "snapshot"}, {"gen", 2}});
+  EXPECT_EQ(a.call("keep.list")["kept"].size(), 0u);
   EXPECT_TRUE(becomes(echo.open, 0));
   EXPECT_EQ(code_of([&] { open_agent_stream(a.socket(), to, Deadline::in(Millis(5000))); }), Code::conflict);
   to["gen"] = 2;

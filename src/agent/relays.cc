@@ -3,6 +3,8 @@
 #include <poll.h>
 #include <sys/socket.h>
 
+#include <algorithm>
+
 #include "agent/wire.h"
 
 namespace rehome {
@@ -43,10 +45,12 @@ void Relays::run(AgentConnection& caller, const Address& to, const std::string& 
   } catch (...) {
     std::lock_guard lock(mutex_);
     running_.remove(one);
+    over_.notify_all();
     throw;
   }
   std::lock_guard lock(mutex_);
   running_.remove(one);
+  over_.notify_all();
   if (!keep.empty() && !ended(upstream)) kept_[keep] = std::move(upstream);
 }
 
@@ -73,13 +77,17 @@ Json Relays::list() {
 }
 
 bool Relays::drop(const std::string& name) {
-  std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
   bool found = kept_.erase(name) > 0;
   for (auto& r : running_) {
     if (r->keep != name) continue;
     found = r->stop = true;
     ::shutdown(r->upstream, SHUT_RDWR);
   }
+  // Whoever dropped it takes the name again at once.
+  auto attached = [&] { return std::any_of(running_.begin(), running_.end(), [&](const auto& r) { return r->keep == name; }); };
+  if (!over_.wait_for(lock, std::chrono::seconds(5), [&] { return !attached(); }))
+    throw Error(Code::timeout, "the connection that is kept as '" + name + "' does not end", "try again", true);
   return found;
 }
 

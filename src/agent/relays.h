@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <functional>
 #include <list>
 #include <map>
@@ -26,6 +27,7 @@ class Relays {
   void cut_older(std::int64_t generation);
   void cut_all();
   Json list();                            // [{name, alive, attached}]
+  // Ends it, attached or not; on return the name is free. Throws Error(timeout).
   bool drop(const std::string& name);
   void stop();                            // cuts all and drops all
 
@@ -37,6 +39,7 @@ class Relays {
     std::string keep;
   };
   std::mutex mutex_;
+  std::condition_variable over_;   // one of them is
   std::list<std::shared_ptr<One>> running_;
   std::map<std::string, Fd> kept_;
 };
