@@ -39,7 +39,8 @@ identity() {
   local s
   s=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
   read -r -a s <<<"${s##*) }"
-  [ "${s[0]}" != Z ] && echo "${s[19]}"
+  # Of one that ends while it is read there may be less.
+  [ "${s[0]:-Z}" != Z ] && [ -n "${s[19]:-}" ] && echo "${s[19]}"
 }
 remember() { echo "$1 $(identity "$1")" >"$2"; }
 recall() {  # FILE: the pid in it, when that process is still the same one
