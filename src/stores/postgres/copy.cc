@@ -243,9 +243,10 @@ void PostgresStore::restore_section(StoreContext& c, const std::string& database
     Outcome o = wanted.empty() ? Outcome{} : run({.argv = {dump.programs().directory + "pg_restore", "--exit-on-error", "-L", dir.path() + "/list", "-d", "dbname=" + pg_conninfo_value(database), "-j", std::to_string(std::max(1, c.deployment.limits.jobs)), dump.archive()}, .env = env},
                                                  Deadline::in(std::chrono::hours(48)));
     if (!o.ok()) failed = trim(o.err);
+    make_durable(*target);
   } else {
     try {
-      target->exec("SET maintenance_work_mem = '256MB'; SET synchronous_commit = off");
+      target->exec("SET maintenance_work_mem = '256MB'");
       // As one transaction: all of it, or nothing.
       target->exec("BEGIN");
       target->exec(dump.script(wanted, *target));
@@ -368,7 +369,11 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
       throw Error(Code::store, "source: the slot of " + database + " went while it was copied: it kept more WAL than limits: wal_kept allows (" + human_bytes(c.deployment.limits.wal_kept) + "), or somebody dropped it",
                   "raise wal_kept, or copy when less is written; rehome resume begins this database's copy anew");
   };
-  auto remember_finished = [&] { c.remember(key("done", database), Json(finished)); };
+  // The journal must not know of rows that a crash of the target takes away again.
+  auto remember_finished = [&](PgSession& to) {
+    make_durable(to);
+    c.remember(key("done", database), Json(finished));
+  };
   int workers = std::min<int>(std::max(1, c.deployment.limits.jobs), static_cast<int>(std::max<std::size_t>(1, pieces.size())));
   try {
     in_parallel(workers, [&](const std::atomic<bool>& failed) {
@@ -411,15 +416,19 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
         if (--open_pieces[piece.table] == 0) {
           finished.insert(t.full());
           // Small tables together: a durable journal line for each of 2,000 would cost seconds.
-          if (t.bytes > (8 << 20) || finished.size() % 50 == 0) remember_finished();
+          if (t.bytes > (8 << 20) || finished.size() % 50 == 0) remember_finished(*to);
         }
       }
     });
   } catch (const Error& e) {
-    remember_finished();
+    try {
+      remember_finished(*session(c, Side::target, database, "rehome copy"));
+    } catch (const Error& again) {
+      c.log(config_.name + ": what was copied last is copied again: " + again.what());
+    }
     throw e.in(config_.name);
   }
-  remember_finished();
+  remember_finished(*session(c, Side::target, database, "rehome copy"));
 
   c.progress({.store = config_.name, .phase = "indexes and constraints", .detail = database, .done = total, .total = total});
   restore_section(c, database, "post-data", snapshot);
@@ -484,6 +493,7 @@ void PostgresStore::copy_large_objects(StoreContext& c, const std::string& datab
     if (c.cancelled) throw Error(Code::interrupted, "stopped while copying large objects of " + database);
     c.progress({.store = config_.name, .phase = "large objects", .detail = database, .done = moved, .total = std::max(total, moved)});
   });
+  make_durable(*to);
 }
 
 // One worker alone would be the long end of a copy. A parent's ANALYZE does its partitions too.

@@ -4,6 +4,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <future>
+#include <mutex>
+#include <set>
 
 #include "base/text.h"
 #include "stores/postgres/postgres.h"
@@ -269,6 +271,45 @@ TEST(PostgresCutTest, WhatACutHasDoneIsStillThereAfterACrash) {
   source.session("postgres")->exec("ALTER DATABASE shop SET synchronous_commit = remote_apply");
   EXPECT_EQ(source.session("postgres")->value("SHOW synchronous_commit"), "on");
   EXPECT_EQ(source.session("shop")->value("SHOW synchronous_commit"), "remote_apply");
+}
+
+// What the journal says of a copy is true of a target that crashes the moment it is written down.
+TEST(PostgresCopy, ATargetThatCrashesLosesNothingThatIsWrittenDownAsDone) {
+  Shop shop("SET search_path = public; " + Load::schema(3) + "; " + variety("storeman") + "; SELECT lo_from_bytea(0, 'one'); CREATE TABLE public.large(id int PRIMARY KEY, t text); "
+            "INSERT INTO public.large SELECT i, repeat(md5(i::text), 12) FROM generate_series(1, 30000) i");
+  auto& [source, target, s, w, store] = shop;
+  // Commits that nobody asks to be durable are on the disk at the next checkpoint.
+  for (const char* lazy : {"synchronous_commit = off", "wal_writer_delay = '10s'", "autovacuum = off"}) target.session("postgres")->exec(std::string("ALTER SYSTEM SET ") + lazy);
+  target.stop("immediate");
+  target.start();
+  store.prepare(w.context());
+  std::set<std::string> crashed_at;
+  std::mutex mutex;
+  w.remembered = [&](const std::string& key) {
+    std::lock_guard lock(mutex);
+    // `done` grows; the others are said once.
+    const std::string what = key.ends_with(".done") || key.ends_with(".sections") ? w.context().recall(key).dump() : key;
+    if (!crashed_at.insert(what).second) return;
+    target.stop("immediate");
+    target.start();
+  };
+  int crashes = 0;
+  for (; !store.copied(w.context()); crashes++) {
+    ASSERT_LT(crashes, 60);
+    try {
+      store.copy(w.context());
+    } catch (const Error& e) {
+      EXPECT_TRUE(e.code == Code::unreachable || e.code == Code::store) << e.what();
+    }
+  }
+  w.remembered = {};
+  EXPECT_GE(crashed_at.size(), 8u);
+  EXPECT_TRUE(crashed_at.contains("postgres.db.shop.copied"));
+  store.follow(w.context());
+  wait_until_following(w, store);
+  switch_over(w, store, {Side::source});
+  quiesced_equal(source, target);
+  EXPECT_EQ(large_objects(source), large_objects(target));
 }
 
 // TRUNCATE minds foreign keys even where nothing fires them.

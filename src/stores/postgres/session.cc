@@ -274,6 +274,13 @@ std::string PgSession::quote(const std::string& literal) const { return pg_liter
 
 std::string pg_durable() { return "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') <> 'remote_apply'"; }
 
+void make_durable(PgSession& session) {
+  session.exec("BEGIN");
+  session.exec("SET LOCAL synchronous_commit = on");
+  session.exec("SELECT pg_logical_emit_message(true, 'rehome', '')");
+  session.exec("COMMIT");
+}
+
 std::string pg_identifier(std::string_view name) {
   std::string out = "\"";
   for (char c : name) {

@@ -93,6 +93,9 @@ class PgSession {
 
 // The statement after which a session's COMMIT returns when it is on disk; what waits for more than that stays as it is set.
 std::string pg_durable();
+// Returns when all that the session's server has committed is on its disk, by whatever session and setting: for who writes down
+// elsewhere that something is done. A commit that has written WAL flushes everything before it, hence the message. Throws PgError.
+void make_durable(PgSession& session);
 std::string pg_identifier(std::string_view name);                           // "quoted"
 std::string pg_literal(std::string_view text);                              // 'quoted', standard_conforming_strings on
 std::string pg_conninfo_value(std::string_view text);                       // 'quoted', for a connection string

@@ -204,8 +204,11 @@ World::World(Deployment d) : deployment(std::move(d)) {
           },
       .remember =
           [this](const std::string& key, const Json& value) {
-            std::lock_guard lock(mutex);
-            facts[key] = value;
+            {
+              std::lock_guard lock(mutex);
+              facts[key] = value;
+            }
+            if (remembered) remembered(key);
           },
       .log =
           [this](const std::string& line) {

@@ -75,6 +75,7 @@ struct World {
   std::vector<std::string> notes, lines;
   std::vector<Progress> progress;
   std::atomic<bool> cancelled{false};
+  std::function<void(const std::string& key)> remembered;   // called without the mutex, by whichever thread remembers
   std::mutex mutex;
 
  private:
