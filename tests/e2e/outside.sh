@@ -32,6 +32,10 @@ strike() { # FAULT: fails when there was nothing to break
     *) fail "no fault $1" ;;
   esac
 }
+ends_of() { # NAME...: what commands said last
+  local name
+  for name; do echo "-- $name"; tail -n 12 "$world/shared/$name"; done
+}
 struck() { # FAULT NTH PATTERN COMMAND...: while the command runs, soon after it has said what matches for the nth time
   local fault=$1 nth=$2 pattern=$3 i said=0
   shift 3
@@ -46,9 +50,9 @@ struck() { # FAULT NTH PATTERN COMMAND...: while the command runs, soon after it
     sleep 0.02
   done
   sleep 0.$((RANDOM % 4))
-  lives $command_pid || { cat "$world/shared/out"; fail "$fault: $* had ended"; }
+  lives $command_pid || { ends_of out; fail "$fault: $* had ended"; }
   say "$fault after $(tail -n 1 "$world/shared/out" | cut -c1-160)"
-  strike "$fault" || { cat "$world/shared/out"; fail "$fault at $*: nothing was broken"; }
+  strike "$fault" || { ends_of out; fail "$fault at $*: nothing was broken"; }
   wait "$command_pid" || true
 }
 again() { # a command that a fault may have kept from its end, repeated as a person would
@@ -57,7 +61,7 @@ again() { # a command that a fault may have kept from its end, repeated as a per
     if rehome -q "$@" >"$world/shared/again" 2>&1; then return 0; fi
     sleep 3
   done
-  cat "$world/shared/out" "$world/shared/again"
+  ends_of out again
   rehome status || true
   fail "$*: it does not come to its end"
 }
@@ -90,7 +94,7 @@ one() { # FAULT STEP
     again complete --anyway
   fi
   [[ $fault != *_source || $fault = kill_agent_source ]] || may_fail=1
-  MAY_FAIL=$may_fail judge "$name" old:new "$name" >"$world/shared/judged" 2>&1 || { cat "$world/shared/out" "$world/shared/judged"; fail "$fault at $step"; }
+  MAY_FAIL=$may_fail judge "$name" old:new "$name" >"$world/shared/judged" 2>&1 || { ends_of out judged; fail "$fault at $step"; }
   nothing_left new
   nothing_left old fenced
   again complete --unfence-source
