@@ -62,9 +62,12 @@ void PostgresStore::remove_objects(StoreContext& c, Side side, const std::string
       }
     });
   };
-  for (const auto& [table, was] : identities.items())
-    if (s->number("SELECT count(*) FROM pg_class WHERE oid = to_regclass(" + pg_literal(table) + ") AND relreplident = 'f'") > 0)
-      bounded("ALTER TABLE " + table + " REPLICA IDENTITY " + was.get<std::string>());
+  // By oid where that is known and there: it may have another name by now.
+  for (const auto& [table, was] : identities.items()) {
+    const std::string oid = std::to_string(was.value(std::string(side_name(side)), std::int64_t{0}));
+    for (auto& r : s->query("SELECT oid::regclass::text FROM pg_class WHERE oid = coalesce((SELECT oid FROM pg_class WHERE oid = " + oid + "), to_regclass(" + pg_literal(table) + ")) AND relreplident = 'f'"))
+      bounded("ALTER TABLE " + *r[0] + " REPLICA IDENTITY " + get_string(was, "identity"));
+  }
   if (keep_fence) {
     // What refuses must not depend on what goes.
     s->exec("DROP FUNCTION IF EXISTS rehome.ddl(); DROP FUNCTION IF EXISTS rehome.rewritten(); DROP TABLE IF EXISTS rehome.ddl_log; DROP TABLE IF EXISTS rehome.marker");

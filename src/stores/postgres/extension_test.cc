@@ -14,11 +14,6 @@ namespace {
 
 using namespace testing;   // NOLINT: the whole of it is this test's
 
-bool said(World& w, const std::string& what) {
-  std::lock_guard lock(w.mutex);
-  return std::any_of(w.lines.begin(), w.lines.end(), [&](const std::string& l) { return l.find(what) != std::string::npos; });
-}
-
 std::string rows(const PgServer& server, const std::string& table) { return server.session("shop")->value("SELECT coalesce(string_agg(id || ' ' || name, ', ' ORDER BY id), '') FROM public." + table); }
 
 // What people wrote into an extension's tables moves, with and without rows that CREATE EXTENSION makes itself.
@@ -84,7 +79,7 @@ TEST_P(PostgresExtensionRows, OfTheConditionOnly) {
   // Copied again by the server's own synchronisation.
   s->exec("SET search_path = public; DROP EXTENSION " + kinds.name() + " CASCADE; CREATE EXTENSION " + kinds.name() + "; INSERT INTO kinds VALUES (11, 'again'), (15, 'more')");
   store.recopy(w.context());
-  EXPECT_FALSE(said(w, "as a whole")) << join(w.lines, "\n");
+  EXPECT_FALSE(w.said("as a whole")) << join(w.lines, "\n");
   wait_until_following(w, store);
   EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
   EXPECT_EQ(rows(target, "kinds"), std::min(from, to) >= 15 ? "1 one, 2 new two, 3 new three, 11 again, 15 more" : "1 one, 2 old two, 11 again, 15 more");
@@ -138,7 +133,7 @@ TEST(PostgresExtension, UpdatedWhileFollowing) {
   refused("is not installed on the target", "install its package");
   other.put(target, "2", {{"1", "CREATE FUNCTION number() RETURNS int LANGUAGE sql AS 'SELECT 1'"}, {"2", "CREATE FUNCTION number() RETURNS int LANGUAGE sql AS 'SELECT 2'"}, {"2--1", "CREATE OR REPLACE FUNCTION number() RETURNS int LANGUAGE sql AS 'SELECT 1'"}});
   store.recopy(w.context());
-  EXPECT_FALSE(said(w, "as a whole")) << join(w.lines, "\n");
+  EXPECT_FALSE(w.said("as a whole")) << join(w.lines, "\n");
   EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
   wait_until_following(w, store);
   EXPECT_EQ(t->value("SELECT oid FROM pg_class WHERE relname = 'plain'"), plain);
@@ -170,7 +165,7 @@ TEST(PostgresExtension, MovedToAnotherSchemaWhileFollowing) {
   s->exec("CREATE SCHEMA other; ALTER EXTENSION " + places.name() + " SET SCHEMA other; INSERT INTO other.places VALUES (2, 'there')");
   EXPECT_FALSE(store.needs_recopy(w.context()).empty());
   store.recopy(w.context());
-  EXPECT_FALSE(said(w, "as a whole")) << join(w.lines, "\n");
+  EXPECT_FALSE(w.said("as a whole")) << join(w.lines, "\n");
   EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
   wait_until_following(w, store);
   s->exec("INSERT INTO other.places VALUES (3, 'later'); INSERT INTO plain VALUES (2)");

@@ -364,12 +364,14 @@ TEST(PostgresVerify, WritersDoNotWaitForAFollowerThatIsBehind) {
 
 // What a new version changes after the switch: the way back is refused until the old side has a place for every row.
 TEST(PostgresWindow, SchemaChangesAfterTheSwitch) {
-  Shop shop("SET search_path = public; " + Load::schema(2));
+  Shop shop("SET search_path = public; " + Load::schema(2) + "; CREATE TABLE owned(id int PRIMARY KEY, account int REFERENCES account); INSERT INTO owned VALUES (1, 1)");
   auto& [source, target, s, w, store] = shop;
   begin(w, store);
   switch_over(w, store, {Side::source});
   EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
-  const std::string column = "ALTER TABLE public.account ADD COLUMN note text DEFAULT 'none'", table = "CREATE TABLE public.made(id bigint PRIMARY KEY, t text)", change = column + "; " + table;
+  // Of one the rows are not the same when a person does it again.
+  const std::string column = "ALTER TABLE public.account ADD COLUMN note text DEFAULT 'none'; ALTER TABLE public.account ADD COLUMN token uuid DEFAULT gen_random_uuid()",
+                    table = "CREATE TABLE public.made(id bigint PRIMARY KEY, t text)", change = column + "; " + table;
   auto t = target.session("shop");
   t->exec(column);
   EXPECT_FALSE(store.needs_recopy(w.context()).empty());
@@ -398,6 +400,8 @@ TEST(PostgresWindow, SchemaChangesAfterTheSwitch) {
   EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
   EXPECT_THROW(s->exec("INSERT INTO public.made VALUES (-1, 'x')"), PgError) << "the old side takes writes";
   EXPECT_THROW(s->exec("CREATE TABLE public.other()"), PgError);
+  EXPECT_TRUE(w.said("rewritten on the target, and copied back: \"public\".\"account\";")) << join(w.lines, "\n");
+  EXPECT_EQ(s->value("SELECT count(*) FROM public.owned JOIN public.account ON account.id = account"), "1");
   t->exec("INSERT INTO public.made VALUES (2000, 'after')");
   wait_until_following(w, store);
   EXPECT_TRUE(store.verify(w.context()).equal);

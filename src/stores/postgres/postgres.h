@@ -6,6 +6,7 @@
 
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -97,6 +98,8 @@ class PostgresStore : public Store {
   std::string schema_key(const std::string& what, const std::string& database, Side) const;
   // "rehome.ddl_log WHERE ...": what it holds beside what was accepted. A change that was open then, and commits later, is among it.
   std::string logged_since(StoreContext&, const std::string& database, Side);
+  // The oids of the tables that were rewritten since: a rewrite is no change of rows to a follower.
+  std::set<std::int64_t> rewritten_since(StoreContext&, const std::string& database, Side);
   const PostgresServer& server(Side side) const { return config_.postgres.server[side]; }
   const StoreConfig& config() const { return config_; }
   // The tables that the application locks first, as fences have met them: a fence that locks in the same order meets no
@@ -180,6 +183,8 @@ class PostgresStore : public Store {
   std::string synchronisation_trouble(StoreContext&, const std::string& database, const PgFlow&, PgSession& publisher, PgSession& subscriber);
   // recopy in the fallback window: what was changed on the target since the switch.
   void accept_schema(StoreContext&, const std::string& database);
+  // Empties the target's `rewritten` tables on the source, unsubscribed. The next synchronise() brings their rows; until then they lack.
+  void copy_back(StoreContext&, const std::string& database, const std::set<std::int64_t>& rewritten);
   static bool follows(PgSession& subscriber, const PgFlow&);   // its subscription is on
   // What has become of the source's extensions since they were copied.
   struct ExtensionUpdate {
@@ -194,7 +199,7 @@ class PostgresStore : public Store {
   // Foreign keys and materialized views: what needs all tables filled.
   void finish_schema(StoreContext&, const std::string& database, const SourceSchema&);
   // Whether the follower reaches what is written now; false when it stands still for a minute.
-  bool follower_passes(StoreContext&, const std::string& database);
+  bool follower_passes(StoreContext&, const std::string& database, Side publisher);
   // What has changed in a side's schema since it was remembered, a line each; empty: nothing.
   std::string schema_change(StoreContext&, const std::string& database, Side);
   const PgPrograms& programs(StoreContext&);

@@ -172,8 +172,20 @@ void PostgresStore::publish(StoreContext& c, PgSession& s, const PgFlow& flow, c
   // Where nothing identifies a row, or a filter asks for a column that the identity lacks, its UPDATEs fail on the publisher from the
   // moment the table is published: FULL comes first.
   std::map<std::string, std::string> filters;
+  const std::string fact = key("identity", s.address().database), side(side_name(flow.publisher));
+  Json was = c.recall(fact);
+  if (!was.is_object()) was = Json::object();
+  const Json before = was;
   for (const auto& t : tables) {
     if (t.partitioned || t.unlogged) continue;
+    // The other side's dump has brought FULL here; or it was given FULL under another name.
+    auto known = was.find(t.full());
+    if (known == was.end()) known = std::find_if(was.begin(), was.end(), [&](const Json& w) { return w.value(side, std::int64_t{0}) == t.oid; });
+    if (known != was.end()) {
+      Json entry = *known;
+      entry[side] = t.oid;
+      was[t.full()] = entry;
+    }
     std::string filter = row_filter(s, t), identity = t.identity;
     if (filter.empty() && !t.condition.empty() && s.major() >= 15)
       c.log(config_.name + ": " + s.address().label + ": " + t.full() + " of extension " + t.extension + " is followed as a whole: a publication cannot have its condition (" + t.condition + ")");
@@ -184,12 +196,12 @@ void PostgresStore::publish(StoreContext& c, PgSession& s, const PgFlow& flow, c
     }
     if (identity.empty()) continue;
     c.note("replica identity full", {{"where", s.address().label}, {"object", t.full()}, {"undo", "REPLICA IDENTITY " + identity}});
-    Json was = c.recall(key("identity", s.address().database));
-    if (!was.is_object()) was = Json::object();
-    was[t.full()] = identity;
-    c.remember(key("identity", s.address().database), was);
+    was[t.full()]["identity"] = identity;
+    was[t.full()][side] = t.oid;
+    c.remember(fact, was);
     bounded(s, "ALTER TABLE " + t.full() + " REPLICA IDENTITY FULL");
   }
+  if (was != before) c.remember(fact, was);
   auto with_filters = [&](std::vector<std::string> names) {
     for (auto& n : names)
       if (filters.contains(n)) n += filters[n];

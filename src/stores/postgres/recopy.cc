@@ -17,7 +17,7 @@ std::string first_few(const std::vector<std::string>& names) {
   return join(few, ", ") + (names.size() > 8 ? " and " + std::to_string(names.size() - 8) + " more" : "");
 }
 
-void at_target(PgSession& t, const std::function<void()>& work) {
+void at_subscriber(PgSession& t, const std::function<void()>& work) {
   pg_retry_locks(Deadline::in(Millis(120000)), [&] {
     try {
       // Nobody but the follower waits here.
@@ -61,6 +61,12 @@ std::string PostgresStore::logged_since(StoreContext& c, const std::string& data
   return "rehome.ddl_log" + (seen.is_string() ? " WHERE NOT pg_visible_in_snapshot(xact, " + pg_literal(seen.get<std::string>()) + ")" : std::string(" WHERE true"));
 }
 
+std::set<std::int64_t> PostgresStore::rewritten_since(StoreContext& c, const std::string& database, Side side) {
+  std::set<std::int64_t> all;
+  for (auto& r : session(c, side, database)->query("SELECT DISTINCT rewritten FROM " + logged_since(c, database, side) + " AND rewritten IS NOT NULL")) all.insert(std::stoll(*r[0]));
+  return all;
+}
+
 std::string PostgresStore::schema_key(const std::string& what, const std::string& database, Side side) const {
   return key(side == Side::source ? what : what + "_target", database);
 }
@@ -96,7 +102,7 @@ void PostgresStore::finish_schema(StoreContext& c, const std::string& database, 
   auto s = session(c, Side::source, database);
   auto t = session(c, Side::target, database, "rehome copy");
   c.progress({.store = config_.name, .phase = "foreign keys", .detail = database});
-  at_target(*t, [&] {
+  at_subscriber(*t, [&] {
     SchemaChange change(*t, now.entries);
     std::set<int> keys;
     change.to_restore(*t, keys);
@@ -124,9 +130,9 @@ void PostgresStore::finish_schema(StoreContext& c, const std::string& database, 
   }
 }
 
-bool PostgresStore::follower_passes(StoreContext& c, const std::string& database) {
-  PgFlow f = flow(database, Side::source);
-  auto s = session(c, Side::source, database, "rehome marker"), t = session(c, Side::target, database);
+bool PostgresStore::follower_passes(StoreContext& c, const std::string& database, Side publisher) {
+  PgFlow f = flow(database, publisher);
+  auto s = session(c, publisher, database, "rehome marker"), t = session(c, f.subscriber(), database);
   std::string token = s->value("INSERT INTO rehome.marker(token) VALUES ('recopy ' || gen_random_uuid()) RETURNING token"), at;
   Deadline deadline = Deadline::in(kStalled);
   while (t->query("SELECT 1 FROM rehome.marker WHERE token = $1", {token}).empty()) {
@@ -151,9 +157,8 @@ std::string PostgresStore::copy_changed(StoreContext& c, const std::string& data
   // Before objects that belong to them, or that they have rights on.
   restore_roles(c);
   carry_database(c, database);
-  // Rows that the follower was not told of: a rewrite is no change of rows to it. After the schema was read: one more is met again.
-  std::set<std::int64_t> rewritten;
-  for (auto& r : s->query("SELECT DISTINCT rewritten FROM " + logged_since(c, database, Side::source) + " AND rewritten IS NOT NULL")) rewritten.insert(std::stoll(*r[0]));
+  // After the schema was read: one more is met again.
+  const auto rewritten = rewritten_since(c, database, Side::source);
   SchemaChange change(*t, now.entries, rewritten);
   if (!change.known()) return "there is no record of what was copied";
   if (!change.obstacle().empty()) return change.obstacle();
@@ -175,7 +180,7 @@ std::string PostgresStore::copy_changed(StoreContext& c, const std::string& data
       t->exec("DELETE FROM rehome.stand_in");
       change.drop(*t);
     };
-    at_target(*t, [&] {
+    at_subscriber(*t, [&] {
       drop();
       std::set<std::string> left;
       for (const auto& x : tables(*t)) left.insert(x.full());
@@ -202,14 +207,14 @@ std::string PostgresStore::copy_changed(StoreContext& c, const std::string& data
     }
     // Before the follower passes: an extension's table gets the columns that its rows have by then.
     if (!updates.empty())
-      at_target(*t, [&] {
+      at_subscriber(*t, [&] {
         t->exec(pgsql::fence_function_while_copying(where));
         update_extensions(*t, updates);
         t->exec(pgsql::fence_function_before_switch(where));
         t->exec("COMMIT");
       });
     if (!affected.empty()) {
-      at_target(*t, [&] {
+      at_subscriber(*t, [&] {
         for (const auto& x : at_source) {
           if (!affected.contains(x.full()) || (!x.extension.empty() && there.contains(x.full()))) continue;
           bool exists = there.contains(x.full());
@@ -226,9 +231,9 @@ std::string PostgresStore::copy_changed(StoreContext& c, const std::string& data
         t->exec("COMMIT");
       });
       t->exec("ALTER SUBSCRIPTION " + pg_identifier(f.subscription) + " REFRESH PUBLICATION WITH (copy_data = true)");
-      if (!follower_passes(c, database)) return "its follower does not get past the change; the target server's log says why";
+      if (!follower_passes(c, database, Side::source)) return "its follower does not get past the change; the target server's log says why";
     }
-    at_target(*t, [&] {
+    at_subscriber(*t, [&] {
       drop();
       std::set<int> keys;
       std::set<int> ids = change.to_restore(*t, keys);
@@ -303,6 +308,34 @@ bool PostgresStore::follows(PgSession& subscriber, const PgFlow& f) {
   return subscriber.number("SELECT count(*) FROM pg_subscription WHERE subenabled AND subname = " + pg_literal(f.subscription)) > 0;
 }
 
+// The same statement on both sides may give other rows (random(), now()), and the follower is told of none of them: those tables are
+// taken from it and emptied, and the synchronisation that comes next brings them.
+void PostgresStore::copy_back(StoreContext& c, const std::string& database, const std::set<std::int64_t>& rewritten) {
+  PgFlow f = flow(database, Side::target);
+  auto s = session(c, Side::source, database, "rehome copy"), t = session(c, Side::target, database);
+  std::vector<PgTable> kept, again;
+  std::vector<std::string> names;
+  for (const auto& x : tables(*t)) {
+    const bool renewed = rewritten.contains(x.oid) && !x.partitioned && !x.unlogged;
+    (renewed ? again : kept).push_back(x);
+    if (renewed) names.push_back(x.full());
+  }
+  if (again.empty()) return;
+  c.log(config_.name + ": " + database + ": rewritten on the target, and copied back: " + first_few(names) + "; until they are there, the source lacks their rows");
+  publish(c, *t, f, kept);
+  s->exec("ALTER SUBSCRIPTION " + pg_identifier(f.subscription) + " REFRESH PUBLICATION");
+  // What it has read of them before must not come after they are empty.
+  if (!follower_passes(c, database, Side::target))
+    throw Error(Code::store, "source: database " + database + ": its follower does not pass", "the source server's log says why; then rehome resume --recopy", true);
+  const std::string where = pgsql::who_serves(Side::target);
+  at_subscriber(*s, [&] {
+    s->exec("LOCK TABLE ONLY " + join(names, ", ONLY ") + " IN SHARE ROW EXCLUSIVE MODE; SET LOCAL session_replication_role = replica; " + pgsql::fence_function_while_copying(where));
+    // TRUNCATE minds foreign keys, of tables that stay too.
+    for (const auto& x : again) s->exec(x.extension.empty() ? "DELETE FROM ONLY " + x.full() : empty_to_synchronise(*t, *s, x));
+    s->exec(pgsql::fence_function(true, where) + "; COMMIT");
+  });
+}
+
 // In the fallback window the schema of the old side is a person's to change: which of a new version's changes the old one can
 // live with, nobody else knows. Every row of the serving side must have its place there; then new tables are copied and followed.
 void PostgresStore::accept_schema(StoreContext& c, const std::string& database) {
@@ -332,6 +365,7 @@ void PostgresStore::accept_schema(StoreContext& c, const std::string& database) 
   install_fence(c, *s, Side::source, tables(*s), true);
   auto close = [&] { s->exec("BEGIN; " + pgsql::fence_function(true, where) + "; " + pgsql::ddl_function(true) + "; COMMIT"); };
   try {
+    copy_back(c, database, rewritten_since(c, database, Side::target));
     synchronise(c, database, Side::target);
   } catch (const Error&) {
     if (!s->broken()) close();

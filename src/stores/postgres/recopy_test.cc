@@ -22,11 +22,6 @@ using namespace testing;   // NOLINT: the whole of it is this test's
 // Which tables are still the ones that they were: their oids at the target.
 std::string oid(const PgServer& server, const std::string& table) { return server.session("shop")->value("SELECT to_regclass(" + pg_literal(table) + ")::oid"); }
 
-bool said(World& w, const std::string& what) {
-  std::lock_guard lock(w.mutex);
-  return std::any_of(w.lines.begin(), w.lines.end(), [&](const std::string& l) { return l.find(what) != std::string::npos; });
-}
-
 class PostgresRecopy : public ::testing::TestWithParam<std::pair<int, int>> {};
 
 TEST_P(PostgresRecopy, OnlyTheTablesConcerned) {
@@ -66,8 +61,8 @@ TEST_P(PostgresRecopy, OnlyTheTablesConcerned) {
   auto again = store.needs_recopy(w.context());
   EXPECT_GE(again.size(), 10u);
   store.recopy(w.context());
-  EXPECT_FALSE(said(w, "as a whole")) << join(w.lines, "\n");
-  EXPECT_TRUE(said(w, "copied again: ")) << join(w.lines, "\n");
+  EXPECT_FALSE(w.said("as a whole")) << join(w.lines, "\n");
+  EXPECT_TRUE(w.said("copied again: ")) << join(w.lines, "\n");
   for (const auto& [table, was] : before) EXPECT_EQ(oid(target, table), was) << table << " was copied again";
   EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
   s->exec("INSERT INTO public.keyless VALUES (3, 'l'); UPDATE public.keyless SET a = 4 WHERE a = 3; INSERT INTO public.added(t) VALUES ('three'); UPDATE public.bare SET c = 4; DELETE FROM public.newname WHERE id = 3");
@@ -117,7 +112,7 @@ TEST_P(PostgresRights, ByDefaultAreCarried) {
     EXPECT_FALSE(store.needs_recopy(w.context()).empty()) << sql;
     w.lines.clear();
     store.recopy(w.context());
-    EXPECT_TRUE(said(w, "copied again: no table")) << join(w.lines, "\n");
+    EXPECT_TRUE(w.said("copied again: no table")) << join(w.lines, "\n");
     EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{}) << sql;
     EXPECT_EQ(all(source), all(target)) << sql;
     for (const auto& [table, id] : was) EXPECT_EQ(oid(target, table), id) << table << " was copied again";
@@ -130,7 +125,7 @@ TEST_P(PostgresRights, ByDefaultAreCarried) {
   const std::string after = "SET search_path = public; CREATE TABLE after(id serial PRIMARY KEY); SET ROLE maker; CREATE TABLE app.after(id serial PRIMARY KEY); CREATE FUNCTION app.twice(i int) RETURNS int LANGUAGE sql AS 'SELECT i * 2'; RESET ROLE";
   s->exec(after);
   store.recopy(w.context());
-  EXPECT_FALSE(said(w, "as a whole")) << join(w.lines, "\n");
+  EXPECT_FALSE(w.said("as a whole")) << join(w.lines, "\n");
   EXPECT_EQ(all(source), all(target));
   for (const auto& [table, id] : was) EXPECT_EQ(oid(target, table), id) << table << " was copied again";
   quiesced_equal(source, target);
@@ -184,7 +179,7 @@ TEST_P(PostgresCluster, RolesAndSettingsAreCarried) {
     EXPECT_EQ(all(*admin), all(*there)) << change;
     EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{}) << change;
   }
-  EXPECT_FALSE(said(w, "as a whole")) << join(w.lines, "\n");
+  EXPECT_FALSE(w.said("as a whole")) << join(w.lines, "\n");
   EXPECT_EQ(oid(target, "public.item"), item);
   // What the target had before stays, and what came goes with the run.
   EXPECT_NE(there->value("SELECT rolpassword FROM pg_authid WHERE rolname = 'here'"), admin->value("SELECT rolpassword FROM pg_authid WHERE rolname = 'here'"));
@@ -205,7 +200,7 @@ TEST_P(PostgresCluster, RolesAndSettingsAreCarried) {
   s->exec("CREATE ROLE last; GRANT SELECT ON public.item TO last");
   target.session("shop", "rehome copy")->exec("DROP TABLE rehome.copied_schema");
   store.recopy(w.context());
-  EXPECT_TRUE(said(w, "as a whole")) << join(w.lines, "\n");
+  EXPECT_TRUE(w.said("as a whole")) << join(w.lines, "\n");
   EXPECT_EQ(all(*admin), all(*there));
   // A run that does not carry roles does not ask for them.
   Json before = catalogue_fingerprint(*s, false);
@@ -227,7 +222,7 @@ TEST(PostgresChange, WholeDatabaseWhereItMustBe) {
   target.session("shop", "rehome copy")->exec("DROP TABLE rehome.copied_schema");
   source.session("shop")->exec("ALTER DEFAULT PRIVILEGES REVOKE SELECT ON TABLES FROM reader; CREATE TABLE public.later(id int PRIMARY KEY)");
   store.recopy(w.context());
-  EXPECT_TRUE(said(w, "copied again as a whole: there is no record of what was copied")) << join(w.lines, "\n");
+  EXPECT_TRUE(w.said("copied again as a whole: there is no record of what was copied")) << join(w.lines, "\n");
   EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
   wait_until_following(w, store);
   quiesced_equal(source, target);
@@ -332,7 +327,7 @@ TEST_P(PostgresSynchronise, FailureIsSeen) {
   EXPECT_NE(trouble.find("never_negative"), std::string::npos) << trouble;
   // Who opens the target with what it has is told what it has not.
   store.make_up_for_cut(w.context(), {Side::source});
-  EXPECT_TRUE(said(w, "NOT WHOLE, for they were just being copied again, and rows are missing: public.item")) << join(w.lines, "\n");
+  EXPECT_TRUE(w.said("NOT WHOLE, for they were just being copied again, and rows are missing: public.item")) << join(w.lines, "\n");
   t->exec("ALTER TABLE public.item DROP CONSTRAINT never_negative, DROP COLUMN n");
   trouble = store.follow_status(w.context()).trouble;
   EXPECT_NE(trouble.find("public.item has no column n"), std::string::npos) << trouble;
@@ -382,7 +377,7 @@ TEST(PostgresChange, FingerprintFindsWhatTheTriggerMissed) {
   ASSERT_EQ(again.size(), 1u);
   EXPECT_NE(again[0].find("no event trigger told of it"), std::string::npos) << again[0];
   store.recopy(w.context());
-  EXPECT_FALSE(said(w, "as a whole")) << join(w.lines, "\n");
+  EXPECT_FALSE(w.said("as a whole")) << join(w.lines, "\n");
   EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
   wait_until_following(w, store);
   // Between the last look and the fence.
@@ -415,7 +410,7 @@ TEST_P(PostgresRewrite, IsCopiedAgain) {
   PgServer source(from), target(to);
   source.session("postgres")->exec("CREATE DATABASE shop");
   auto s = source.session("shop");
-  std::string tables = "SET search_path = public; CREATE TABLE kept(id int PRIMARY KEY, t text); INSERT INTO kept VALUES (1, 'a')";
+  std::string tables = "SET search_path = public; CREATE TABLE kept(id int PRIMARY KEY, t text); INSERT INTO kept VALUES (1, 'a'); CREATE TABLE keyless(t text)";
   const std::vector<std::string> names{"renewed", "upper_case", "renamed", "inside", "parted_1"};
   for (const auto& n : names)
     tables += n == "parted_1" ? "; CREATE TABLE parted(id int PRIMARY KEY, t text) PARTITION BY RANGE (id); CREATE TABLE parted_1 PARTITION OF parted FOR VALUES FROM (0) TO (1000); INSERT INTO parted SELECT i, 'x' || i FROM generate_series(1, 50) i"
@@ -429,7 +424,7 @@ TEST_P(PostgresRewrite, IsCopiedAgain) {
   auto again = [&] {
     EXPECT_FALSE(store.needs_recopy(w.context()).empty());
     store.recopy(w.context());
-    EXPECT_FALSE(said(w, "as a whole")) << join(w.lines, "\n");
+    EXPECT_FALSE(w.said("as a whole")) << join(w.lines, "\n");
     EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
     for (const auto& n : names) EXPECT_EQ(sum(source, n), sum(target, n)) << n;
     EXPECT_EQ(oid(target, "public.kept"), kept) << "kept was copied again";
@@ -438,7 +433,7 @@ TEST_P(PostgresRewrite, IsCopiedAgain) {
   EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
   s->exec("SET search_path = public; BEGIN; ALTER TABLE renewed DROP COLUMN t; ALTER TABLE renewed ADD COLUMN t text; COMMIT");
   again();
-  s->exec("SET search_path = public; ALTER TABLE upper_case ALTER t TYPE text USING upper(t); INSERT INTO upper_case VALUES (100, 'later'); "
+  s->exec("SET search_path = public; ALTER TABLE keyless RENAME TO without_key; ALTER TABLE upper_case ALTER t TYPE text USING upper(t); INSERT INTO upper_case VALUES (100, 'later'); "
           "ALTER TABLE renamed RENAME TO other; ALTER TABLE other ALTER t TYPE text USING upper(t); ALTER TABLE other RENAME TO renamed; "
           "DO $$ BEGIN ALTER TABLE inside ALTER t TYPE text USING upper(t); END $$; ALTER TABLE parted ALTER t TYPE text USING upper(t)");
   again();
@@ -449,6 +444,8 @@ TEST_P(PostgresRewrite, IsCopiedAgain) {
   store.finish(w.context(), Side::target);
   store.unfence_source(w.context());
   EXPECT_EQ(store.leftovers(w.context()), std::vector<std::string>{});
+  for (const PgServer* server : {&source, &target})
+    EXPECT_EQ(server->session("shop")->value("SELECT string_agg(oid::regclass::text, ' ') FROM pg_class WHERE relreplident = 'f'"), "") << "its identity was not put back";
 }
 
 INSTANTIATE_TEST_SUITE_P(Majors, PostgresRewrite, ::testing::Values(std::pair{13, 13}, std::pair{15, 17}),
@@ -579,8 +576,8 @@ TEST_P(PostgresLost, FinishedTablesStay) {
   EXPECT_NE(again[0].find("\"public\".\"large\""), std::string::npos) << again[0];
   store.copy(w.context());
   EXPECT_EQ(store.estimate(w.context()).again, std::vector<std::string>{});
-  EXPECT_TRUE(said(w, "finished tables stay")) << join(w.lines, "\n");
-  EXPECT_TRUE(said(w, "\"public\".\"large\"")) << join(w.lines, "\n");
+  EXPECT_TRUE(w.said("finished tables stay")) << join(w.lines, "\n");
+  EXPECT_TRUE(w.said("\"public\".\"large\"")) << join(w.lines, "\n");
   EXPECT_EQ(oid(target, "public.account"), account);
   EXPECT_EQ(files(), before) << "a finished table was copied again";
   store.follow(w.context());
@@ -589,7 +586,7 @@ TEST_P(PostgresLost, FinishedTablesStay) {
   // A change of the schema afterwards is as after any copy.
   s->exec("ALTER TABLE public.large ADD COLUMN n int DEFAULT 1");
   store.recopy(w.context());
-  EXPECT_FALSE(said(w, "as a whole")) << join(w.lines, "\n");
+  EXPECT_FALSE(w.said("as a whole")) << join(w.lines, "\n");
   Verdict verdict = store.verify(w.context());
   EXPECT_TRUE(verdict.equal) << (verdict.differences.empty() ? "" : verdict.differences[0].object + " " + verdict.differences[0].what);
   switch_over(w, store, {Side::source}, [&] { load.route(1); });
@@ -634,7 +631,7 @@ TEST(PostgresLimit, SlotGoesAndIsBroughtBack) {
   ASSERT_EQ(again.size(), 1u);
   EXPECT_NE(again[0].find("everything"), std::string::npos);
   store.recopy(w.context());
-  EXPECT_TRUE(said(w, "as a whole")) << join(w.lines, "\n");
+  EXPECT_TRUE(w.said("as a whole")) << join(w.lines, "\n");
   wait_until_following(w, store);
   EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
   // What filled the WAL is more than a test's pg_dump shall carry.
@@ -689,7 +686,7 @@ TEST(PostgresLimit, SlotGoesDuringTheCopy) {
   s->exec("DELETE FROM public.filler WHERE id > 1000");
   w.deployment.limits.bandwidth = 0;
   begin(w, store);
-  EXPECT_TRUE(said(w, "all tables of shop are copied again")) << join(w.lines, "\n");
+  EXPECT_TRUE(w.said("all tables of shop are copied again")) << join(w.lines, "\n");
   EXPECT_TRUE(store.verify(w.context()).equal);
   store.abandon(w.context());
   EXPECT_EQ(store.leftovers(w.context()), std::vector<std::string>{});
@@ -733,7 +730,7 @@ TEST(PostgresCopy, RangesRightsAndNamedRows) {
   EXPECT_TRUE(store.verify(w.context()).equal);
   // Rights on objects are logged as changes of the schema.
   store.recopy(w.context());
-  EXPECT_TRUE(said(w, "copied again: no table")) << join(w.lines, "\n");
+  EXPECT_TRUE(w.said("copied again: no table")) << join(w.lines, "\n");
   switch_over(w, store, {Side::source});
   const char* objects = "SELECT string_agg(m.oid || ' ' || pg_get_userbyid(lomowner) || ' ' || md5(lo_get(m.oid)) || ' ' || coalesce(lomacl::text, '-'), ', ' ORDER BY m.oid) FROM pg_largeobject_metadata m";
   EXPECT_EQ(source.session("shop")->value(objects), t->value(objects));   // the switch ends older sessions

@@ -2,6 +2,8 @@
 
 #include <sys/socket.h>
 
+#include <algorithm>
+
 #include "base/bytes.h"
 #include "base/text.h"
 
@@ -216,6 +218,11 @@ World::World(Deployment d) : deployment(std::move(d)) {
             lines.push_back(line);
           },
       .cancelled = cancelled});
+}
+
+bool World::said(const std::string& what) {
+  std::lock_guard lock(mutex);
+  return std::any_of(lines.begin(), lines.end(), [&](const std::string& l) { return l.find(what) != std::string::npos; });
 }
 
 World::~World() {

@@ -69,6 +69,7 @@ struct World {
   explicit World(Deployment d);
   ~World();   // removes what a test that ends before finish() leaves outside the servers
   StoreContext& context() { return *context_; }
+  bool said(const std::string& what);   // in a line of the log
   Deployment deployment;
   LocalSite source{Side::source}, target{Side::target};
   std::map<std::string, Json> facts;
