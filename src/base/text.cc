@@ -96,6 +96,12 @@ std::string join(const std::vector<std::string>& parts, std::string_view separat
   return out;
 }
 
+std::string first_few(std::vector<std::string> names, std::size_t most) {
+  const std::string more = names.size() > most ? " and " + std::to_string(names.size() - most) + " more" : "";
+  if (names.size() > most) names.resize(most);
+  return join(names, ", ") + more;
+}
+
 std::string_view trim(std::string_view text) {
   auto space = [](char c) { return c == ' ' || c == '\t' || c == '\n' || c == '\r'; };
   while (!text.empty() && space(text.front())) text.remove_prefix(1);

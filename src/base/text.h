@@ -17,6 +17,7 @@ std::optional<std::int64_t> parse_bytes(std::string_view);     // "10GB", "512 M
 std::optional<Millis> parse_duration(std::string_view);        // "300ms", "2s", "5 min", "1h"; a unit is required
 std::vector<std::string> split(std::string_view text, char separator);
 std::string join(const std::vector<std::string>& parts, std::string_view separator);
+std::string first_few(std::vector<std::string> names, std::size_t most = 8);   // "a, b and 5 more"
 std::string_view trim(std::string_view text);
 // The candidate nearest to `word` by edit distance, when it is near enough to be what was meant.
 std::optional<std::string> nearest(std::string_view word, const std::vector<std::string>& candidates);

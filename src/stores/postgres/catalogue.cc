@@ -5,6 +5,8 @@
 #include <optional>
 #include <thread>
 
+#include "base/text.h"
+
 namespace rehome {
 namespace {
 
@@ -133,6 +135,28 @@ std::string catalogue_difference(const Json& before, const Json& now) {
   for (auto& [name, value] : now.items())
     if (!before.is_object() || before.value(name, Json()) != value) out += (out.empty() ? "" : ", ") + name;
   return out;
+}
+
+std::vector<TriggerObstacle> triggers_on_replicated_rows(PgSession& session) {
+  std::vector<TriggerObstacle> all;
+  for (const bool always : {true, false}) {
+    auto rows = session.query(std::string("SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname), quote_ident(t.tgname) FROM pg_trigger t "
+                                          "JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace WHERE t.tgname NOT IN ('rehome_fence', 'rehome_fence_t') "
+                                          // Until 14 a partition's copy of its parent's is internal, as those of foreign keys are; these are in no dump.
+                                          "AND (NOT t.tgisinternal OR t.tgparentid <> 0 AND t.tgconstraint = 0) AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'rehome') AND c.relpersistence <> 't' AND t.tgenabled = '") +
+                              (always ? "A" : "R") + "' ORDER BY 1, 2");
+    if (rows.empty()) continue;
+    std::vector<std::string> names;
+    for (auto& r : rows) names.push_back(*r[0] + ": " + *r[1]);
+    const std::string few = first_few(names), likewise = names.size() > 1 ? " (the others likewise)" : "", table = "ALTER TABLE " + *rows[0][0];
+    if (always)
+      all.push_back({"always_triggers", "triggers that are ENABLE ALWAYS fire for replicated rows too: on the side that follows they would do again what they have done here, beside the rows that come from here: " + few,
+                     table + " ENABLE TRIGGER " + *rows[0][1] + likewise + ": it fires for all that applications write, as now, and not for what is replicated; ENABLE ALWAYS again after rehome complete"});
+    else
+      all.push_back({"replica_triggers", "triggers that are ENABLE REPLICA fire for replicated rows alone: on the side that follows they would change what comes from here, or add to it: " + few,
+                     table + " DISABLE TRIGGER " + *rows[0][1] + likewise + ": nothing that applications write fires it; ENABLE REPLICA again after rehome complete"});
+  }
+  return all;
 }
 
 std::string data_directory(PgSession& session) {

@@ -38,6 +38,13 @@ class CatalogueQuestion {
 // What differs, in words: "columns, functions"; empty: nothing. A missing fingerprint differs in everything.
 std::string catalogue_difference(const Json& before, const Json& now);
 
+// What an apply worker writes is written in the replica role: triggers that fire there would add to what comes from the other side.
+struct TriggerObstacle {
+  const char* id;   // of its finding
+  std::string what, mend;
+};
+std::vector<TriggerObstacle> triggers_on_replicated_rows(PgSession& session);
+
 // The server's data directory; empty for an account that may not see it (pg_read_all_settings).
 std::string data_directory(PgSession& session);
 

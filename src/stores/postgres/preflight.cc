@@ -30,11 +30,10 @@ class Findings {
   std::string object_;
 };
 
-std::string names(const std::vector<PgRow>& rows, std::size_t most = 8) {
-  std::string out;
-  for (std::size_t i = 0; i < rows.size() && i < most; i++) out += (i ? ", " : "") + rows[i][0].value_or("");
-  if (rows.size() > most) out += " and " + std::to_string(rows.size() - most) + " more";
-  return out;
+std::string names(const std::vector<PgRow>& rows) {
+  std::vector<std::string> all;
+  for (const auto& r : rows) all.push_back(r[0].value_or(""));
+  return first_few(std::move(all));
 }
 
 bool known_version(PgSession& s, Side side, Findings& f) {
@@ -117,20 +116,7 @@ void check_database(PgSession& s, const std::vector<PgTable>& tables, Findings& 
   auto foreign_slots = s.query("SELECT slot_name || coalesce(' (' || plugin || ')', '') FROM pg_replication_slots WHERE slot_type = 'logical' AND database = current_database() AND slot_name NOT LIKE 'rehome\\_%'");
   if (!foreign_slots.empty())
     f.warn("foreign_slots", where, "other programs follow this database: " + names(foreign_slots) + "; they will not follow to the target by themselves", "plan their move: they must start again on the target");
-  // What an apply worker writes is written in the replica role.
-  auto triggers = [&](const char* when) {
-    return s.query(std::string("SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) || ': ' || quote_ident(t.tgname), quote_ident(n.nspname) || '.' || quote_ident(c.relname), quote_ident(t.tgname) FROM pg_trigger t "
-                               "JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace WHERE t.tgname NOT IN ('rehome_fence', 'rehome_fence_t') "
-                               // Until 14 a partition's copy of its parent's is internal, as those of foreign keys are; these are in no dump.
-                               "AND (NOT t.tgisinternal OR t.tgparentid <> 0 AND t.tgconstraint = 0) AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'rehome') AND c.relpersistence <> 't' AND t.tgenabled = '") + when + "' ORDER BY 1");
-  };
-  if (auto always = triggers("A"); !always.empty())
-    f.error("always_triggers", where, "triggers that are ENABLE ALWAYS fire for replicated rows too: on the side that follows they would do again what they have done here, beside the rows that come from here: " + names(always),
-            "ALTER TABLE " + *always[0][1] + " ENABLE TRIGGER " + *always[0][2] + (always.size() > 1 ? " (the others likewise)" : "") +
-                ": it fires for all that applications write, as now, and not for what is replicated; ENABLE ALWAYS again after rehome complete");
-  if (auto replica = triggers("R"); !replica.empty())
-    f.error("replica_triggers", where, "triggers that are ENABLE REPLICA fire for replicated rows alone: on the side that follows they would change what comes from here, or add to it: " + names(replica),
-            "ALTER TABLE " + *replica[0][1] + " DISABLE TRIGGER " + *replica[0][2] + (replica.size() > 1 ? " (the others likewise)" : "") + ": nothing that applications write fires it; ENABLE REPLICA again after rehome complete");
+  for (const auto& t : triggers_on_replicated_rows(s)) f.error(t.id, where, t.what, t.mend);
   auto subs = s.query("SELECT subname FROM pg_subscription WHERE subenabled AND subname NOT LIKE 'rehome\\_%' AND subdbid = (SELECT oid FROM pg_database WHERE datname = current_database())");
   if (!subs.empty())
     f.error("subscriptions", where, "this database subscribes elsewhere: " + names(subs) + "; what an apply worker writes passes the fence", "disable them for the switch (ALTER SUBSCRIPTION ... DISABLE), or move their publisher first");

@@ -240,10 +240,7 @@ std::string PostgresStore::not_followed(PgSession& s, const PgFlow& flow, const 
   for (const auto& t : tables)
     if (!t.partitioned && !t.unlogged && !all.contains(t.full())) names.insert(t.full());
   for (const auto& t : unfenced(s, tables)) names.insert(t.full());
-  std::vector<std::string> few(names.begin(), names.end());
-  std::string more = few.size() > 8 ? " and " + std::to_string(few.size() - 8) + " more" : "";
-  if (few.size() > 8) few.resize(8);
-  return join(few, ", ") + more;
+  return first_few({names.begin(), names.end()});
 }
 
 std::string PostgresStore::socket_directory(StoreContext& c, Side side) {

@@ -392,6 +392,13 @@ TEST(PostgresPreflight, TriggersThatFireForReplicatedRows) {
   quiesced_equal(source, target);
   // Our own are ENABLE ALWAYS.
   EXPECT_EQ(errors_of(w, store), std::vector<std::string>{});
+  // One that comes later is not brought either.
+  s->exec("ALTER TABLE public.item ENABLE ALWAYS TRIGGER \"Watch\"");
+  EXPECT_FALSE(store.needs_recopy(w.context()).empty());
+  EXPECT_THROW(store.recopy(w.context()), Error);
+  s->exec("ALTER TABLE public.item ENABLE TRIGGER \"Watch\"");
+  store.recopy(w.context());
+  EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
 }
 
 // A subscriber of somebody else's, which has none of our tables, goes on while we move its publisher.

@@ -12,11 +12,6 @@ namespace {
 
 constexpr Millis kStalled(60000);
 
-std::string first_few(const std::vector<std::string>& names) {
-  std::vector<std::string> few(names.begin(), names.begin() + static_cast<std::ptrdiff_t>(std::min<std::size_t>(names.size(), 8)));
-  return join(few, ", ") + (names.size() > 8 ? " and " + std::to_string(names.size() - 8) + " more" : "");
-}
-
 void at_subscriber(PgSession& t, const std::function<void()>& work) {
   pg_retry_locks(Deadline::in(Millis(120000)), [&] {
     try {
@@ -384,7 +379,10 @@ void PostgresStore::recopy(StoreContext& c) {
   for (const auto& database : databases(c)) {
     PgFlow f = flow(database, Side::source);
     auto s = session(c, Side::source, database);
-    if (follows(*s, flow(database, Side::target))) {
+    const Side serving = follows(*s, flow(database, Side::target)) ? Side::target : Side::source;
+    // As before the run: one that came since would go with the schema, and act there.
+    for (const auto& t : triggers_on_replicated_rows(*session(c, serving, database))) throw Error(Code::state, std::string(side_name(serving)) + ": database " + database + ": " + t.what, t.mend);
+    if (serving == Side::target) {
       window = true;
       accept_schema(c, database);
       continue;

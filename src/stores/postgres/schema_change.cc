@@ -170,9 +170,7 @@ std::string SchemaChange::says() const {
     auto parts = split(k, '\t');
     names.push_back(parts[0] + " " + (parts.size() > 2 ? parts[2] : "") + " (gone)");
   }
-  std::string more = names.size() > 8 ? " and " + std::to_string(names.size() - 8) + " more" : "";
-  if (names.size() > 8) names.resize(8);
-  return join(names, ", ") + more;
+  return first_few(std::move(names));
 }
 
 // Default rights as they are where nobody has altered any: that is what those in a dump start from.
