@@ -140,9 +140,13 @@ traffic:
   - name: web
     gate: {listen: "127.0.0.1:8100", application: "127.0.0.1:8000"}
 E
+# A server whose files only it sees, as in a container: it has its own by relative names.
+on old mount -t tmpfs tmpfs /var/lib/postgresql/15
 checked 4
+on old umount /var/lib/postgresql/15
 T=$'\t'
 found "$world/shared/findings" <<E
+error${T}postgres.data_directory${T}source.*/var/lib/postgresql/15/main cannot be seen${T}mount its data directory
 error${T}postgres.wal_level${T}target.*replica${T}wal_level = logical, then restart
 error${T}postgres.max_replication_slots${T}target.*is 1${T}ALTER SYSTEM SET max_replication_slots
 error${T}postgres.max_wal_senders${T}target.*is 0${T}ALTER SYSTEM SET max_wal_senders
