@@ -150,6 +150,60 @@ TEST(Journal, TwoWritersConflict) {
   EXPECT_THROW(a.append(1, {"{}"}), Error);
 }
 
+// Loses what is asked of it, or its answer, as a connection that breaks would, `times` times.
+struct BrokenLine : JournalBackend {
+  BrokenLine(std::vector<std::string>& lines, bool done, int& times, Code code) : lines_(lines), done_(done), times_(times), code_(code) {}
+  std::vector<std::string> read_all() override { return lines_; }
+  void append(std::size_t from, const std::vector<std::string>& lines) override {
+    if (from != lines_.size()) throw Error(Code::conflict, "the next line is another one");
+    const bool broken = times_ > 0 && times_-- > 0;
+    if (!broken || done_) lines_.insert(lines_.end(), lines.begin(), lines.end());
+    if (broken) throw Error(code_, "the connection broke");
+  }
+  std::vector<std::string>& lines_;
+  bool done_;
+  int& times_;
+  Code code_;
+};
+
+TEST(Journal, ALostAnswerIsNoOtherWriter) {
+  for (bool done : {false, true}) {
+    for (Code code : {Code::unreachable, Code::timeout, Code::io}) {
+      for (int broken : {1, 2}) {
+        std::vector<std::string> lines;
+        int times = 0, failed = 0;
+        Journal j(std::make_unique<BrokenLine>(lines, done, times, code), system_clock());
+        j.append("message", {{"text", "a"}});
+        times = broken;
+        for (const char* text : {"b", "c"}) {
+          try {
+            j.append("message", {{"text", text}});
+          } catch (const Error& e) {
+            EXPECT_EQ(e.code, code);
+            failed++;
+          }
+        }
+        // The same value again is no reason to leave the line unwritten.
+        times = 2;
+        try {
+          j.set_fact("k", 1);
+        } catch (const Error&) {
+        }
+        times = 0;
+        j.set_fact("k", 1);
+        EXPECT_LE(failed, code == Code::unreachable ? broken - 1 : broken);
+        Journal again(std::make_unique<BrokenLine>(lines, done, times, code), system_clock());
+        ASSERT_EQ(again.entries().size(), 4u) << done << " " << broken;
+        EXPECT_EQ(again.entries()[1]["text"], "b");
+        EXPECT_EQ(again.fact("k"), 1);
+        // Another writer's line still is one.
+        lines.push_back("{}");
+        EXPECT_THROW(j.append("message", {{"text", "d"}}), Error);
+      }
+    }
+  }
+}
+
 TEST(Journal, HeldBackLinesBecomeDurableAtTheFlush) {
   TempDir dir;
   std::string path = dir.path() + "/j";

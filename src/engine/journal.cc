@@ -87,24 +87,32 @@ void Journal::append(const std::string& kind, Json data) {
   data["at"] = clock_.wall_us();
   data["kind"] = kind;
   pending_.push_back(dump_line(data));
-  if (!held_) {
-    try {
-      write_pending();
-    } catch (...) {
-      // Not durable, so it did not happen; what is in memory must say the same.
-      pending_.pop_back();
-      throw;
-    }
-  }
   take(data);
+  if (!held_) write_pending();
   if (listener_) listener_(data);
 }
 
+// What fails here stays pending, before all that comes later: of an append whose answer was lost nobody knows whether it was done.
 void Journal::write_pending() {
-  if (pending_.empty()) return;
-  backend_->append(durable_, pending_);
-  durable_ += pending_.size();
-  pending_.clear();
+  for (bool again = false; !pending_.empty(); again = true) {
+    try {
+      if (unsure_) {
+        const auto there = backend_->read_all();
+        while (durable_ < there.size() && !pending_.empty() && there[durable_] == pending_.front()) {
+          pending_.erase(pending_.begin());
+          durable_++;
+        }
+        unsure_ = false;
+        if (pending_.empty()) return;
+      }
+      backend_->append(durable_, pending_);
+      durable_ += pending_.size();
+      pending_.clear();
+    } catch (const Error& e) {
+      unsure_ = e.code != Code::conflict;
+      if (again || e.code != Code::unreachable) throw;
+    }
+  }
 }
 
 void Journal::hold_back() {
@@ -156,7 +164,12 @@ Json Journal::fact(const std::string& key) const {
 }
 
 void Journal::set_fact(const std::string& key, const Json& value) {
-  if (fact(key) == value) return;
+  if (fact(key) == value) {
+    // It may be one whose line could not be written.
+    std::lock_guard lock(mutex_);
+    if (!held_) write_pending();
+    return;
+  }
   append("fact", {{"key", key}, {"value", value}});
 }
 

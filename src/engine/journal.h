@@ -46,7 +46,8 @@ class Journal {
   // Reads everything there is.
   Journal(std::unique_ptr<JournalBackend> backend, Clock& clock);
 
-  // Adds {"n", "at", "kind", ...data} durably. While held back (see below) it is only remembered.
+  // Adds {"n", "at", "kind", ...data} durably. While held back (see below) it is only remembered. An entry whose writing failed
+  // is remembered too, and written before the next one.
   void append(const std::string& kind, Json data);
   // Inside the pause only intents and the record are made durable: append() keeps lines in memory from hold_back() until
   // flush(), except append_intent().
@@ -75,7 +76,7 @@ class Journal {
   std::vector<Json> entries_;
   std::vector<std::string> pending_;
   std::size_t durable_ = 0;
-  bool held_ = false;
+  bool held_ = false, unsure_ = false;   // unsure_: the backend may have more than durable_ lines, and ours
   std::map<std::string, StepState> steps_;
   std::map<std::string, Json> facts_;
   std::function<void(const Json&)> listener_;

@@ -38,9 +38,9 @@ class SiteJournal : public JournalBackend {
         copied_ = lines_.size();
       }
     } catch (const Error&) {
+      copied_.reset();
       if (!source_) throw;
       // The copy lags while the target is away; the next append brings it up.
-      copied_.reset();
     }
   }
 
