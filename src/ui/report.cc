@@ -99,22 +99,27 @@ class Report {
       text = "A person said that the other host is off. If it comes back, it meets the higher epoch and fences itself.";
     } else if (cancelled()) {
       tone = "warn";
-      title = last_ ? "Cancelled: the source serves again" : "Cancelled: the source serves, as it did all the time";
-      text = last_ ? "The way back was at " + when(last_->at_us) + " UTC. What was copied to the target has been removed." : "What was copied to the target has been removed.";
-    } else if (newest && newest->result.empty()) {
+      title = reversed() ? "Cancelled: the source serves again" : "Cancelled: the source serves, as it did all the time";
+      text = last_ && last_->direction == "reverse" ? "The way back was at " + when(last_->at_us) + " UTC. What was copied to the target has been removed." : "What was copied to the target has been removed.";
+    } else if (s_.phase == "cancelling") {
+      tone = "warn";
+      title = "The cancel has not finished; the source serves";
+      text = "“rehome cancel” goes on with it.";
+    } else if (newest && newest->result.empty() && !completed()) {
       tone = "bad";
       title = "The journal ends inside a " + std::string(newest->direction.empty() ? "switch" : newest->direction);
       text = "The agents decide it by themselves. “rehome status” says who serves; “rehome resume” follows them to the end.";
-    } else if (serving() == "target" && last_) {
+    } else if (serving() == "target") {
       tone = differs() ? "bad" : "good";
       title = (s_.name.empty() ? std::string("The deployment") : s_.name) + " runs on the target";
-      text = "The switch at " + when(last_->at_us) + " UTC paused writes for " + exact_ms(last_->total_ms) + ".";
+      text = seen() ? "The switch at " + when(last_->at_us) + " UTC paused writes for " + exact_ms(last_->total_ms) + "." : unseen("switch") + ".";
       if (completed()) text += " The migration is complete.";
+      else if (s_.phase == "completing") text += " “rehome complete” goes on with taking rehome away from both sites.";
       else text += " The source follows the target: until “rehome complete”, “rehome reverse” goes back and loses nothing.";
-    } else if (last_ && last_->direction == "reverse") {
+    } else if (reversed()) {
       tone = "warn";
       title = "Reversed: the source serves again";
-      text = "The way back at " + when(last_->at_us) + " UTC paused writes for " + exact_ms(last_->total_ms) + "; the target's writes came along.";
+      text = (seen() ? "The way back at " + when(last_->at_us) + " UTC paused writes for " + exact_ms(last_->total_ms) : unseen("way back")) + "; the target's writes came along.";
     } else if (newest && newest->result == "backed out") {
       tone = "warn";
       title = "The switch backed out: the source serves as before";
@@ -129,6 +134,13 @@ class Report {
       text = "“rehome resume” continues, “rehome cancel” takes everything back.";
     }
     return "<section class=\"verdict " + std::string(tone) + "\" id=\"verdict\">\n<h2>" + esc(title) + "</h2>\n<p>" + lines(text) + "</p>\n</section>\n";
+  }
+
+  bool reversed() const { return serving() == "source" && std::any_of(s_.serves.begin(), s_.serves.end(), [](const auto& e) { return e.side == "target"; }); }
+  // Whether the controller that brought who serves now saw the end of it.
+  bool seen() const { return last_ && !s_.serves.back().found; }
+  std::string unseen(const std::string& what) const {
+    return "The " + what + " was finished by the agents, without the controller that began it, so its pause is not known; it was found at " + when(s_.serves.back().at_us) + " UTC";
   }
 
   bool differs() const {

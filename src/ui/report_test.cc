@@ -112,6 +112,39 @@ TEST(Report, SaysWhoServes) {
     EXPECT_NE(there_and_back.find(text), std::string::npos) << text;
 }
 
+TEST(Report, AControllerThatDiedLeavesATrueVerdict) {
+  auto page_of = [](std::vector<Json> more) {
+    std::vector<Json> e{{{"kind", "run"}, {"at", 1}, {"name", "shop"}}, {{"kind", "fact"}, {"key", "phase"}, {"value", "following"}}};
+    e.insert(e.end(), more.begin(), more.end());
+    return report_html(e);
+  };
+  auto phase_is = [](const char* value) { return Json{{"kind", "fact"}, {"at", 5}, {"key", "phase"}, {"value", value}}; };
+  auto found = [](const char* side) { return Json{{"kind", "serves"}, {"at", 5}, {"side", side}, {"found", true}}; };
+  auto has = [](const std::string& html, const char* text) { return html.find(text) != std::string::npos; };
+  Json hold{{"kind", "phase"}, {"at", 2}, {"attempt", 1}, {"name", "hold"}, {"ms", 2.5}};
+  Json out{{"kind", "pause"}, {"at", 3}, {"attempt", 1}, {"direction", "switch"}, {"total_ms", 90}, {"result", "backed out"}};
+  Json switched = out, target{{"kind", "serves"}, {"at", 3}, {"side", "target"}};
+  switched["result"] = "switched";
+  for (const auto& before : std::vector<std::vector<Json>>{{}, {hold}, {hold, out}}) {
+    auto entries = before;
+    entries.insert(entries.end(), {found("target"), phase_is("switched")});
+    std::string html = page_of(entries);
+    EXPECT_TRUE(has(html, "shop runs on the target")) << before.size();
+    EXPECT_TRUE(has(html, "was finished by the agents")) << before.size();
+    EXPECT_FALSE(has(html, "The journal ends inside")) << before.size();
+    entries.push_back(phase_is("completed"));
+    EXPECT_TRUE(has(page_of(entries), "The migration is complete")) << before.size();
+  }
+  std::string html = page_of({hold, target, switched, hold, found("source"), phase_is("following")});
+  EXPECT_TRUE(has(html, "Reversed: the source serves again"));
+  EXPECT_TRUE(has(html, "The way back was finished by the agents"));
+  // The agents undid it: the source never stopped serving.
+  html = page_of({hold, found("source")});
+  for (const char* text : {"Everything is copied and follows", "never stopped", "undone by the agents"}) EXPECT_TRUE(has(html, text)) << text;
+  EXPECT_TRUE(has(page_of({hold, target, switched, phase_is("completed"), hold}), "The migration is complete"));
+  EXPECT_TRUE(has(page_of({phase_is("cancelling")}), "The cancel has not finished"));
+}
+
 TEST(Report, EscapesWhatTheSitesSay) {
   std::string evil = "\"'><script>alert(1)</script>&amp;\x1b[2J\x01 <!-- ]]> \u202e";
   std::vector<Json> entries;

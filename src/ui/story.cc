@@ -37,7 +37,7 @@ class Teller {
       story.verified.push_back({at_, whole(e, "compared"), whole(e, "more"), str(e, "store"), yes(e, "equal"), at(e, "differences"), at(e, "detail")});
     else if (kind == "check" || kind == "canary")
       story.checks.push_back({at_, kind, str(e, "name"), str(e, "side", kind == "canary" ? str(e, "when") : ""), str(e, "said"), yes(e, "ok"), num(e, "ms")});
-    else if (kind == "serves") story.serves.push_back({at_, str(e, "side"), yes(e, "forced")});
+    else if (kind == "serves") serves(e);
     else if (kind == "left") left(e);
     else if (kind == "message") note(str(e, "text"), "", false);
     else if (kind == "error") note(said(at(e, "error").is_object() ? at(e, "error") : e), str(at(e, "error").is_object() ? at(e, "error") : e, "hint"), true);
@@ -105,6 +105,15 @@ class Teller {
     a.hint = str(at(e, "error"), "hint");
     a.ledger = ledger_;
     ledger_ = Json();
+  }
+
+  void serves(const Json& e) {
+    const bool forced = yes(e, "forced"), found = yes(e, "found");
+    const std::string side = str(e, "side"), before = story.serves.empty() ? "source" : story.serves.back().side;
+    // Of an attempt whose controller saw the end, `pause` says how it ended.
+    if ((forced || found) && !story.attempts.empty() && story.attempts.back().result.empty())
+      story.attempts.back().result = side == before ? "undone by the agents" : "finished by the agents";
+    if (!found || side != before) story.serves.push_back({at_, side, forced, found});
   }
 
   void left(const Json& e) {

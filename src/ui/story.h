@@ -25,7 +25,7 @@ struct StoryPhase {
 struct StoryAttempt {
   std::int64_t number = 0, at_us = 0;
   std::string direction;            // switch or reverse
-  std::string result;               // switched, backed out, or empty: the journal ends inside it
+  std::string result;               // switched, backed out, finished or undone by the agents, or empty: the journal ends inside it
   double total_ms = 0, predicted_ms = 0;
   std::string error, hint;
   std::vector<StoryPhase> phases;
@@ -67,7 +67,7 @@ struct StoryChange {
 struct StoryServes {
   std::int64_t at_us = 0;
   std::string side;
-  bool forced = false;
+  bool forced = false, found = false;
 };
 
 struct Story {
