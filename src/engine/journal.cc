@@ -88,7 +88,12 @@ void Journal::append(const std::string& kind, Json data) {
   data["kind"] = kind;
   pending_.push_back(dump_line(data));
   take(data);
-  if (!held_) write_pending();
+  try {
+    if (!held_) write_pending();
+  } catch (...) {
+    if (listener_) listener_(data);
+    throw;
+  }
   if (listener_) listener_(data);
 }
 

@@ -127,6 +127,12 @@ std::vector<std::string> leftovers(Run& run) {
   return all;
 }
 
+namespace {
+
+bool passes(const Error& e) { return (e.retryable || e.code == Code::unreachable) && e.code != Code::conflict; }
+
+}  // namespace
+
 Prediction wait_until_ready(Run& run, Switchover& switchover, Millis patience, bool when_ready) {
   // A file that vanished while it was read, a server that was busy: what passes by itself is no reason to send a person away.
   Deadline deadline = Deadline::in(when_ready ? patience : Millis(5000));
@@ -138,28 +144,39 @@ Prediction wait_until_ready(Run& run, Switchover& switchover, Millis patience, b
   std::string said;
   while (true) {
     if (cancel_flag()) throw Error(Code::interrupted, "stopped while waiting for the moment to switch", "switch again when you like");
-    if (renew.passed()) {
-      switchover.renew();
-      renew = Deadline::in(Millis(60'000));
-    }
-    Prediction p = switchover.predict(false);
-    if (p.obstacles.empty()) {
-      if (measured < 3 || measure_again.passed()) {
-        p = switchover.predict(true);
-        if (++measured >= 3) {
-          measure_again = Deadline::in(rest);
-          rest = std::min(2 * rest, Millis(300'000));
-        }
-        if (p.obstacles.empty()) return p;
-        last = p.obstacles;
-      } else {
-        p.obstacles = last;
+    Prediction p;
+    try {
+      if (renew.passed()) {
+        switchover.renew();
+        renew = Deadline::in(Millis(60'000));
       }
+      p = switchover.predict(false);
+      if (p.obstacles.empty()) {
+        if (measured < 3 || measure_again.passed()) {
+          p = switchover.predict(true);
+          if (++measured >= 3) {
+            measure_again = Deadline::in(rest);
+            rest = std::min(2 * rest, Millis(300'000));
+          }
+          if (p.obstacles.empty()) return p;
+          last = p.obstacles;
+        } else {
+          p.obstacles = last;
+        }
+      }
+    } catch (const Error& e) {
+      // In a night of waiting a server is started again, a link is down for seconds.
+      if (!when_ready || !passes(e)) throw;
+      p.obstacles.push_back(e.what());
     }
     // Once, not every second for a day: the lag in it changes all the time, so words are compared without their numbers.
     std::string text = "not yet: " + join(p.obstacles, "; "), words = text;
     std::erase_if(words, [](char ch) { return ch >= '0' && ch <= '9'; });
-    if (words != said) run.journal().append("message", {{"text", text}});
+    try {
+      if (words != said) run.journal().append("message", {{"text", text}});
+    } catch (const Error& e) {
+      if (!when_ready || !passes(e)) throw;
+    }
     said = words;
     if (deadline.passed())
       throw Error(Code::timeout, "no switch now: " + join(p.obstacles, "; "),
