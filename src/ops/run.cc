@@ -105,7 +105,8 @@ void Run::connect(Mode mode, bool may_miss) {
       missing_[side] = std::make_unique<Error>(e);
     }
   }
-  if (!sites_.source && !sites_.target) throw *missing_.source;
+  // One that answers that no agent is there says more than one that does not answer: no run is left on it.
+  if (!sites_.source && !sites_.target) throw missing_.target->code == Code::state ? *missing_.target : *missing_.source;
   if (mode == Mode::observe) {
     // Looking takes nothing from the controller that is at work: its number, not a new one.
     for (Side side : {Side::source, Side::target})

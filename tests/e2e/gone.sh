@@ -96,5 +96,8 @@ hosts power-cut "$world" old
 rehome complete --anyway >"$world/shared/out" 2>&1 && fail "completed without the source"
 rehome complete --source-is-gone --confirm old >"$world/shared/out" 2>&1 || { cat "$world/shared/out"; fail "complete --source-is-gone"; }
 nothing_left new
+rehome status >"$world/shared/out" 2>&1 || { cat "$world/shared/out"; fail "status after the end, with the old server off"; }
+grep -q "the last run's journal: " "$world/shared/out" || { cat "$world/shared/out"; fail "status does not name the last journal"; }
+rehome report --out "$world/shared/report.html" >"$world/shared/out" 2>&1 || { cat "$world/shared/out"; fail "report after the end, with the old server off"; }
 sql new shop "INSERT INTO probe(side, at_us) VALUES ('new', 1)" >/dev/null || fail "the target takes no writes"
 say "4 passed, 0 failed"
