@@ -114,13 +114,26 @@ void begin_run(Run& run, const std::string& command) {
 
 // A controller that died after the commit left the journal behind what the records say: the records win. Who serves.
 Side heed_records(Run& run) {
-  const std::string phase = run.phase();
-  const Side serving = run.serves();
-  const std::string now = phase == "following" && serving == Side::target ? "switched" : phase == "switched" && serving == Side::source ? "following" : phase;
-  if (now != phase) {
-    run.journal().append("serves", {{"side", side_name(serving)}, {"found", true}});
-    run.set_phase(now);
+  std::optional<Side> known;
+  for (Deadline deadline = Deadline::in(Millis(30000)); !known; system_clock().sleep(Millis(50))) {
+    try {
+      known = run.serves();
+    } catch (const Error& e) {
+      // Decided, and not carried out: the agents are at it.
+      if (e.code != Code::unknown || !e.retryable || deadline.passed() || cancel_flag()) throw;
+    }
   }
+  const Side serving = *known;
+  const std::string phase = run.phase();
+  const std::string now = phase == "following" && serving == Side::target ? "switched" : phase == "switched" && serving == Side::source ? "following" : phase;
+  // An attempt of which nobody wrote down the end has ended too.
+  bool unended = false;
+  for (const auto& e : run.journal().entries()) {
+    const std::string kind = get_string(e, "kind");
+    if (kind == "phase" || kind == "pause" || kind == "serves") unended = kind == "phase";
+  }
+  if (now != phase || unended) run.journal().append("serves", {{"side", side_name(serving)}, {"found", true}});
+  if (now != phase) run.set_phase(now);
   return serving;
 }
 
@@ -263,7 +276,11 @@ int reverse(const ReverseOptions& o) {
       throw Error(Code::state, "the target's agent answers: it is not gone", "use rehome reverse");
     require_confirmed(run, Side::target, o.confirm);
     std::string lag = last_lag(run);
-    Json answer = run.site(Side::source).call("force.reopen", {{"confirm", true}}, Deadline::in(Millis(120000)));
+    // In a reverse that the target did not end the source has yielded nothing: it takes over.
+    const bool taking = get_string(run.site(Side::source).call("attempt.status"), "decision") == "PREPARED";
+    if (taking)
+      for (auto& store : run.stores()) store->make_up_for_cut(run.stores_context(), {Side::target});
+    Json answer = run.site(Side::source).call(taking ? "force.open" : "force.reopen", {{"confirm", true}}, Deadline::in(Millis(120000)));
     run.journal().append("serves", {{"side", "source"}, {"forced", true}, {"answer", answer}});
     run.set_phase("following");
     o.emit({{"kind", "result"}, {"what", "reverse"}, {"forced", true}, {"answer", answer}, {"text", lag}});
@@ -435,7 +452,7 @@ int status(const StatusOptions& o) {
   try {
     out["serves"] = side_name(run->serves());
   } catch (const Error& e) {
-    out["serves"] = "unknown";
+    out["serves"] = e.code == Code::unknown && e.retryable ? "neither" : "unknown";
     out["why"] = error_to_json(e);
     exit_status = error_info(e.code).exit_status;
   }

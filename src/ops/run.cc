@@ -3,6 +3,7 @@
 #include <cstdlib>
 
 #include "base/text.h"
+#include "ops/serves.h"
 #include "stores/registry.h"
 #include "sys/fs.h"
 
@@ -166,11 +167,7 @@ std::string Run::phase() const {
 }
 
 Side Run::serves() {
-  struct Seen {
-    std::int64_t epoch;
-    std::string serves;
-  };
-  std::optional<Seen> best;
+  BySide<Json> records;
   for (Side side : {Side::source, Side::target}) {
     if (!sites_[side]) continue;
     Json hello = sites_[side]->call("hello");
@@ -178,11 +175,9 @@ Side Run::serves() {
       throw Error(Code::unknown, "the record cannot be read: " + get_string(hello, "record_error"),
                   "nothing was undone; restore STATE/record from the other site's knowledge only with both hosts in view")
           .in(sites_[side]->label());
-    const Json& r = hello.at("record");
-    Seen seen{get_int(r, "epoch"), get_string(r, "serves")};
-    if (!best || seen.epoch > best->epoch) best = seen;
+    records[side] = hello.at("record");
   }
-  return best->serves == "target" ? Side::target : Side::source;
+  return who_serves(records);
 }
 
 // Each agent has what the other has seen: one of them is enough.

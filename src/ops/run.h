@@ -47,9 +47,9 @@ class Run {
   std::vector<std::unique_ptr<Service>>& services() { return services_; }
   std::vector<std::unique_ptr<Traffic>>& traffic() { return traffic_; }
 
-  // Where the run stands, from the journal: none, begun (steps open), following, switched, completed, cancelled.
+  // Where the run stands, from the journal: none, begun (steps open), following, switched, completing, completed, cancelling, cancelled.
   std::string phase() const;
-  // Who serves, from the agents' records; throws Error(unknown) when they do not say the same and no attempt explains it.
+  // Who serves, from the records of the agents that answer; Error(unknown) as who_serves(), or where a record cannot be read.
   Side serves();
   void set_phase(const std::string& phase) { journal_->set_fact("phase", phase); }
   // A later controller has taken the run over; false where no agent answers.

@@ -150,6 +150,7 @@ std::vector<std::string> status_lines(const Json& s) {
   std::string phase = str(s, "phase"), serves = str(s, "serves");
   std::string head = str(s, "name") + ": " + (phase == "none" ? "no run" : phase);
   if (serves == "unknown") head += "; WHO SERVES IS NOT KNOWN";
+  else if (serves == "neither") head += "; NEITHER SIDE SERVES";
   else if (!serves.empty()) head += "; the " + serves + " serves";
   out.push_back(head);
   if (at(s, "why").is_object()) {
