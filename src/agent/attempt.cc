@@ -147,7 +147,7 @@ void Attempt::start(bool returning) {
 
 void Attempt::check_can_open(const Record& r) const {
   if (!serves_here(r)) throw Error(Code::state, "this site does not serve, so it has nothing to yield");
-  if (r.decision == Decision::cancelled) throw Error(Code::state, "the run was cancelled", "begin again");
+  if (r.decision == Decision::cancelled) throw Error(Code::state, "the run was cancelled", "rehome cancel takes away what is left of it");
   if (r.decision != Decision::serving && r.decision != Decision::opened)
     throw Error(Code::state, "attempt " + std::to_string(r.attempt) + " is not over yet: " + phase(r), "see status",
                 r.decision == Decision::abort);

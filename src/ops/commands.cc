@@ -32,14 +32,20 @@ void emit_findings(const Emit& emit, const std::vector<Finding>& findings) {
     emit({{"kind", "finding"}, {"level", levels[static_cast<int>(f.level)]}, {"id", f.id}, {"object", f.object}, {"message", f.message}, {"mend", f.mend}});
 }
 
+// What a person does with a run that stands there.
+std::string way_on(const std::string& phase) {
+  if (phase == "none") return "start with rehome begin";
+  if (phase == "begun") return "rehome resume finishes begin; rehome cancel takes it back";
+  if (phase == "switched") return "the target serves: reverse or complete";
+  if (phase == "cancelling" || phase == "cancelled") return "rehome cancel goes on with taking it back";
+  if (phase == "completing" || phase == "completed") return "rehome complete goes on with ending it";
+  return "see rehome status";
+}
+
 void require_phase(Run& run, const std::vector<std::string>& allowed, const std::string& command) {
   std::string phase = run.phase();
-  if (std::find(allowed.begin(), allowed.end(), phase) != allowed.end()) return;
-  std::string hint = phase == "none"       ? "start with rehome begin"
-                     : phase == "begun"    ? "rehome resume finishes begin; rehome cancel takes it back"
-                     : phase == "switched" ? "the target serves: reverse or complete"
-                                           : "see rehome status";
-  throw Error(Code::state, command + " is not possible now: the run is '" + phase + "'", hint);
+  if (std::find(allowed.begin(), allowed.end(), phase) == allowed.end())
+    throw Error(Code::state, command + " is not possible now: the run is '" + phase + "'", way_on(phase));
 }
 
 void emit_checks(Run& run, Side side) {
@@ -198,7 +204,8 @@ int begin(const BeginOptions& o) {
     // Before anything is installed: what would break the migration leaves both sites untouched.
     Run look(deployment, Run::Mode::look);
     if (auto there = existing_run(deployment); there && there->phase() != "none")
-      throw Error(Code::conflict, "a run of '" + deployment.name + "' is there already", "rehome resume continues it, rehome cancel takes it back, rehome status shows it");
+      throw Error(Code::conflict, "a run of '" + deployment.name + "' is there already: it is '" + there->phase() + "'",
+                  there->phase() == "begun" || there->phase() == "following" ? "rehome resume continues it, rehome cancel takes it back, rehome status shows it" : way_on(there->phase()));
     auto findings = preflight(look);
     emit_findings(o.emit, findings);
     require_clean(findings, true);
@@ -235,6 +242,7 @@ int switch_over(const SwitchOptions& o) {
   Run run(load_deployment(o.file), Run::Mode::control);
   run.collect_lag();
   listen(run, o.emit);
+  heed_records(run);
   require_phase(run, {"following"}, "switch");
   if (o.recopy)
     for (auto& store : run.stores())
@@ -352,8 +360,10 @@ int cancel(const CancelOptions& o) {
   auto opened = open_to_end(o, Side::target, o.target_is_gone, o.confirm, "cancelled");
   Run& run = *opened;
   if (run.phase() != "cancelled") {
+    if (run.phase() == "following" || run.phase() == "switched") heed_records(run);
     if (run.phase() == "switched") throw Error(Code::state, "the target serves: cancel would lose its writes", "rehome reverse first");
     run.site(Side::source).call("attempt.cancel", Json::object(), Deadline::in(Millis(60000)));
+    run.set_phase("cancelling");
     auto left = take_down(run, Side::source, true);
     auto still = leftovers(run);
     if (!still.empty()) throw Error(Code::store, "cancel left behind: " + join(still, "; "), "repeat rehome cancel; it takes away what is still there");
@@ -389,6 +399,7 @@ int resume(const ResumeOptions& o) {
     require_confirmed(run, Side::source, o.confirm);
     if (run.phase() == "none" || run.phase() == "begun")
       throw Error(Code::state, "the target does not have everything: its first copy was never finished", "bring the source back, then rehome resume");
+    require_phase(run, {"following", "switched", "completing"}, "resume --source-is-gone");
     // After a cut's seal the target has all of it. Without one, what a cut would have carried over is made up for.
     const std::string held = get_string(run.site(Side::target).call("attempt.status"), "decision");
     if (held != "STORED" && held != "OPENED")

@@ -259,6 +259,16 @@ TEST(TextView, StatusTellsOfTheGatesClients) {
   EXPECT_NE(all.find("2 connections are open\n"), std::string::npos) << all;
 }
 
+TEST(TextView, StatusSaysThatNobodyServesAndWhatIsLeftToDo) {
+  auto lines = status_lines({{"name", "shop"}, {"phase", "following"}, {"serves", "neither"}, {"why", {{"message", "attempt 3 is decided"}, {"hint", "the agents finish it"}}}});
+  ASSERT_EQ(lines.size(), 3u);
+  EXPECT_EQ(lines[0], "shop: following; NEITHER SIDE SERVES");
+  EXPECT_EQ(lines[2], "  the agents finish it");
+  lines = status_lines({{"name", "shop"}, {"phase", "cancelling"}, {"serves", "source"}});
+  ASSERT_EQ(lines.size(), 2u);
+  EXPECT_NE(lines[1].find("rehome cancel"), std::string::npos);
+}
+
 TEST(TextView, NumbersForPeople) {
   EXPECT_EQ(grouped(0), "0");
   EXPECT_EQ(grouped(-1234567), "-1,234,567");

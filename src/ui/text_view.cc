@@ -157,6 +157,8 @@ std::vector<std::string> status_lines(const Json& s) {
     out.push_back("  " + said_of(s["why"]));
     if (std::string hint = str(s["why"], "hint"); !hint.empty()) out.push_back("  " + hint);
   }
+  if (phase == "cancelling" || phase == "cancelled") out.push_back("  rehome cancel goes on with taking it back");
+  if (phase == "completing" || phase == "completed") out.push_back("  rehome complete goes on with ending it");
   if (std::string last = str(s, "last_journal"); !last.empty()) out.push_back("  the last run's journal: " + last);
   site_lines(s, "source", out);
   site_lines(s, "target", out);
