@@ -143,13 +143,31 @@ Side heed_records(Run& run) {
   return serving;
 }
 
+// The way of the last switch or reverse that no controller has followed to its end, with the agents' tails done and the write canaries asked.
+std::optional<Direction> unsettled(Run& run) {
+  std::optional<Direction> last;
+  Side serves = Side::source;
+  for (const auto& e : run.journal().entries()) {
+    const std::string kind = get_string(e, "kind");
+    if (kind == "settled") last.reset();
+    if (kind != "serves") continue;
+    const Side now = get_string(e, "side") == "target" ? Side::target : Side::source;
+    // After a person's word the other side is gone, and nothing of it is waited for.
+    if (get_bool(e, "forced", false)) last.reset();
+    else if (now != serves) last = Direction{serves};
+    serves = now;
+  }
+  return last;
+}
+
 CutResult switch_run(Run& run, Direction direction, bool when_ready, Millis patience) {
   return controlled(run, [&] {
     // Checked now and not in the pause: a target that cannot serve must not be found out there.
     Switchover switchover(run, direction);
     switchover.prepare();
     emit_checks(run, direction.takes());
-    wait_until_ready(run, switchover, patience, when_ready);
+    Prediction p = wait_until_ready(run, switchover, patience, when_ready);
+    run.journal().append("message", {{"text", "the pause is predicted to be " + human_duration(p.pause) + ": " + join(p.reasons, "; ")}});
     CutResult result = switchover.cut();
     switchover.settle();
     return result;
@@ -158,6 +176,38 @@ CutResult switch_run(Run& run, Direction direction, bool when_ready, Millis pati
 
 void emit_result(const Emit& emit, const std::string& what, const CutResult& r) {
   emit({{"kind", "result"}, {"what", what}, {"attempt", r.attempt}, {"pause_ms", r.pause_ms}, {"phases", r.phases}, {"ledger", r.ledger}});
+}
+
+// A write canary failed after the commit: the way back is the same cut. What stopped the switch does not stop it; a new Ctrl-C does.
+[[noreturn]] void reverse_failed(Run& run, const Emit& emit, const Error& failed) {
+  auto note = [&](const Error& e) {
+    try {
+      run.journal().append("error", {{"error", error_to_json(e)}});
+    } catch (const Error&) {
+      // It hides nothing: both are in what is thrown.
+    }
+  };
+  note(failed);
+  cancel_flag() = false;
+  std::string also;
+  try {
+    emit_result(emit, "reverse", switch_run(run, {Side::target}, true, Millis(60000)));
+  } catch (const Error& back) {
+    note(back);
+    std::optional<Side> serves;
+    try {
+      serves = run.serves();
+    } catch (const Error&) {
+      // Said below as not known.
+    }
+    if (serves != Side::source)
+      throw Error(serves ? Code::check_failed : Code::unknown,
+                  failed.message + ", and the way back failed too: " + back.what() + (serves ? "; the target serves" : "; who serves is not known, see status"),
+                  "rehome reverse goes back; or mend the target, and rehome resume asks the canary again");
+    // The same canary may fail at the source too: it serves all the same.
+    also = "; there: " + std::string(back.what());
+  }
+  throw Error(Code::backed_out, failed.message + "; reversed: the source serves, nothing is lost" + also, "mend the target, then switch again");
 }
 
 // The run of a command that ends it. A host that a person says is gone is left out; and when the last part of such a command, which
@@ -252,25 +302,12 @@ int switch_over(const SwitchOptions& o) {
     if (cancel_flag()) throw Error(Code::interrupted, "stopped while waiting for the time to switch", "switch again when you like");
     system_clock().sleep(Millis(50));
   }
-  Side serving = run.serves();
-  if (serving != Side::source) throw Error(Code::state, "the target serves already", "reverse, or complete");
   CutResult result;
   try {
     result = switch_run(run, {Side::source}, o.when_ready, o.patience);
   } catch (const Error& e) {
     if (e.code != Code::check_failed || run.serves() != Side::target) throw;
-    // A write canary failed after the commit: the way back is the same cut.
-    run.journal().append("error", {{"error", error_to_json(e)}});
-    std::string also;
-    try {
-      emit_result(o.emit, "reverse", switch_run(run, {Side::target}, true, Millis(60000)));
-    } catch (const Error& back) {
-      // The same canary may fail at the source too: it serves all the same.
-      if (back.code != Code::check_failed || run.serves() != Side::source) throw;
-      run.journal().append("error", {{"error", error_to_json(back)}});
-      also = "; there too: " + back.message;
-    }
-    throw Error(Code::backed_out, e.message + "; reversed: the source serves, nothing is lost" + also, "mend the target, then switch again");
+    reverse_failed(run, o.emit, e);
   }
   emit_result(o.emit, "switch", result);
   return 0;
@@ -418,12 +455,24 @@ int resume(const ResumeOptions& o) {
     o.emit({{"kind", "result"}, {"what", "resume"}, {"text", "begin is finished: everything is copied and follows"}});
     return 0;
   }
+  require_phase(run, {"following", "switched"}, "resume");
   Side serving = heed_records(run);
+  std::optional<Error> canary;
+  if (auto last = unsettled(run)) {
+    try {
+      controlled(run, [&] { Switchover(run, *last).settle(); });
+    } catch (const Error& e) {
+      if (e.code != Code::check_failed) throw;
+      if (serving == Side::target) reverse_failed(run, o.emit, e);
+      canary = e;   // the source serves, and follows no other way: said when the rest is done
+    }
+  }
   if (o.recopy)
     for (auto& store : run.stores())
       if (!store->needs_recopy(run.stores_context()).empty()) store->recopy(run.stores_context());
   if (run.phase() == "following") run_steps(begin_steps(run), run.journal(), cancel_flag());
   o.emit({{"kind", "result"}, {"what", "resume"}, {"text", std::string(side_name(serving)) + " serves; the run is '" + run.phase() + "'"}});
+  if (canary) throw *canary;
   return 0;
 }
 

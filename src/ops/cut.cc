@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
 #include <map>
 
@@ -194,7 +195,9 @@ Prediction Switchover::predict(bool measure) {
   takes().call("hello");
   double trip = ms_between(from, system_clock().now());
   ms += 12 * trip + 20;
-  p.reasons.push_back("a round trip to both sites takes " + std::to_string(std::lround(trip * 10) / 10) + " ms; the protocol needs about 12");
+  char text[120];
+  std::snprintf(text, sizeof text, "a round trip to both sites takes %.1f ms; the protocol needs about 12", trip);
+  p.reasons.push_back(text);
   p.pause = Millis(std::lround(ms));
   p.within = p.pause <= run_.deployment().max_pause;
   if (!p.within)
@@ -224,8 +227,10 @@ void Switchover::phase(const char* name, const std::function<void()>& work) {
   }
   record(nullptr);
   fault_hook("after", name);
+  // It is decided: nothing can be backed out of any more.
+  if (std::string(name) == "open") return;
   // Until the seal everything is revocable, and an overrun is; after it the attempt finishes or the lease decides.
-  if (pause_deadline_.passed() && std::string(name) != "open")
+  if (pause_deadline_.passed())
     throw Error(Code::timeout, std::string("the pause is longer than max_pause (") + human_duration(run_.deployment().max_pause) + ") after " + name,
                 "raise max_pause, or wait for less load");
   if (cancel_flag()) throw Error(Code::interrupted, std::string("stopped during the pause, after ") + name);
@@ -309,12 +314,14 @@ Json Switchover::decided(Deadline deadline) {
   }
 }
 
-// Where the outcome is unknown the journal's site is often what is lost: that must not hide what is to be said.
+// The outcome of an attempt is known, or the agents' alone: that the journal's disk is full, or its site lost, must not hide it.
 void Switchover::flush_journal() {
   try {
     run_.journal().flush();
-  } catch (const Error&) {
-    // resume writes down what the records say.
+  } catch (const Error& e) {
+    // Held back again, and tried with the next flush; resume writes down what the records say.
+    run_.journal().hold_back();
+    run_.journal().append("message", {{"text", std::string("the journal could not be written, and lacks what this command did last: ") + e.what()}});
   }
 }
 
@@ -344,15 +351,17 @@ void Switchover::back_out(const Error& reason) {
                 "the agents decide it by themselves; see status");
   }
   if (get_string(status, "decision") == "COMMIT" ||
-      (get_string(status, "decision") == "SERVING" && get_string(status, "serves", "") == side_name(direction_.takes())))
+      (get_string(status, "decision") == "SERVING" && get_string(status, "serves", "") == side_name(direction_.takes()))) {
+    flush_journal();
     throw Error(Code::unknown, std::string("the controller failed after the commit (") + reason.what() + "); the agents finish it",
                 "rehome resume follows them to the end");
+  }
   double ms = ms_between(pause_from_, system_clock().now());
   write_ledger(false);
   run_.journal().append("pause", {{"attempt", attempt_}, {"direction", direction_.yields == Side::source ? "switch" : "reverse"},
                                   {"total_ms", ms}, {"predicted_ms", predicted_ms_}, {"result", "backed out"},
                                   {"error", error_to_json(reason)}});
-  run_.journal().flush();
+  flush_journal();
   throw Error(Code::backed_out, std::string("backed out: ") + reason.what() + "; " + std::string(side_name(direction_.yields)) +
                                     " serves as before, nothing is lost",
               reason.hint.empty() ? "try again, or see rehome report" : reason.hint);
@@ -468,7 +477,7 @@ CutResult Switchover::cut() {
   write_ledger(true);
   run_.journal().append("pause", {{"attempt", attempt_}, {"direction", direction_.yields == Side::source ? "switch" : "reverse"},
                                   {"total_ms", result_.pause_ms}, {"predicted_ms", predicted_ms_}, {"result", "switched"}});
-  run_.journal().flush();
+  flush_journal();
   return result_;
 }
 
@@ -492,12 +501,17 @@ void Switchover::settle() {
       throw Error(Code::unknown, "the new side serves, but the agents have not finished: " + waiting, "they try again by themselves; see status");
     system_clock().sleep(Millis(20));
   }
+  std::optional<Error> failed;
+  run_.journal().hold_back();
   for (const auto& check : run_.deployment().checks) {
-    if (!check.write_canary || !meant_for(check, direction_.takes())) continue;
+    if (failed || !check.write_canary || !meant_for(check, direction_.takes())) continue;
     CheckResult r = run_check(run_, check, direction_.takes());
     run_.journal().append("canary", {{"name", r.name}, {"ok", r.ok}, {"ms", r.ms}, {"said", r.said}, {"when", "write"}});
-    if (!r.ok) throw Error(Code::check_failed, "the write canary " + r.name + " failed after the commit: " + r.said);
+    if (!r.ok) failed.emplace(Code::check_failed, "the write canary " + r.name + " failed after the commit: " + r.said);
   }
+  if (!failed) run_.journal().append("settled", {{"side", side_name(direction_.takes())}});
+  flush_journal();
+  if (failed) throw *failed;
 }
 
 }  // namespace rehome::ops

@@ -45,7 +45,7 @@ class Switchover {
   // The pause. On return the other side serves. Error(backed_out): Y serves as before, nothing is lost, it can be tried
   // again. Error(unknown): the commit was asked for and its outcome is not known here; the agents decide it, see status.
   CutResult cut();
-  // After cut(): waits for the agents' tails, runs the write canaries; Error(check_failed) when one fails.
+  // After cut(), also of another controller: waits for the agents' tails, runs the write canaries; Error(check_failed) when one fails.
   void settle();
 
  private:

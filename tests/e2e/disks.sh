@@ -109,8 +109,26 @@ rehome -q resume --recopy
 follows_again
 rehome -q verify
 # The warm shop's pool holds connections to the server that was stopped: each answers the check with one error, and it is asked again.
-rehome -q switch
-sleep 1
+# What the reserve left is filled as well. The last lines may find place in the journal's last block, and mostly do not.
+say "the journal's disk: full when the switch is decided; it is told all the same"
+cat >"$world/shared/hook" <<H
+#!/bin/sh
+[ "\$1 \$2" = "after open" ] || exit 0
+touch '$world/shared/asks'
+i=0; while [ ! -e '$world/shared/full' ] && [ \$i -lt 300 ]; do sleep 0.01; i=\$((i+1)); done
+H
+chmod 755 "$world/shared/hook"
+REHOME_FAULT_HOOK=$world/shared/hook rehome --json switch >"$world/shared/out" 2>&1 &
+spawned switch
+switch=$!
+for i in $(seq 6000); do [ -e "$world/shared/asks" ] && break; sleep 0.01; done
+on old sh -c '! cat /dev/zero >>/tmp/disk/state/filler' 2>/dev/null || fail "the disk did not get full"
+touch "$world/shared/full"
+for i in $(seq 60); do ! grep -qE "the journal could not be written|\"what\":\"switch\"" "$world/shared/out" || break; sleep 0.05; done
+make_room old state
+wait $switch || { tail -n 5 "$world/shared/out"; fail "the switch that was decided ended with $?"; }
+grep -h -o "the journal could not be written[^,]*" "$world/shared/out" || true
+rehome --json status | grep -q '"phase":"switched"' || fail "the journal was not written when there was room"
 finish all
 cat "$world/shared/all.json"
 judge all old:new all
