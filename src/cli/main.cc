@@ -35,7 +35,9 @@ std::int64_t parse_when(const std::string& text) {
   if (!end || *end) throw Error(Code::usage, "--at " + text + " is not a time", "write \"2026-03-01 22:00\" or 22:00");
   day.tm_sec = 0;
   day.tm_isdst = -1;
+  const int asked = day.tm_mday;
   std::time_t at = std::mktime(&day);
+  if (day.tm_mday != asked) throw Error(Code::usage, "--at " + text + " is no day of that month", "name a day that there is");
   if (at < now && text.size() <= 5) {
     // The same time of tomorrow: days are not all of one length.
     day.tm_mday++;

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <ctime>
 #include <map>
 #include <mutex>
 #include <thread>
@@ -75,6 +76,13 @@ std::map<std::string, Json> newest_lag(Run& run, Side side) {
   const Json seen = run.site(side).call("lag.read");
   for (const auto& s : seen.at("samples")) newest[get_string(s, "store")] = s;
   return newest;
+}
+
+// A switch is the person's to ask for, also where it was once asked for together with begin.
+std::string left_of_migrate(Run& run) {
+  const auto runs = run.journal().of_kind("run");
+  if (runs.empty() || get_string(runs.back(), "command") != "migrate" || run.phase() != "following" || !run.journal().of_kind("serves").empty()) return {};
+  return "; of migrate are left: rehome verify, rehome switch --when-ready";
 }
 
 // What may be lost with the target, in words.
@@ -210,6 +218,22 @@ void emit_result(const Emit& emit, const std::string& what, const CutResult& r) 
   throw Error(Code::backed_out, failed.message + "; reversed: the source serves, nothing is lost" + also, "mend the target, then switch again");
 }
 
+// Until then. Whoever takes the run over meanwhile is told of now, and not when the time comes.
+void wait_for_time(Run& run, std::int64_t at_us) {
+  const std::time_t at = at_us / 1'000'000;
+  std::tm local{};
+  localtime_r(&at, &local);
+  char when[64];
+  std::strftime(when, sizeof when, "%Y-%m-%d %H:%M %Z", &local);
+  if (system_clock().wall_us() < at_us) run.journal().append("message", {{"text", std::string("waiting until ") + when}});
+  for (int n = 1; system_clock().wall_us() < at_us; n++) {
+    if (cancel_flag()) throw Error(Code::interrupted, "stopped while waiting for the time to switch", "switch again when you like");
+    if (n % 60 == 0 && run.superseded())
+      throw Error(Code::conflict, std::string("another controller took over this run while this one waited until ") + when, "one at a time: rehome status shows what the other one did");
+    system_clock().sleep(Millis(50));
+  }
+}
+
 // The run of a command that ends it. A host that a person says is gone is left out; and when the last part of such a command, which
 // takes away one agent after the other, was interrupted, the one that is left is enough.
 std::unique_ptr<Run> open_to_end(const Common& o, Side may_be_gone, bool is_gone, const std::string& confirm, const std::string& ended) {
@@ -263,7 +287,7 @@ int begin(const BeginOptions& o) {
   }
   Run run(deployment, Run::Mode::begin);
   listen(run, o.emit);
-  begin_run(run, "begin");
+  begin_run(run, o.command);
   o.emit({{"kind", "result"}, {"what", "begin"}, {"text", "both sites are connected, everything is copied and follows"}});
   return 0;
 }
@@ -298,9 +322,10 @@ int switch_over(const SwitchOptions& o) {
     for (auto& store : run.stores())
       if (!store->needs_recopy(run.stores_context()).empty()) store->recopy(run.stores_context());
   if (!o.plan.empty()) refuse_stale_plan(run, o.plan);
-  while (o.at_us && system_clock().wall_us() < *o.at_us) {
-    if (cancel_flag()) throw Error(Code::interrupted, "stopped while waiting for the time to switch", "switch again when you like");
-    system_clock().sleep(Millis(50));
+  if (o.at_us) {
+    wait_for_time(run, *o.at_us);
+    // What was so when the wait began need not be so any more.
+    if (!o.plan.empty()) refuse_stale_plan(run, o.plan);
   }
   CutResult result;
   try {
@@ -416,6 +441,7 @@ int migrate(const MigrateOptions& o) {
   b.file = o.file;
   b.emit = o.emit;
   b.plan = o.plan;
+  b.command = "migrate";
   begin(b);
   VerifyOptions v;
   v.file = o.file;
@@ -452,7 +478,7 @@ int resume(const ResumeOptions& o) {
   listen(run, o.emit);
   if (std::string phase = run.phase(); phase == "none" || phase == "begun") {
     begin_run(run, "resume");
-    o.emit({{"kind", "result"}, {"what", "resume"}, {"text", "begin is finished: everything is copied and follows"}});
+    o.emit({{"kind", "result"}, {"what", "resume"}, {"text", "begin is finished: everything is copied and follows" + left_of_migrate(run)}});
     return 0;
   }
   require_phase(run, {"following", "switched"}, "resume");
@@ -471,7 +497,7 @@ int resume(const ResumeOptions& o) {
     for (auto& store : run.stores())
       if (!store->needs_recopy(run.stores_context()).empty()) store->recopy(run.stores_context());
   if (run.phase() == "following") run_steps(begin_steps(run), run.journal(), cancel_flag());
-  o.emit({{"kind", "result"}, {"what", "resume"}, {"text", std::string(side_name(serving)) + " serves; the run is '" + run.phase() + "'"}});
+  o.emit({{"kind", "result"}, {"what", "resume"}, {"text", std::string(side_name(serving)) + " serves; the run is '" + run.phase() + "'" + left_of_migrate(run)}});
   if (canary) throw *canary;
   return 0;
 }

@@ -27,6 +27,7 @@ struct PlanOptions : Common {
 };
 struct BeginOptions : Common {
   std::string plan;              // a saved plan: refused when stale
+  std::string command = "begin"; // what the person asked for
 };
 struct StatusOptions : Common {};   // --watch is the command line's loop
 struct VerifyOptions : Common {
