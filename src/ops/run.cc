@@ -52,6 +52,15 @@ class SiteJournal : public JournalBackend {
   std::optional<std::size_t> copied_;
 };
 
+// For status, report and plan beside a controller at work: a line of ours would take its place in the journal from it.
+class ObservedJournal : public SiteJournal {
+ public:
+  using SiteJournal::SiteJournal;
+  void append(std::size_t, const std::vector<std::string>& lines) override {
+    throw Error(Code::internal, "a command that only looks would have written into the journal: " + lines.front(), "nothing was written");
+  }
+};
+
 // For check and plan before a run: nothing is written anywhere.
 class MemoryJournal : public JournalBackend {
  public:
@@ -133,6 +142,8 @@ void Run::make_journal(Mode mode) {
   std::unique_ptr<JournalBackend> backend;
   if (mode == Mode::look)
     backend = std::make_unique<MemoryJournal>();
+  else if (mode == Mode::observe)
+    backend = std::make_unique<ObservedJournal>(sites_.source.get(), sites_.target.get());
   else
     backend = std::make_unique<SiteJournal>(sites_.source.get(), sites_.target.get());
   journal_ = std::make_unique<Journal>(std::move(backend), system_clock());

@@ -147,15 +147,12 @@ void FilesStore::copy(StoreContext& c) {
   Json args = named();
   args["bwlimit"] = limits_.bandwidth;
   c.source.call("files.copy", args);
-  std::int64_t total = 0;
-  Json estimate = c.recall("files." + name() + ".bytes");
-  if (estimate.is_number_integer()) total = estimate.get<std::int64_t>();
   while (true) {
     if (c.cancelled) throw Error(Code::interrupted, "the copy of " + name() + " goes on without us", "rehome resume waits for it");
     Json s = status(c, Side::source);
     if (get_bool(s, "copied", false)) break;
     const Json& copy = s.at("copy");
-    Progress p{.store = name(), .phase = "copy", .detail = get_string(s, "trouble", ""), .done = get_int(copy, "bytes"), .total = total};
+    Progress p{.store = name(), .phase = "copy", .detail = get_string(s, "trouble", ""), .done = get_int(copy, "bytes"), .total = bytes_};
     if (p.total < p.done) p.total = p.done;
     c.progress(p);
     // The agent tries again by itself while the link is down; anything else would stay as it is.

@@ -51,6 +51,7 @@ class FilesStore : public Store {
   void take_down(StoreContext&, Side side);
   const StoreConfig config_;
   const Limits limits_;
+  std::int64_t bytes_ = 0;   // of the source's tree, as preflight counted it: what a copy's progress is measured by
 };
 
 std::unique_ptr<Store> make_files_store(const StoreConfig& config, const Deployment& deployment);

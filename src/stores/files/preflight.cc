@@ -75,6 +75,7 @@ std::vector<Finding> FilesStore::preflight(StoreContext& c) {
     add(Level::error, "not_writable", Side::target, "no file can be made there: " + trouble, "use root for that site, or let its account write there");
 
   std::int64_t bytes = get_int(source, "bytes"), files = get_int(source, "files");
+  bytes_ = bytes;
   // Some file systems (ramfs) count no blocks, and some (btrfs) no inodes.
   if (!begun && get_int(target, "all_bytes") > 0 && get_int(target, "free_bytes") < bytes + bytes / 50)
     add(Level::error, "space", Side::target, "it has " + human_bytes(get_int(target, "free_bytes")) + " free, and the source holds " + human_bytes(bytes),
@@ -155,7 +156,6 @@ Estimate FilesStore::estimate(StoreContext& c) {
     e.pause = Millis(1000 * e.objects / scanned_per_second + 500);
     e.reasons.push_back("no change events (" + obstacle + "): the whole tree is read inside the pause, about " + human_duration(e.pause));
   }
-  c.remember("files." + name() + ".bytes", e.bytes);
   e.facts = {{"path", config_.files.path.source}, {"watched", obstacle.empty()}};
   return e;
 }

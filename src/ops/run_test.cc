@@ -1,0 +1,88 @@
+// The commands on two sites of this host, with real agents and a store of files.
+#include "ops/run.h"
+
+#include <gtest/gtest.h>
+#include <sys/mount.h>
+#include <unistd.h>
+
+#include "config/config.h"
+#include "ops/ops.h"
+#include "ops/plan.h"
+#include "sys/fs.h"
+
+namespace rehome::ops {
+namespace {
+
+class Commands : public ::testing::Test {
+ protected:
+  Commands() {
+    // The programs stand beside the one that runs.
+    for (const char* program : {"rehome-agent", "rehome-gate"})
+      if (::symlink((std::string(REHOME_PROGRAMS) + "/" + program).c_str(), (program_directory() + "/" + program).c_str()) != 0 && errno != EEXIST)
+        throw errno_error(errno, "link", program);
+    make_directories(dir.path() + "/from");
+    write_durably(dir.path() + "/from/a", "what is to be moved\n");
+    write();
+  }
+  ~Commands() override {
+    // What a test that failed has left.
+    ::umount2((dir.path() + "/target/mounted").c_str(), MNT_DETACH);
+    for (Side side : {Side::source, Side::target}) {
+      ::umount2((state(std::string(side_name(side))) + "/run/tree-uploads").c_str(), MNT_DETACH);
+      try {
+        auto site = AgentSite::open(load_deployment(common().file), side, AgentSite::How::existing);
+        site->set_generation(get_int(site->call("hello"), "gen"));
+        site->uninstall(false);
+      } catch (const Error&) {
+        // It is gone already.
+      }
+    }
+    ::umount2((dir.path() + "/to").c_str(), MNT_DETACH);
+    for (std::string f = newest_archive(name()); !f.empty(); f = newest_archive(name())) ::unlink(f.c_str());
+  }
+
+  static std::string name() { return "ops-test-" + std::to_string(::getpid()); }
+  std::string state(const std::string& side) const { return dir.path() + "/" + side; }
+  void write(const std::string& more = {}, const std::string& source = {}, const std::string& services = {}) const {
+    write_durably(dir.path() + "/rehome.yaml", "name: " + name() + "\nsource: " + (source.empty() ? "{local: true, boot: none, state: " + state("source") + "}" : source) +
+                                                   "\ntarget: {local: true, boot: none, state: " + state("target") + "}\nstores:\n" + more + "  - name: uploads\n    files: {source: " + dir.path() +
+                                                   "/from, target: " + dir.path() + "/to}\n" + services + "max_pause: 5s\n");
+  }
+  Common common() { return {.file = dir.path() + "/rehome.yaml", .emit = [this](const Json& e) { said.push_back(e); }}; }
+  // What the command throws; Code::internal and no message where it throws nothing.
+  template <class Options>
+  Error thrown(int (*command)(const Options&), Options options) {
+    try {
+      command(options);
+    } catch (const Error& e) {
+      return e;
+    }
+    return Error(Code::internal, "");
+  }
+  bool anything_at(const std::string& side) const { return exists(state(side)) && !list_directory(state(side)).empty(); }
+
+  TempDir dir;
+  std::vector<Json> said;
+};
+
+TEST_F(Commands, WhoOnlyLooksWritesNothing) {
+  begin({common()});
+  ops::Run at_work(load_deployment(common().file), ops::Run::Mode::control);
+  const std::size_t lines = at_work.journal().entries().size();
+  PlanOptions o{common()};
+  o.out = dir.path() + "/plan";
+  plan(o);
+  status({common()});
+  report_entries({common()});
+  at_work.journal().append("message", {{"text", "still at work"}});
+  EXPECT_EQ(ops::Run(load_deployment(common().file), ops::Run::Mode::observe).journal().entries().size(), lines + 1);
+  refuse_stale_plan(at_work, o.out);
+  auto looking = existing_run(load_deployment(common().file));
+  EXPECT_THROW(looking->set_phase("switched"), Error);
+  EXPECT_EQ(looking->phase(), "following");
+  looking.reset();
+  cancel({common()});
+}
+
+}  // namespace
+}  // namespace rehome::ops
