@@ -124,7 +124,9 @@ void Run::connect(Mode mode, bool may_miss) {
   }
   if (mode != Mode::control && mode != Mode::begin) return;
   if (sites_.source) {
-    std::int64_t generation = get_int(sites_.source->call("generation.new"), "gen");
+    // While the source was away the target may have been given numbers that the source has not heard of.
+    const std::int64_t above = sites_.target ? get_int(sites_.target->call("hello"), "gen") : 0;
+    std::int64_t generation = get_int(sites_.source->call("generation.new", {{"above", above}}), "gen");
     sites_.source->set_generation(generation);
     if (sites_.target) {
       sites_.target->set_generation(generation);

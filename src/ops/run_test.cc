@@ -84,5 +84,16 @@ TEST_F(Commands, WhoOnlyLooksWritesNothing) {
   cancel({common()});
 }
 
+TEST_F(Commands, ATargetThatCountedAheadWhileTheSourceWasAwayIsFollowed) {
+  begin({common()});
+  {
+    auto target = AgentSite::open(load_deployment(common().file), Side::target, AgentSite::How::existing);
+    target->set_generation(get_int(target->call("hello"), "gen") + 3);
+    target->call("generation.adopt");
+  }
+  EXPECT_EQ(thrown(verify, {common()}).message, "");
+  cancel({common()});
+}
+
 }  // namespace
 }  // namespace rehome::ops
