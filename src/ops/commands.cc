@@ -120,6 +120,7 @@ void begin_run(Run& run, const std::string& command) {
                                  {"agents", {{"source", hello_s.value("version", "")}, {"target", hello_t.value("version", "")}}}});
     run.set_phase("begun");
   }
+  run.remember_parts();
   controlled(run, [&] {
     require_clean(preflight(run));
     run_steps(begin_steps(run), run.journal(), cancel_flag());
@@ -496,7 +497,10 @@ int resume(const ResumeOptions& o) {
   if (o.recopy)
     for (auto& store : run.stores())
       if (!store->needs_recopy(run.stores_context()).empty()) store->recopy(run.stores_context());
-  if (run.phase() == "following") run_steps(begin_steps(run), run.journal(), cancel_flag());
+  if (run.phase() == "following") {
+    run.remember_parts();
+    run_steps(begin_steps(run), run.journal(), cancel_flag());
+  }
   o.emit({{"kind", "result"}, {"what", "resume"}, {"text", std::string(side_name(serving)) + " serves; the run is '" + run.phase() + "'" + left_of_migrate(run)}});
   if (canary) throw *canary;
   return 0;

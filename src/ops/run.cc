@@ -68,6 +68,15 @@ class MemoryJournal : public JournalBackend {
   void append(std::size_t, const std::vector<std::string>&) override {}
 };
 
+// {"store": {name: kind}, "service": ..., "traffic": ...}
+Json parts_of(const Deployment& d) {
+  Json parts{{"store", Json::object()}, {"service", Json::object()}, {"traffic", Json::object()}};
+  for (const auto& s : d.stores) parts["store"][s.name] = s.kind == StoreConfig::Kind::files ? "files" : "postgres";
+  for (const auto& s : d.services) parts["service"][s.name] = s.runtime == ServiceConfig::Runtime::systemd ? "systemd" : "command";
+  for (const auto& t : d.traffic) parts["traffic"][t.name] = t.kind == TrafficConfig::Kind::nginx ? "nginx" : "gate";
+  return parts;
+}
+
 std::string archive_directory() {
   if (::geteuid() == 0) return "/var/lib/rehome/archive";
   const char* xdg = std::getenv("XDG_STATE_HOME");
@@ -89,6 +98,7 @@ Run::Run(Deployment deployment, Mode mode, bool may_miss) : deployment_(std::mov
   stores_ = make_stores(deployment_);
   services_ = make_services(deployment_);
   traffic_ = make_traffic(deployment_);
+  if (mode == Mode::control) require_parts();
 }
 
 Run::~Run() {
@@ -167,6 +177,22 @@ void Run::make_contexts() {
       StoreContext{deployment_, source, target, [](const Progress&) {}, note, recall, remember, log, cancel_flag()});
   traffic_context_ = std::make_unique<TrafficContext>(
       TrafficContext{deployment_, source, target, note, recall, remember, log, cancel_flag()});
+}
+
+void Run::remember_parts() { journal_->set_fact("parts", parts_of(deployment_)); }
+
+void Run::require_parts() {
+  const Json begun = journal_->fact("parts"), now = parts_of(deployment_);
+  std::vector<std::string> lost;
+  for (const auto& [what, kinds] : begun.items())
+    for (const auto& [name, kind] : kinds.items()) {
+      const Json is = now.value(what, Json::object()).value(name, Json());
+      if (is == kind) continue;
+      lost.push_back(what + " " + name + (is.is_null() ? " is not there any more" : " was " + kind.get<std::string>() + " and is " + is.get<std::string>()));
+    }
+  if (!lost.empty())
+    throw Error(Code::config, deployment_.file + " is not what the run was begun with: " + join(lost, "; "),
+                "put that back as it was; to move without it, cancel with the file as it was, and begin again");
 }
 
 void Run::give_up(Side side) {

@@ -52,6 +52,9 @@ class Run {
   // Who serves, from the records of the agents that answer; Error(unknown) as who_serves(), or where a record cannot be read.
   Side serves();
   void set_phase(const std::string& phase) { journal_->set_fact("phase", phase); }
+  // Which stores, services and traffic the run has to do with: written down before they are begun. From then on no controller goes
+  // on with a file that has lost one: nobody would fence, switch or clean it.
+  void remember_parts();
   // A later controller has taken the run over; false where no agent answers.
   bool superseded();
 
@@ -67,6 +70,7 @@ class Run {
   void connect(Mode mode, bool may_miss);
   void make_journal(Mode mode);
   void make_contexts();
+  void require_parts();
   Deployment deployment_;
   BySide<std::unique_ptr<AgentSite>> sites_;
   BySide<std::unique_ptr<Error>> missing_;

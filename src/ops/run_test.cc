@@ -84,6 +84,24 @@ TEST_F(Commands, WhoOnlyLooksWritesNothing) {
   cancel({common()});
 }
 
+TEST_F(Commands, AFileThatLostAPartOfTheRunIsRefused) {
+  make_directories(dir.path() + "/more");
+  const std::string more = "  - name: more\n    files: {source: " + dir.path() + "/more, target: " + dir.path() + "/more-there}\n";
+  begin({common()});
+  // One that came after begin is begun by resume.
+  write(more);
+  resume({common()});
+  write();
+  for (const Error& e : {thrown(switch_over, {common()}), thrown(complete, {common()}), thrown(cancel, {common()})}) {
+    EXPECT_EQ(e.code, Code::config) << e.what();
+    EXPECT_NE(e.message.find("store more is not there any more"), std::string::npos) << e.what();
+  }
+  EXPECT_NO_THROW(status({common()}));
+  write(more);
+  cancel({common()});
+  EXPECT_FALSE(exists(dir.path() + "/more-there"));
+}
+
 TEST_F(Commands, ATargetThatCountedAheadWhileTheSourceWasAwayIsFollowed) {
   begin({common()});
   {
