@@ -64,6 +64,8 @@ Json make_plan(Run& run) {
 
 void refuse_stale_plan(Run& run, const std::string& path) {
   Json saved = parse_json(read_file(path), "the plan " + path);
+  if (!saved.is_object() || !saved.contains("facts") || !saved["facts"].is_object())
+    throw Error(Code::usage, path + " is not a plan", "name a file that rehome plan --out wrote");
   Json now = observe_facts(run);
   std::string changed;
   const Json& then = saved.at("facts");

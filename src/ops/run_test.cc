@@ -113,5 +113,14 @@ TEST_F(Commands, ATargetThatCountedAheadWhileTheSourceWasAwayIsFollowed) {
   cancel({common()});
 }
 
+TEST_F(Commands, WhatIsNoPlanIsSaidToBeNone) {
+  BeginOptions o{common()};
+  for (const char* text : {"[1]", "{\"kind\": \"plan\"}", "{\"facts\": 7}"}) {
+    write_durably(o.plan = dir.path() + "/plan", text);
+    EXPECT_EQ(thrown(begin, o).code, Code::usage) << text;
+  }
+  EXPECT_FALSE(anything_at("source"));
+}
+
 }  // namespace
 }  // namespace rehome::ops
