@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "base/text.h"
 #include "ops/life.h"
 
@@ -95,9 +97,12 @@ std::vector<std::string> take_down(Run& run, Side serves, bool cancel) {
   if (cancel) {
     for (auto& service : run.services()) {
       if (!context.has(Side::target)) break;
-      // Only what this run started; the journal knows.
-      StepState warm = run.journal().step("warm " + service->config().name);
-      if (warm == StepState::done || warm == StepState::started || warm == StepState::failed) service->stop(run.site(Side::target));
+      // Only what this run started, and that is written down before it is: a service may have run there before.
+      const auto changes = run.journal().of_kind("change");
+      if (std::any_of(changes.begin(), changes.end(), [&](const Json& c) {
+            return get_string(c, "what").starts_with("service " + service->config().name + " started") && get_string(c, "where", "").starts_with("target");
+          }))
+        service->stop(run.site(Side::target));
     }
   }
   for (auto& store : run.stores()) {

@@ -113,6 +113,30 @@ TEST_F(Commands, ATargetThatCountedAheadWhileTheSourceWasAwayIsFollowed) {
   cancel({common()});
 }
 
+TEST_F(Commands, CancelStopsOnlyWhatTheRunStarted) {
+  const std::string pid_of = dir.path() + "/service.";
+  auto runs = [&](const char* side) {
+    return run({.argv = {"sh", "-c", "grep -q '^State:.[^ZX]' /proc/$(cat \"$1\")/status", "sh", pid_of + side}}).ok();
+  };
+  auto side = [&](const std::string& s) {
+    return "{command: {start: [sh, -c, \"echo $$ >" + pid_of + s + "; exec sleep 100\"], stop: [sh, -c, \"kill $(cat " + pid_of + s + ")\"], pid_file: " + pid_of + s + "}}";
+  };
+  write({}, {}, "services:\n  - name: web\n    source: " + side("source") + "\n    target: " + side("target") + "\n");
+  auto begun_and_cancelled = [&] {
+    begin({common()});
+    EXPECT_TRUE(runs("target"));
+    cancel({common()});
+  };
+  Child serves({.argv = {"sleep", "100"}}, Child::Pipes{});
+  write_durably(pid_of + "source", std::to_string(serves.pid()) + "\n");
+  begun_and_cancelled();
+  EXPECT_FALSE(runs("target"));
+  Child was_there({.argv = {"sleep", "100"}}, Child::Pipes{});
+  write_durably(pid_of + "target", std::to_string(was_there.pid()) + "\n");
+  begun_and_cancelled();
+  EXPECT_TRUE(runs("source") && runs("target"));
+}
+
 TEST_F(Commands, WhatIsNoPlanIsSaidToBeNone) {
   BeginOptions o{common()};
   for (const char* text : {"[1]", "{\"kind\": \"plan\"}", "{\"facts\": 7}"}) {
