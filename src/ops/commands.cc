@@ -236,12 +236,14 @@ void wait_for_time(Run& run, std::int64_t at_us) {
 }
 
 // The run of a command that ends it. A host that a person says is gone is left out; and when the last part of such a command, which
-// takes away one agent after the other, was interrupted, the one that is left is enough.
+// takes away one agent after the other, was interrupted, the one that is left is enough; so it is when begin got no further than the
+// first of them.
 std::unique_ptr<Run> open_to_end(const Common& o, Side may_be_gone, bool is_gone, const std::string& confirm, const std::string& ended) {
   auto run = std::make_unique<Run>(load_deployment(o.file), Run::Mode::control, true);
   for (Side side : {Side::source, Side::target}) {
     if (run->has(side) || (is_gone && side == may_be_gone)) continue;
-    if (run->missing(side)->code != Code::state || run->phase() != ended) throw *run->missing(side);
+    const bool over = run->phase() == ended, not_begun = ended == "cancelled" && run->phase() == "none";
+    if (run->missing(side)->code != Code::state || (!over && !not_begun)) throw *run->missing(side);
     run->give_up(side);
   }
   if (is_gone) {
@@ -254,10 +256,23 @@ std::unique_ptr<Run> open_to_end(const Common& o, Side may_be_gone, bool is_gone
   return run;
 }
 
+// After complete, when no agent is there any more.
+int lift_fence(const CompleteOptions& o) {
+  Run run(load_deployment(o.file), Run::Mode::look);
+  for (auto& store : run.stores()) store->unfence_source(run.stores_context());
+  for (auto& service : run.services())
+    for (Side side : {Side::source, Side::target}) service->unguard(run.site(side));
+  for (Side side : {Side::source, Side::target})
+    run.site(side).exec_ok({.argv = {"sh", "-c", "rm -f -- \"$1/not-serving\"; rmdir -- \"$1\" \"${1%/*}\" 2>/dev/null; true", "sh", run.site(side).resident_state()}});
+  o.emit({{"kind", "result"}, {"what", "unfence"}, {"text", "the old side's fence is lifted"}});
+  return 0;
+}
+
 // The journal goes to the archive, and the agents from their hosts. Repeated, it goes on where it was.
 void end_run(Run& run, const char* command, const Emit& emit, const std::function<bool(Side)>& keeps_start_condition) {
   const auto said = run.journal().of_kind("left");
-  std::string archived = run.archive();
+  // A begin that asked nothing of its agents has nothing to tell.
+  std::string archived = run.phase() == "none" ? "" : run.archive();
   for (Side side : {Side::source, Side::target})
     if (run.has(side)) run.site(side).uninstall(keeps_start_condition(side));
   emit({{"kind", "result"}, {"what", command}, {"left", said.empty() ? Json::array() : said.back().at("what")}, {"journal", archived}});
@@ -373,22 +388,16 @@ int reverse(const ReverseOptions& o) {
 }
 
 int complete(const CompleteOptions& o) {
-  if (o.unfence_source) {
-    if (!existing_run(load_deployment(o.file))) {
-      Run run(load_deployment(o.file), Run::Mode::look);
-      for (auto& store : run.stores()) store->unfence_source(run.stores_context());
-      for (auto& service : run.services())
-        for (Side side : {Side::source, Side::target}) service->unguard(run.site(side));
-      for (Side side : {Side::source, Side::target})
-        run.site(side).exec_ok({.argv = {"sh", "-c", "rm -f -- \"$1/not-serving\"; rmdir -- \"$1\" \"${1%/*}\" 2>/dev/null; true", "sh", run.site(side).resident_state()}});
-      o.emit({{"kind", "result"}, {"what", "unfence"}, {"text", "the old side's fence is lifted"}});
-      return 0;
-    }
-  }
+  if (o.unfence_source && o.source_is_gone)
+    throw Error(Code::usage, "--unfence-source lifts the fence of a source that --source-is-gone says is not there",
+                "repeat with --source-is-gone alone; should that host come back, rehome complete --unfence-source lifts its fence");
+  // One agent that is still there is a run that is still to be ended: an earlier complete was interrupted between the two.
+  if (o.unfence_source && !existing_run(load_deployment(o.file), true)) return lift_fence(o);
   auto opened = open_to_end(o, Side::source, o.source_is_gone, o.confirm, "completed");
   Run& run = *opened;
   Side serving = heed_records(run);
-  if (run.phase() != "completed") {
+  const bool ended_before = run.phase() == "completed";
+  if (!ended_before) {
     require_phase(run, {"switched", "completing"}, "complete");
     if (o.source_is_gone && serving != Side::target) throw Error(Code::state, "the source served last", "rehome resume --source-is-gone opens the target first");
     for (auto& traffic : run.traffic()) {
@@ -416,13 +425,15 @@ int complete(const CompleteOptions& o) {
     run.set_phase("completed");
   }
   end_run(run, "complete", o.emit, [&](Side side) { return side != serving && !o.unfence_source; });
-  return 0;
+  // The command that was interrupted may have been one that keeps the fence.
+  return ended_before && o.unfence_source ? lift_fence(o) : 0;
 }
 
 int cancel(const CancelOptions& o) {
   auto opened = open_to_end(o, Side::target, o.target_is_gone, o.confirm, "cancelled");
   Run& run = *opened;
-  if (run.phase() != "cancelled") {
+  // Without a phase begin has brought agents there, and asked nothing of them.
+  if (run.phase() != "cancelled" && run.phase() != "none") {
     if (run.phase() == "following" || run.phase() == "switched") heed_records(run);
     if (run.phase() == "switched") throw Error(Code::state, "the target serves: cancel would lose its writes", "rehome reverse first");
     run.site(Side::source).call("attempt.cancel", Json::object(), Deadline::in(Millis(60000)));

@@ -137,6 +137,44 @@ TEST_F(Commands, CancelStopsOnlyWhatTheRunStarted) {
   EXPECT_TRUE(runs("source") && runs("target"));
 }
 
+TEST_F(Commands, CancelTakesAwayABeginThatInstalledOneAgentOnly) {
+  AgentSite::open(load_deployment(common().file), Side::source, AgentSite::How::install);
+  cancel({common()});
+  EXPECT_FALSE(anything_at("source"));
+  EXPECT_EQ(newest_archive(name()), "");
+}
+
+TEST_F(Commands, ACompleteThatWasInterruptedGoesOnWhereItWas) {
+  begin({common()});
+  switch_over({common()});
+  CompleteOptions o{common()};
+  o.anyway = true;
+  // As if it had been killed between the two sites: the target's cannot be taken away yet.
+  make_directories(state("target") + "/mounted");
+  ASSERT_EQ(::mount("tmpfs", (state("target") + "/mounted").c_str(), "tmpfs", 0, nullptr), 0);
+  EXPECT_NE(thrown(complete, o).message.find("something is mounted at"), std::string::npos);
+  EXPECT_EQ(list_directory(state("source")), std::vector<std::string>{"not-serving"});
+  o.unfence_source = true;
+  EXPECT_NE(thrown(complete, o).message.find("something is mounted at"), std::string::npos);
+  ::umount2((state("target") + "/mounted").c_str(), MNT_DETACH);
+  complete(o);
+  EXPECT_FALSE(anything_at("source"));
+  EXPECT_FALSE(anything_at("target"));
+  EXPECT_EQ(run_ok({.argv = {"cat", dir.path() + "/to/a"}}).out, "what is to be moved\n");
+
+  // The old server is off now, and what the run wrote down is here.
+  write({}, "{ssh: root@127.0.0.1, port: 1, state: " + state("source") + "}\nlink: {from: target, to: root@127.0.0.1}");
+  status({common()});
+  EXPECT_EQ(get_string(said.back(), "last_journal"), newest_archive(name()));
+  EXPECT_FALSE(report_entries({common()}).empty());
+}
+
+TEST_F(Commands, AGoneSourceHasNoFenceToLift) {
+  CompleteOptions o{common()};
+  o.unfence_source = o.source_is_gone = true;
+  EXPECT_EQ(thrown(complete, o).code, Code::usage);
+}
+
 TEST_F(Commands, WhatIsNoPlanIsSaidToBeNone) {
   BeginOptions o{common()};
   for (const char* text : {"[1]", "{\"kind\": \"plan\"}", "{\"facts\": 7}"}) {

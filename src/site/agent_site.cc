@@ -196,6 +196,21 @@ void AgentSite::use_existing() {
 }
 
 void AgentSite::install(const Deployment& deployment) {
+  try {
+    bring_agent(deployment);
+  } catch (const Error&) {
+    // What was brought and became no agent is taken away at once: no command would find it there.
+    const std::string state = shell_quote(state_);
+    try {
+      try_shell("[ -e " + state + "/agent.json ] || { rm -f -- " + state + "/bin/rehome-*; rmdir -- " + state + "/bin " + state + " " + shell_quote(parent_path(state_)) + "; } 2>/dev/null");
+    } catch (const Error&) {
+      // Out of reach: the next begin uses what is there.
+    }
+    throw;
+  }
+}
+
+void AgentSite::bring_agent(const Deployment& deployment) {
   std::string agent = upload_program("rehome-agent", state_ + "/bin");
   if (std::string obstacle = why_not(agent); !obstacle.empty())
     throw Error(Code::preflight, "programs in " + state_ + " do not run: " + obstacle, "name another place with `state`, on a file system that is not mounted noexec");
@@ -223,16 +238,15 @@ void AgentSite::install(const Deployment& deployment) {
 }
 
 void AgentSite::uninstall(bool keep_start_condition) {
-  call("boot.remove");
-  call("shutdown");
-  idle_.clear();
-  // The supervisor ends after its children; until then it may still write its log there.
-  std::string lock = shell_quote(state_ + "/run/supervisor.lock");
-  // A tree that is still mounted below STATE would be removed with it. mountinfo writes a space as \040.
-  std::string unmounted = "at=$(readlink -f " + shell_quote(state_) + " | sed 's/\\\\/\\\\134/g; s/ /\\\\040/g'); [ -z \"$at\" ] || "
+  // A tree that is still mounted below STATE would be removed with it. mountinfo writes a space as \040. Asked while the agent is there,
+  // so that the command can be repeated.
+  shell("at=$(readlink -f " + shell_quote(state_) + " | sed 's/\\\\/\\\\134/g; s/ /\\\\040/g'); [ -z \"$at\" ] || "
       "while read -r _ _ _ _ p _; do case \"$p\" in \"$at\"/*) echo \"something is mounted at $p, in rehome's own directory, which is not removed: "
-      "umount $p, then try again\" >&2; exit 1;; esac; done < /proc/self/mountinfo; ";
-  shell("i=0; while [ -e " + lock + " ] && ! flock -n " + lock + " true && [ $i -lt 200 ]; do sleep 0.05; i=$((i+1)); done; " + unmounted + "cd " +
+      "umount $p, then try again\" >&2; exit 1;; esac; done < /proc/self/mountinfo");
+  // The supervisor takes it all away when its children have ended, whatever becomes of us meanwhile; what it leaves we remove.
+  call("shutdown", {{"remove", true}, {"keep_fence", keep_start_condition}});
+  idle_.clear();
+  shell("i=0; while ls -A " + shell_quote(state_) + " 2>/dev/null | grep -qvx not-serving && [ $i -lt 200 ]; do sleep 0.05; i=$((i+1)); done; cd " +
         shell_quote(state_) + " && for f in * .[!.]*; do [ \"$f\" = not-serving ] && " + (keep_start_condition ? "continue" : "true") +
         "; rm -rf -- \"$f\"; done; cd / && rmdir " + shell_quote(state_) + " " + shell_quote(parent_path(state_)) + " 2>/dev/null; true");
   if (!systemd_) return;

@@ -57,6 +57,7 @@ class AgentSite : public Site {
   void start_ephemeral();
   void use_existing();
   void install(const Deployment& deployment);
+  void bring_agent(const Deployment& deployment);
   void serve_door(Door& door, std::string address, std::string as_user, std::string keep);
   Outcome shell(const std::string& line, const std::string& input = {}, Deadline deadline = Deadline::in(Millis(60000)));
   Outcome try_shell(const std::string& line);
