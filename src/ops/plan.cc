@@ -7,6 +7,63 @@
 #include "sys/fs.h"
 
 namespace rehome::ops {
+namespace {
+
+// What Switchover does, in its order: only what applies to this deployment.
+std::vector<std::string> cut_titles(Run& run, Direction d) {
+  const Deployment& deployment = run.deployment();
+  const std::string yields(side_name(d.yields)), takes(side_name(d.takes()));
+  std::vector<std::string> titles, fenced, frozen, cold;
+  auto add = [&](std::string title) { titles.push_back(std::move(title)); };
+  for (auto& store : run.stores()) {
+    if (store->capabilities().soft_fence) fenced.push_back(store->name());
+    add("prepare the way back of " + store->name() + ": " +
+        (store->capabilities().soft_fence ? "a slot on the " + takes + ", a subscription, not yet enabled, on the " + yields : "changes on the " + takes + " are tracked"));
+  }
+  for (const auto& service : deployment.services) {
+    frozen.push_back(service.name);
+    if (service.warm) add("start " + service.name + " on the " + takes + ", warm, where it does not run");
+    else cold.push_back(service.name);
+  }
+  add("store with both agents what they must be able to do alone, and try it");
+  for (const auto& check : deployment.checks)
+    if (!check.write_canary && meant_for(check, d.takes())) add("check " + check.name + " on the " + takes);
+  if (!fenced.empty()) add("micro-fence of " + join(fenced, ", ") + ": writers wait for milliseconds, which measures the pause before it begins");
+  const bool gated = !deployment.traffic.empty();
+  if (gated) {
+    add("hold new requests at the " + yields + "'s gate");
+    add("let requests in flight finish" + std::string(cuts_longer(deployment) ? ", and cut those that last longer than " + human_duration(drain_time(deployment)) : ""));
+  }
+  if (!fenced.empty()) add("soft fence on " + join(fenced, ", "));
+  if (!frozen.empty()) add("freeze " + join(frozen, ", ") + " on the " + yields);
+  if (!fenced.empty()) add("marker in " + join(fenced, ", "));
+  add("see every last change on the " + takes);
+  add("compare");
+  add("position the followers of the way back");
+  for (const auto& check : deployment.checks)
+    if (check.canary && meant_for(check, d.takes())) add("read canary " + check.name);
+  add("seal, hard fence, record: from here on the " + takes + " serves");
+  add("open the " + takes + (cold.empty() ? "" : ", start " + join(cold, ", ") + " there") + (gated ? ", release the gate" : ""));
+  if (!fenced.empty()) add("end old sessions of " + join(fenced, ", ") + " on the " + yields);
+  if (!frozen.empty()) add("end " + join(frozen, ", ") + " on the " + yields + ", frozen as they are");
+  add("the " + yields + " follows the " + takes);
+  for (const auto& check : deployment.checks)
+    if (check.write_canary && meant_for(check, d.takes())) add("write canary " + check.name + " on the " + takes + (d.yields == Side::source ? "; if it fails, the run goes back" : ""));
+  return titles;
+}
+
+std::vector<std::string> complete_titles(Run& run) {
+  std::vector<std::string> titles;
+  for (auto& traffic : run.traffic()) titles.push_back("refuse while clients still come to the old address, and take the gates of " + traffic->name() + " out of their way");
+  for (auto& store : run.stores())
+    titles.push_back("take away what follows " + store->name() + (store->capabilities().hard_fence ? "; the fence stays on the side that does not serve" : ""));
+  for (const auto& service : run.deployment().services)
+    if (service.runtime == ServiceConfig::Runtime::systemd) titles.push_back("take the start condition of " + service.name + " from the side that serves");
+  titles.push_back("take away both agents, and keep the journal for the report");
+  return titles;
+}
+
+}  // namespace
 
 Json observe_facts(Run& run) {
   Json facts{{"rehome.yaml", run.deployment().hash}};
@@ -27,16 +84,22 @@ Json observe_facts(Run& run) {
 Json make_plan(Run& run) {
   Json plan{{"kind", "plan"}, {"name", run.deployment().name}, {"hash", run.deployment().hash}};
   Json steps = Json::array();
-  // Of a run that is there already: what of begin is done.
-  const bool begun = run.phase() != "none";
-  for (const auto& step : begin_steps(run)) {
-    steps.push_back({{"id", step.id}, {"title", step.title}, {"command", "begin"}});
-    if (begun) steps.back()["done"] = run.journal().step(step.id) == StepState::done;
+  const std::string phase = run.phase();
+  const bool begun = phase != "none";
+  auto add = [&](const char* command, const std::vector<std::string>& titles) {
+    for (const auto& title : titles) steps.push_back({{"id", title}, {"title", title}, {"command", command}});
+  };
+  // What is still to come; of a begin that is at work, also what of it is done.
+  if (phase == "switched") {
+    add("reverse", cut_titles(run, {Side::target}));
+  } else if (phase != "completing" && phase != "completed") {
+    for (const auto& step : begin_steps(run)) {
+      steps.push_back({{"id", step.id}, {"title", step.title}, {"command", "begin"}});
+      if (begun) steps.back()["done"] = run.journal().step(step.id) == StepState::done;
+    }
+    add("switch", cut_titles(run, {Side::source}));
   }
-  for (const char* title : {"hold new requests at the source's gate", "let requests in flight finish", "soft fence on every store", "freeze the services",
-                            "marker, seen on the target", "compare", "position the reverse followers", "read canary", "seal, hard fence, record",
-                            "open the target, release the gate"})
-    steps.push_back({{"id", title}, {"title", title}, {"command", "switch"}});
+  add("complete", complete_titles(run));
   plan["steps"] = steps;
   Json stores = Json::object(), reasons = Json::array(), facts = Json{{"rehome.yaml", run.deployment().hash}};
   std::int64_t pause = 40, copy = 0;

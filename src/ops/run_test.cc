@@ -5,6 +5,8 @@
 #include <sys/mount.h>
 #include <unistd.h>
 
+#include <map>
+
 #include "config/config.h"
 #include "ops/ops.h"
 #include "ops/plan.h"
@@ -142,6 +144,44 @@ TEST_F(Commands, CancelTakesAwayABeginThatInstalledOneAgentOnly) {
   cancel({common()});
   EXPECT_FALSE(anything_at("source"));
   EXPECT_EQ(newest_archive(name()), "");
+}
+
+TEST_F(Commands, ThePlanListsWhatIsDoneAndNothingElse) {
+  auto planned = [&] {
+    plan({common()});
+    std::map<std::string, std::vector<std::string>> titles;
+    for (const auto& s : said.back().at("steps")) titles[get_string(s, "command")].push_back(get_string(s, "title"));
+    return titles;
+  };
+  const std::vector<std::string> complete{"take away what follows uploads", "take away both agents, and keep the journal for the report"},
+      there{"prepare the way back of uploads: changes on the target are tracked", "store with both agents what they must be able to do alone, and try it",
+            "see every last change on the target", "compare", "position the followers of the way back", "seal, hard fence, record: from here on the target serves",
+            "open the target", "the source follows the target"};
+  auto all = planned();
+  EXPECT_EQ(all["switch"], there);
+  EXPECT_EQ(all["complete"], complete);
+  EXPECT_EQ(all["begin"].size(), 7u);
+
+  write({}, {}, "services:\n  - {name: web, source: {systemd: old.service}, target: {systemd: new.service}, warm: false, start_time: 1s}\n"
+                "traffic:\n  - name: api\n    gate: {source: {application: \"127.0.0.1:18000\", listen: \"127.0.0.1:18001\"}, target: {application: \"127.0.0.1:18002\", listen: \"127.0.0.1:18003\"}}\n"
+                "checks:\n  - {name: health, http: \"http://127.0.0.1:18002/\", canary: read}\n"
+                "  - {name: here, command: [\"true\"], where: source}\n  - {name: cart, command: [\"true\"], canary: write}\n");
+  all = planned();
+  EXPECT_EQ(all["switch"], (std::vector<std::string>{there[0], there[1], "check health on the target", "hold new requests at the source's gate", "let requests in flight finish",
+                                                     "freeze web on the source", there[2], there[3], there[4], "read canary health", there[5],
+                                                     "open the target, start web there, release the gate", "end web on the source, frozen as they are", there[7],
+                                                     "write canary cart on the target; if it fails, the run goes back"}));
+  EXPECT_EQ(all["complete"], (std::vector<std::string>{"refuse while clients still come to the old address, and take the gates of api out of their way", complete[0],
+                                                       "take the start condition of web from the side that serves", complete[1]}));
+
+  write();
+  begin({common()});
+  EXPECT_EQ(planned()["switch"], there);
+  switch_over({common()});
+  all = planned();
+  EXPECT_EQ(all.size(), 2u);
+  EXPECT_EQ(all["reverse"].back(), "the target follows the source");
+  EXPECT_EQ(all["complete"], complete);
 }
 
 TEST_F(Commands, ACompleteThatWasInterruptedGoesOnWhereItWas) {
