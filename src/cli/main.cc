@@ -112,11 +112,12 @@ int main(int argc, char** argv) {
   ops::StatusOptions status;
   bool watch = false;
   c = command("status", "who serves, how far behind the other is, what is waited for", "  rehome status\n  rehome status --watch\n  rehome status --json\nEnds with 0 as long as it is known who serves, also while a site is not reached.");
-  c->add_flag("--watch", watch, "again every second, until Ctrl-C");
+  c->add_flag("--watch", watch, "again every second, until Ctrl-C or until nobody reads it");
   c->callback([&] {
     action = [&] {
+      std::signal(SIGHUP, SIG_DFL);   // it stops nothing but itself
       int result = ops::status(common(status));
-      while (watch && !ops::cancel_flag()) {
+      while (watch && !ops::cancel_flag() && terminal->alive()) {
         system_clock().sleep(Millis(1000));
         try {
           result = ops::status(status);

@@ -298,4 +298,9 @@ void Terminal::error(const Error& error) {
   if (err_alive_) err_alive_ = err_(text);
 }
 
+bool Terminal::alive() {
+  std::lock_guard lock(mutex_);
+  return out_alive_;
+}
+
 }  // namespace rehome::ui

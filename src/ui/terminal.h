@@ -42,6 +42,8 @@ class Terminal {
 
   void operator()(const Json& entry);
   void error(const Error& error);
+  // Whether anybody can still read what is printed.
+  bool alive();
 
  private:
   struct Work {

@@ -240,6 +240,10 @@ say "two at once"
 remember_state
 refused "a second begin" 8 "a run of 'shop' is there already" "resume.*cancel" -- begin
 judged
+status=0
+# Nobody ends it, and nobody reads it any more.
+timeout 60 "$support/hosts.sh" enter "$world" new "$bin/rehome" --file "$yaml" --json status --watch 2>/dev/null | head -n 1 >/dev/null || status=${PIPESTATUS[0]}
+[ $status = 0 ] || fail "status --watch before a closed pipe ended with $status"
 pids=()
 for n in 1 2; do
   (set +e; rehome --json switch >"$world/shared/both.$n" 2>&1; echo $? >"$world/shared/both.$n.status") &
