@@ -93,7 +93,7 @@ std::vector<std::string> take_down(Run& run, Side serves, bool cancel) {
   std::vector<std::string> left;
   StoreContext& context = run.stores_context();
   // Traffic first: nothing may go through a gate that is about to end.
-  for (auto& traffic : run.traffic()) traffic->withdraw(run.traffic_context());
+  withdraw_all(run.traffic(), run.traffic_context());
   if (cancel) {
     for (auto& service : run.services()) {
       if (!context.has(Side::target)) break;

@@ -168,4 +168,8 @@ std::vector<std::unique_ptr<Traffic>> make_traffic(const Deployment& deployment)
   return all;
 }
 
+void withdraw_all(std::vector<std::unique_ptr<Traffic>>& prepared, TrafficContext& ctx) {
+  for (auto t = prepared.rbegin(); t != prepared.rend(); ++t) (*t)->withdraw(ctx);
+}
+
 }  // namespace rehome

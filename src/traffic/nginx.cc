@@ -35,6 +35,7 @@ done
 constexpr char kReplace[] = R"sh(set -e
 # Hidden, so that an include of * does not read it.
 new=$(dirname "$2")/.rehome-new.$(basename "$2")
+trap 'rm -f -- "$new"' EXIT
 cp --preserve=all --attributes-only "$3" "$new"
 cat "$1" >"$new"
 [ "$1" != "$3" ] || touch -r "$3" "$new"
@@ -59,7 +60,7 @@ class NginxTraffic : public Traffic {
         Look look = look_at(site, s);
         for (const auto& p : look.plan.problems)
           found.push_back({p.fatal ? Finding::Level::error : Finding::Level::warning, p.id, ctx.at(s).label() + ": " + p.where, p.message, p.mend});
-        if (workers(site, master(site, s, look.plan)).empty())
+        if (workers(site, master(site, s, look.plan.pid_file)).empty())
           found.push_back({Finding::Level::error, "nginx.workers", object, "nginx has no worker processes, so it cannot be reloaded without a gap",
                            "set master_process on"});
       } catch (const Error& e) {
@@ -138,20 +139,27 @@ class NginxTraffic : public Traffic {
     auto lines = split(trim(site.exec_ok({.argv = argv}, Deadline::in(Millis(10000)), "readlink").out), '\n');
     if (lines.size() != names.size())
       throw Error(Code::config, "one of nginx's files cannot be found: " + join(t_.on[s].files, ", "), "correct `files`").in(site.label());
+    // A file that leads through the gate already is planned as what it was.
+    std::map<std::string, std::string> originals;
+    if (std::string path = manifest_path(site, t_.name); there(site, path)) {
+      Json m = parse_json(get_text(site, path), path);
+      for (const auto& f : m.at("files")) originals[get_string(f, "path")] = get_string(f, "original");
+    }
     std::map<std::string, std::string> by_real;
     for (std::size_t i = 0; i < look.files.text.size(); i++) {
       look.real[names[i]] = lines[i];
-      by_real[lines[i]] = names[i];
+      // One file under two names is edited once.
+      if (auto [first, fresh] = by_real.emplace(lines[i], names[i]); !fresh) look.files.same_as[names[i]] = first->second;
     }
     std::vector<std::string> editable;
     for (std::size_t i = look.files.text.size(); i < names.size(); i++) {
       auto known = by_real.find(lines[i]);
       editable.push_back(known == by_real.end() ? names[i] : known->second);
       // The dump ends each file with a newline of its own; places are counted in the file itself.
-      if (known != by_real.end()) look.files.text[known->second] = get_text(site, lines[i]);
+      if (known != by_real.end()) look.files.text[known->second] = get_text(site, originals.contains(lines[i]) ? originals[lines[i]] : lines[i]);
     }
     look.plan = plan_nginx(look.files, editable, Address::parse(t_.on[s].application), Address::parse(t_.on[s].listen),
-                           std::max(t_.max_wait, deployment_.max_pause));
+                           std::max(t_.max_wait, deployment_.max_pause), nginx_keeps_upstreams(site.exec({.argv = {t_.on[s].nginx, "-v"}}).err));
     return look;
   }
 
@@ -161,9 +169,8 @@ class NginxTraffic : public Traffic {
     return std::string(text);
   }
 
-  // The pid of the running master; Error(state) when there is none.
-  std::int64_t master(Site& site, Side s, const NginxPlan& plan) {
-    std::string path = plan.pid_file;
+  // The pid of the running master, from the file of the `pid` directive, or the built-in one; Error(state) when there is none.
+  std::int64_t master(Site& site, Side s, std::string path) {
     std::string built_in, prefix = "/";
     std::string version = site.exec({.argv = {t_.on[s].nginx, "-V"}}).err;
     for (const auto& word : split(version, ' ')) {
@@ -203,9 +210,9 @@ class NginxTraffic : public Traffic {
 
   // One reload: new workers with the configuration on disk, then no old ones, or their names. Throws Error(state) when
   // nginx goes on with its old configuration.
-  void reload(TrafficContext& ctx, Side s, const NginxPlan& plan) {
+  void reload(TrafficContext& ctx, Side s, const std::string& pid_file) {
     Site& site = ctx.at(s);
-    std::int64_t pid = master(site, s, plan);
+    std::int64_t pid = master(site, s, pid_file);
     std::set<std::int64_t> old;
     for (const auto& w : workers(site, pid)) old.insert(w.pid);
     std::int64_t resets_before = resets(site);
@@ -245,9 +252,10 @@ class NginxTraffic : public Traffic {
     site.exec_ok({.argv = {"sh", "-c", kReplace, "sh", content_of, path, like}}, Deadline::in(Millis(20000)), ("replacing " + path).c_str());
   }
 
-  bool same(Site& site, const std::string& a, const std::string& b) {
-    Outcome o = site.exec({.argv = {"cmp", "-s", "--", a, b}});
-    if (o.status > 1) throw Error(Code::io, "cannot compare " + a + " with " + b + ": " + o.err).in(site.label());
+  // A path that is absent is like nothing that was kept.
+  bool same(Site& site, const std::string& path, const std::string& kept) {
+    Outcome o = site.exec({.argv = {"sh", "-c", "[ -e \"$1\" ] || exit 1; exec cmp -s -- \"$1\" \"$2\"", "sh", path, kept}});
+    if (o.status > 1) throw Error(Code::io, "cannot compare " + path + " with " + kept + ": " + o.err).in(site.label());
     return o.ok();
   }
 
@@ -265,8 +273,8 @@ class NginxTraffic : public Traffic {
     Look look = look_at(site, s);
     for (const auto& p : look.plan.problems)
       if (p.fatal) throw Error(Code::config, p.where + ": " + p.message, p.mend).in(site.label());
-    master(site, s, look.plan);
-    Json m{{"files", Json::array()}, {"reloaded", false}};
+    master(site, s, look.plan.pid_file);
+    Json m{{"files", Json::array()}, {"pid_file", look.plan.pid_file}, {"reloaded", false}};
     for (const auto& [path, text] : look.plan.edited) {
       std::string base = parent_path(manifest) + "/" + std::to_string(m["files"].size());
       std::string real = look.real.at(path);
@@ -283,7 +291,7 @@ class NginxTraffic : public Traffic {
     try {
       for (const auto& f : m["files"]) replace(site, get_string(f, "edited"), get_string(f, "path"), get_string(f, "original"));
       test(site, s);
-      reload(ctx, s, look.plan);
+      reload(ctx, s, look.plan.pid_file);
     } catch (const Error& e) {
       ctx.log(site.label() + ": nginx's files are put back: " + e.what());
       put_back(ctx, s);
@@ -303,33 +311,27 @@ class NginxTraffic : public Traffic {
     std::string manifest = manifest_path(site, t_.name);
     if (!there(site, manifest)) return;
     Json m = parse_json(get_text(site, manifest), manifest);
-    bool changed = false;
     for (const auto& f : m.at("files")) {
       std::string path = get_string(f, "path"), original = get_string(f, "original");
       if (same(site, path, original)) continue;
       if (!same(site, path, get_string(f, "edited")))
-        throw Error(Code::state, path + " was changed by somebody else since it leads through the gate",
-                    "bring that change into " + original + ", copy it over " + path + ", and repeat the command")
+        throw Error(Code::state, path + " was changed, renamed or removed by somebody else since it leads through the gate",
+                    "bring that change into " + original + ", copy it over " + path + ", and repeat the command; rename or remove it after that")
             .in(site.label());
       replace(site, original, path, original);
-      changed = true;
     }
-    // A reload that an earlier try did not come to is made up for: running workers may still have the edited files.
-    if (changed || get_bool(m, "reloaded", false)) {
-      m["reloaded"] = true;
-      put_text(site, manifest, m.dump(1) + "\n");
-      test(site, s);
-      NginxPlan plan;
-      try {
-        plan.pid_file = look_at(site, s).plan.pid_file;
-        master(site, s, plan);
-      } catch (const Error& e) {
-        ctx.log(site.label() + ": nginx's files are back; it was not reloaded: " + e.what());
-        forget(site);
-        return;
-      }
-      reload(ctx, s, plan);
+    // Also where nothing was put back now: an earlier try may have come as far as that and not to its reload.
+    test(site, s);
+    std::string pid_file = get_string(m, "pid_file", "");
+    try {
+      master(site, s, pid_file);
+    } catch (const Error& e) {
+      if (e.code != Code::state) throw;
+      ctx.log(site.label() + ": nginx's files are back; it was not reloaded: " + e.what());
+      forget(site);
+      return;
     }
+    reload(ctx, s, pid_file);
     forget(site);
   }
 

@@ -47,6 +47,7 @@ bool nginx_reaches(std::string_view address, std::string_view scheme, const Addr
 struct NginxFiles {
   std::string main;
   std::map<std::string, std::string> text;
+  std::map<std::string, std::string> same_as{};  // another name of a file (a symbolic link) -> the one that is edited
 };
 // What `nginx -T` prints, as files. Throws Error(config) when it holds none.
 NginxFiles split_nginx_dump(std::string_view dump);
@@ -65,9 +66,12 @@ struct NginxPlan {
 
 // What must change in `editable` (paths of `files`) so that what goes to `application` goes to `gate`, one connection a
 // request, and so that the application sees the same requests as before. What nginx would read from other files is
-// looked at too: another way to the application there is a problem, since it would pass the gate by.
+// looked at too: another way to the application there is a problem, since it would pass the gate by. `keeps`: see below.
 NginxPlan plan_nginx(const NginxFiles& files, const std::vector<std::string>& editable, const Address& application,
-                     const Address& gate, Millis longest_wait);
+                     const Address& gate, Millis longest_wait, bool keeps = false);
+// Whether the nginx that prints this for -v keeps connections to an `upstream` that does not say `keepalive 0`: from 1.29.7 on. Older
+// ones do not take that 0.
+bool nginx_keeps_upstreams(std::string_view version);
 
 // Seconds or milliseconds as nginx writes them ("60", "1m 30s", "500ms"); nullopt for anything else.
 std::optional<Millis> parse_nginx_time(std::string_view text);

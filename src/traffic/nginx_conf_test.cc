@@ -56,6 +56,33 @@ TEST(NginxConf, LeadsAnUpstreamThroughTheGateAndTakesKeepaliveOut) {
             "server { location / { proxy_http_version 1.1; proxy_set_header Connection \"\"; proxy_pass http://shop; } }\n");
 }
 
+TEST(NginxConf, SaysKeepaliveOffToAnNginxThatKeepsByItself) {
+  auto now = [](const std::string& site) {
+    NginxFiles files{"/n.conf", {{"/n.conf", site}}};
+    return plan_nginx(files, {"/n.conf"}, kApp, kGate, Millis(30000), true).edited["/n.conf"];
+  };
+  EXPECT_EQ(now("http { upstream a { server 127.0.0.1:8000; keepalive 16 local; keepalive_timeout 5s; ip_hash; } upstream b { server 127.0.0.1:9000; } }"),
+            "http { upstream a { server 127.0.0.1:8001; keepalive 0;  ip_hash; } upstream b { server 127.0.0.1:9000; } }");
+  EXPECT_EQ(now("http { upstream a { server 127.0.0.1:8000; ip_hash; } }"), "http { upstream a { server 127.0.0.1:8001; ip_hash; keepalive 0; } }");
+  EXPECT_FALSE(nginx_keeps_upstreams("nginx version: nginx/1.22.1\n"));
+  EXPECT_FALSE(nginx_keeps_upstreams("nginx version: nginx/1.29.6 (Ubuntu)\n"));
+  EXPECT_FALSE(nginx_keeps_upstreams("freenginx version: freenginx/1.31.0\n"));
+  EXPECT_TRUE(nginx_keeps_upstreams("nginx version: nginx/1.29.7\n"));
+  EXPECT_TRUE(nginx_keeps_upstreams("nginx version: openresty/1.31.2.1\n"));
+}
+
+TEST(NginxConf, OneFileUnderTwoNamesIsEditedOnce) {
+  NginxFiles files{"/e/nginx.conf",
+                   {{"/e/nginx.conf", "http { include a.conf; server { include b.conf; } }"},
+                    {"/e/a.conf", "proxy_set_header Host h; server { location / { proxy_pass http://127.0.0.1:8000; } }"},
+                    {"/e/b.conf", "proxy_set_header Host h; server { location / { proxy_pass http://127.0.0.1:8000; } }\n"}},
+                   {{"/e/b.conf", "/e/a.conf"}}};
+  NginxPlan p = plan_nginx(files, {"/e/a.conf"}, kApp, kGate, Millis(1000));
+  EXPECT_TRUE(p.problems.empty());
+  ASSERT_EQ(p.edited.size(), 1u);
+  EXPECT_NE(p.edited["/e/a.conf"].find("http://127.0.0.1:8001;"), std::string::npos);
+}
+
 TEST(NginxConf, KeepsTheHostThatTheApplicationSees) {
   EXPECT_EQ(edited("server { location / { proxy_set_header Host $host; proxy_pass http://127.0.0.1:8000/x; } }"),
             "server { location / { proxy_set_header Host $host; proxy_pass http://127.0.0.1:8001/x; } }");

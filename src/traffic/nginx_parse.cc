@@ -1,6 +1,8 @@
 #include <cctype>
+#include <cstdlib>
 
 #include "base/error.h"
+#include "base/text.h"
 #include "traffic/nginx_conf.h"
 
 namespace rehome {
@@ -188,6 +190,18 @@ NginxFiles split_nginx_dump(std::string_view dump) {
   }
   if (files.main.empty()) throw Error(Code::config, "nginx -T prints no configuration file", "is this program nginx?");
   return files;
+}
+
+bool nginx_keeps_upstreams(std::string_view version) {
+  // "nginx version: nginx/1.22.1 (Ubuntu)"; openresty's numbers begin with nginx's. Others have numbers of their own.
+  for (std::string_view name : {": nginx/", ": openresty/"}) {
+    auto at = version.find(name);
+    if (at == std::string_view::npos) continue;
+    std::vector<int> has;
+    for (const auto& part : split(version.substr(at + name.size(), version.find_first_of(" \n", at + name.size()) - at - name.size()), '.')) has.push_back(std::atoi(part.c_str()));
+    return has >= std::vector<int>{1, 29, 7};
+  }
+  return false;
 }
 
 std::optional<Millis> parse_nginx_time(std::string_view text) {

@@ -46,11 +46,15 @@ struct Level {
 class Planner {
  public:
   Planner(const NginxFiles& files, const std::vector<std::string>& editable, const Address& application, const Address& gate,
-          Millis longest_wait)
-      : files_(files), editable_(editable.begin(), editable.end()), application_(application), gate_(gate), longest_wait_(longest_wait) {}
+          Millis longest_wait, bool keeps)
+      : files_(files), editable_(editable.begin(), editable.end()), application_(application), gate_(gate), longest_wait_(longest_wait), keeps_(keeps) {}
 
   NginxPlan plan() {
-    for (const auto& [path, text] : files_.text) parsed_[path] = parse_nginx(path, text);
+    for (const auto& [path, text] : files_.text) {
+      auto other = files_.same_as.find(path);
+      const std::string& file = other == files_.same_as.end() ? path : other->second;
+      parsed_[path] = parse_nginx(file, files_.text.at(file));
+    }
     for (const auto& path : editable_)
       if (!parsed_.contains(path))
         problem(true, "nginx.not_read", path, "nginx does not read this file", "correct `files`, or include the file");
@@ -193,13 +197,18 @@ class Planner {
           problem(false, "nginx.max_conns", d->where(), w.text + ": while requests are held, more than that are answered 502",
                   "raise it for the time of the move");
     }
+    bool said = false;
     for (const auto* d : inside) {
       if (!d->name().starts_with("keepalive") || !may_edit(*d)) continue;
       // A kept connection would carry requests that the gate has not held.
       std::string text = d->name();
       for (std::size_t i = 1; i < d->words.size(); i++) text += " " + d->words[i].text;
-      edit(*d, d->begin, d->end, "", text + " is out");
+      bool off = keeps_ && d->name() == "keepalive";
+      edit(*d, d->begin, d->end, off ? "keepalive 0;" : "", text + (off ? " becomes keepalive 0" : " is out"));
+      said = said || off;
     }
+    // At the end: what chooses the server must come before it.
+    if (keeps_ && !said && may_edit(block)) edit(block, block.end - 1, block.end - 1, "keepalive 0; ", "keepalive 0 comes in");
   }
 
   const Level* nearest(const std::vector<Level>& levels, const std::string& name) const {
@@ -283,6 +292,7 @@ class Planner {
   const Address& application_;
   const Address& gate_;
   Millis longest_wait_;
+  bool keeps_;
   std::map<std::string, std::vector<NginxDirective>> parsed_;
   std::map<std::string, std::set<Edit>> edits_;
   NginxPlan plan_;
@@ -296,8 +306,8 @@ class Planner {
 }  // namespace
 
 NginxPlan plan_nginx(const NginxFiles& files, const std::vector<std::string>& editable, const Address& application,
-                     const Address& gate, Millis longest_wait) {
-  return Planner(files, editable, application, gate, longest_wait).plan();
+                     const Address& gate, Millis longest_wait, bool keeps) {
+  return Planner(files, editable, application, gate, longest_wait, keeps).plan();
 }
 
 }  // namespace rehome

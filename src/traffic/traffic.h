@@ -80,5 +80,7 @@ PastGate past_gate(const Deployment&, Site&);
 
 // One driver for each `traffic` entry of the deployment, in its order.
 std::vector<std::unique_ptr<Traffic>> make_traffic(const Deployment& deployment);
+// The last that was prepared first: one may have been led through its gate in a file that another had led through its own.
+void withdraw_all(std::vector<std::unique_ptr<Traffic>>& prepared, TrafficContext&);
 
 }  // namespace rehome
