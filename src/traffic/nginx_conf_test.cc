@@ -38,6 +38,13 @@ TEST(NginxConf, ReadsQuotesCommentsVariablesAndNesting) {
   EXPECT_EQ(tree[2].block[0].words[2].text, "}");
 }
 
+TEST(NginxConf, LuaHasBracesOfItsOwn) {
+  auto tree = parse_nginx("f", "content_by_lua_block {\n t = { 'a}', \"\\\"{\" } -- it's {\n --[==[ }]] }\n ]==] s = [[}]] t[1] = {}\n}\nx y;\n");
+  ASSERT_EQ(tree.size(), 2u);
+  EXPECT_EQ(tree[1].line, 6);
+  for (const char* text : {"a_by_lua_block { ", "a_by_lua_block { '} ", "a_by_lua_block { [[ } ", "a_by_lua_block { -- }"}) EXPECT_THROW(parse_nginx("f", text), Error) << text;
+}
+
 TEST(NginxConf, SaysWhereItDoesNotFit) {
   for (const char* text : {"a", "http {", "}", "a 'b;", "http { a }", ";"}) {
     try {
@@ -85,28 +92,45 @@ TEST(NginxConf, OneFileUnderTwoNamesIsEditedOnce) {
 
 TEST(NginxConf, KeepsTheHostThatTheApplicationSees) {
   EXPECT_EQ(edited("server { location / { proxy_set_header Host $host; proxy_pass http://127.0.0.1:8000/x; } }"),
-            "server { location / { proxy_set_header Host $host; proxy_pass http://127.0.0.1:8001/x; } }");
+            "server { location / { proxy_set_header Host $host; proxy_pass http://127.0.0.1:8001/x; proxy_redirect http://127.0.0.1:8000/x /; } }");
   EXPECT_EQ(edited("server { location /a/ { proxy_pass http://127.0.0.1:8000/; } }"),
             "server { location /a/ { proxy_pass http://127.0.0.1:8001/; proxy_set_header Host 127.0.0.1:8000;"
-            " proxy_redirect default; proxy_redirect http://127.0.0.1:8000/ /a/; } }");
+            " proxy_redirect http://127.0.0.1:8000/ /a/; } }");
   // A line of its own in the location ends the inheritance from the server: that is copied.
   EXPECT_EQ(edited("server { proxy_set_header X-A b; proxy_redirect off; location / { proxy_pass \"http://127.0.0.1:8000\"; } }"),
             "server { proxy_set_header X-A b; proxy_redirect off; location / { proxy_pass \"http://127.0.0.1:8001\"; proxy_set_header X-A b;"
             " proxy_set_header Host 127.0.0.1:8000; } }");
 }
 
+// nginx refuses `proxy_redirect default` in either.
+TEST(NginxConf, KeepsRedirectsOnlyWhereNginxTakesThat) {
+  EXPECT_EQ(edited("server { location /x { proxy_pass http://127.0.0.1:8000/v1$is_args$args; } }"),
+            "server { location /x { proxy_pass http://127.0.0.1:8001/v1$is_args$args; proxy_set_header Host 127.0.0.1:8000; } }");
+  EXPECT_EQ(edited("server { location /x { if ($arg_a) { proxy_pass http://127.0.0.1:8000; } } }"),
+            "server { location /x { proxy_set_header Host 127.0.0.1:8000; proxy_redirect http://127.0.0.1:8000/ /; if ($arg_a) { proxy_pass http://127.0.0.1:8001; } } }");
+}
+
+TEST(NginxConf, AVariableBehindAWholeAddressIsTheUri) {
+  EXPECT_EQ(edited("server { location / { proxy_set_header Host h; proxy_pass http://127.0.0.1:8000$request_uri; } location /i { proxy_pass http://127.0.0.1:9000$uri; } }"),
+            "server { location / { proxy_set_header Host h; proxy_pass http://127.0.0.1:8001$request_uri; } location /i { proxy_pass http://127.0.0.1:9000$uri; } }");
+  EXPECT_EQ(edited("server { location ~ ^/a(/.*) { proxy_set_header Host h; proxy_pass http://[::]:8000$1$is_args$args; } }"),
+            "server { location ~ ^/a(/.*) { proxy_set_header Host h; proxy_pass http://127.0.0.1:8001$1$is_args$args; } }");
+  for (const char* word : {"http://$host:8000", "http://127.0.0.1:$port", "http://shop$request_uri", "http://$x"})
+    EXPECT_NE(split_nginx_target(word).address.find('$'), std::string::npos) << word;
+}
+
 TEST(NginxConf, UnixSocketsOnBothEnds) {
   NginxPlan p = plan("upstream a { server unix:/run/app.sock; } server { location / { proxy_set_header Host h; proxy_pass http://unix:/run/app.sock:/x; } }",
                      Address::parse("unix:/run/app.sock"), Address::parse("unix:/run/gate.sock"));
   EXPECT_EQ(p.edited["/etc/nginx/conf.d/site.conf"],
-            "upstream a { server unix:/run/gate.sock; } server { location / { proxy_set_header Host h; proxy_pass http://unix:/run/gate.sock:/x; } }");
+            "upstream a { server unix:/run/gate.sock; } server { location / { proxy_set_header Host h; proxy_pass http://unix:/run/gate.sock:/x; proxy_redirect http://unix:/run/app.sock:/x /; } }");
 }
 
 TEST(NginxConf, Ipv6OnBothEnds) {
   NginxPlan p = plan("upstream a { server [::1]:8000; } server { listen [::]:80; location / { proxy_set_header Host h; proxy_pass http://[::1]:8000/x; } }",
                      Address::parse("[::1]:8000"), Address::parse("[::1]:8001"));
   EXPECT_EQ(p.edited["/etc/nginx/conf.d/site.conf"],
-            "upstream a { server [::1]:8001; } server { listen [::]:80; location / { proxy_set_header Host h; proxy_pass http://[::1]:8001/x; } }");
+            "upstream a { server [::1]:8001; } server { listen [::]:80; location / { proxy_set_header Host h; proxy_pass http://[::1]:8001/x; proxy_redirect http://[::1]:8000/x /; } }");
 }
 
 TEST(NginxConf, OtherApplicationsAreLeftAlone) {
@@ -137,8 +161,32 @@ TEST(NginxConf, AVariableThatMayLeadPastTheGateIsSaid) {
   EXPECT_EQ(said("location /x { proxy_pass http://$http_x; } }"), "warning nginx.variable ");
   EXPECT_EQ(said("location /x { proxy_pass http://$b; } location /y { proxy_pass http://$c; } }"), "warning nginx.variable ");
   EXPECT_EQ(said("location /x { proxy_pass http://$b; }\n location /y { proxy_pass http://$c; } }"), "warning nginx.variable warning nginx.variable ");
+  EXPECT_EQ(said("location /x { proxy_pass http://c$request_uri; } }"), "warning nginx.variable ");
+  EXPECT_EQ(said("location /x { proxy_pass http://a$request_uri; } location /y { proxy_pass http://$b$uri; } } map $http_x $b { default a; }"), "");
   // Upstreams only: they are edited.
   EXPECT_EQ(said("location /x { proxy_pass http://$b; } } upstream c { server 127.0.0.1:9000; } map $http_x $b { default a; x c; }"), "");
+}
+
+TEST(NginxConf, AMapsOtherFilesAreReadToo) {
+  NginxFiles files{"/e/nginx.conf",
+                   {{"/e/nginx.conf", "http { include a.conf; }"},
+                    {"/e/a.conf", "upstream a { server 127.0.0.1:8000; } map $http_x $b { include b.map; } server { location / { proxy_pass http://$b; } }"},
+                    {"/e/b.map", "default a; beta 127.0.0.1:8000;"}}};
+  NginxPlan p = plan_nginx(files, {"/e/a.conf"}, kApp, kGate, Millis(1000));
+  ASSERT_EQ(p.problems.size(), 1u);
+  EXPECT_TRUE(p.problems[0].fatal);
+  EXPECT_EQ(p.problems[0].id, "nginx.variable");
+}
+
+TEST(NginxConf, SaysThatACacheIsNotFoundAgain) {
+  auto said = [](const std::string& more) {
+    std::string all;
+    for (const auto& p : plan("proxy_cache_path /c keys_zone=z:1m; proxy_cache z; server { " + more + " location / { proxy_pass http://127.0.0.1:8000; } }").problems) all += p.id + " ";
+    return all;
+  };
+  EXPECT_EQ(said(""), "nginx.cache ");
+  EXPECT_EQ(said("proxy_cache off;"), "");
+  EXPECT_EQ(said("proxy_cache_key $host$request_uri;"), "");
 }
 
 TEST(NginxConf, FindsAWayPastTheGateInAnotherFile) {
@@ -157,6 +205,21 @@ TEST(NginxConf, WarnsOfATimeoutBelowTheLongestWait) {
   ASSERT_EQ(p.problems.size(), 1u);
   EXPECT_FALSE(p.problems[0].fatal);
   EXPECT_EQ(p.problems[0].id, "nginx.timeout");
+}
+
+TEST(NginxConf, WarnsOfTheTimeoutThatHoldsWhereNoneIsWritten) {
+  auto said = [](const std::string& site, Millis wait) {
+    NginxFiles files{"/n.conf", {{"/n.conf", "http { " + site + " }"}}};
+    std::string all;
+    for (const auto& p : plan_nginx(files, {"/n.conf"}, kApp, kGate, wait).problems) all += p.id + " " + p.message.substr(0, 30) + ";";
+    return all;
+  };
+  const std::string direct = "server { location / { fastcgi_pass 127.0.0.1:8000; } location /o { fastcgi_pass 127.0.0.1:9000; } }";
+  EXPECT_EQ(said(direct, Millis(60'000)), "");
+  EXPECT_EQ(said(direct, Millis(120'000)), "nginx.timeout there is no fastcgi_read_timeo;");
+  EXPECT_EQ(said("fastcgi_read_timeout 3m; " + direct, Millis(120'000)), "");
+  EXPECT_EQ(said("fastcgi_read_timeout 90s; " + direct, Millis(120'000)), "nginx.timeout fastcgi_read_timeout 90s: a re;");
+  EXPECT_EQ(said("server { location / { proxy_pass http://a; } } upstream a { server 127.0.0.1:8000; }", Millis(120'000)), "nginx.timeout there is no proxy_read_timeout;");
 }
 
 TEST(NginxConf, Times) {

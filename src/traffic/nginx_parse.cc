@@ -115,13 +115,42 @@ class Parser {
     step();
   }
 
-  // Lua has braces, quotes and comments of its own; balanced braces are as much as nginx itself asks for first.
+  // Lua: its braces balance, but for those in strings, long brackets and comments.
   void skip_foreign() {
-    for (int depth = 1; depth > 0; step()) {
+    for (int depth = 1; depth > 0;) {
       if (at_ == text_.size()) fail("a lua block does not end");
-      if (text_[at_] == '{') depth++;
-      if (text_[at_] == '}') depth--;
+      char c = text_[at_];
+      bool comment = text_.substr(at_).starts_with("--");
+      if (comment) at_ += 2;
+      if (skip_long_bracket()) continue;
+      if (comment) {
+        while (at_ < text_.size() && text_[at_] != '\n') at_++;
+        continue;
+      }
+      step();
+      if (c == '"' || c == '\'') {
+        while (at_ < text_.size() && text_[at_] != c) {
+          if (text_[at_] == '\\' && at_ + 1 < text_.size()) step();
+          step();
+        }
+        if (at_ == text_.size()) fail("a lua string does not end");
+        step();
+      }
+      if (c == '{') depth++;
+      if (c == '}') depth--;
     }
+  }
+
+  // "[[ ... ]]", with as many '=' between the brackets at its end as at its begin. False: none begins here.
+  bool skip_long_bracket() {
+    if (at_ == text_.size() || text_[at_] != '[') return false;
+    std::size_t second = text_.find_first_not_of('=', at_ + 1);
+    if (second == std::string_view::npos || text_[second] != '[') return false;
+    std::string close = "]" + std::string(second - at_ - 1, '=') + "]";
+    std::size_t end = text_.find(close, second);
+    if (end == std::string_view::npos) fail("a lua block does not end");
+    while (at_ < end + close.size()) step();
+    return true;
   }
 
   const std::string& file_;
@@ -149,6 +178,11 @@ NginxTarget split_nginx_target(std::string_view word) {
     if (end != std::string_view::npos) t.uri = rest.substr(end + 1);
   } else {
     end = rest.find_first_of("/?");
+    // Behind a whole host:port a variable is the URI, or begins with it.
+    if (auto dollar = rest.find('$'); dollar < end) {
+      auto colon = rest.find_last_not_of("0123456789", dollar - (dollar > 0 ? 1 : 0));
+      if (dollar > 0 && colon != std::string_view::npos && colon > 0 && colon + 1 < dollar && rest[colon] == ':') end = dollar;
+    }
     if (end != std::string_view::npos) t.uri = rest.substr(end);
   }
   t.address = rest.substr(0, end);

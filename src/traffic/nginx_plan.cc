@@ -68,6 +68,7 @@ class Planner {
               seen_.empty() ? "correct `application` or `files`"
                             : "correct `application`: these files lead to " + join({seen_.begin(), seen_.end()}, ", "));
     for (const auto* d : by_variable_) variable_pass(*d);
+    for (const auto* d : no_timeout_) default_timeout(*d);
     for (const auto& [path, edits] : edits_) {
       std::string text = files_.text.at(path);
       for (auto e = edits.rbegin(); e != edits.rend(); ++e) text.replace(e->begin, e->end - e->begin, e->text);
@@ -106,21 +107,25 @@ class Planner {
       const NginxDirective& d = *levels.back().directives[i];
       if (d.is_block) {
         if (d.name() == "upstream") upstream(d);
-        if ((d.name() == "map" || d.name() == "geo" || d.name() == "split_clients") && d.words.size() > 1)
-          for (const auto& entry : d.block)
-            if (entry.words.size() == 2) values_[d.words.back().text].insert(entry.words[1].text);
+        if ((d.name() == "map" || d.name() == "geo" || d.name() == "split_clients") && d.words.size() > 1) {
+          std::vector<const NginxDirective*> entries;
+          expand(d.block, entries);
+          for (const auto* entry : entries)
+            if (entry->words.size() == 2) values_[d.words.back().text].insert(entry->words[1].text);
+        }
         enter(levels, &d, d.block);
       } else if (d.name() == "set" && d.words.size() == 3) {
         values_[d.words[1].text].insert(d.words[2].text);
       } else if (passes(d.name()) && d.words.size() >= 2) {
         pass(levels, d);
+        if (!nearest(levels, read_timeout(d))) no_timeout_.push_back(&d);
       } else if (d.name() == "pid" && d.words.size() == 2) {
         plan_.pid_file = d.words[1].text;
-      } else if (d.name() == "proxy_read_timeout" && d.words.size() == 2) {
+      } else if (d.name().ends_with("_read_timeout") && passes(d.name().substr(0, d.name().find('_')) + "_pass") && d.words.size() == 2) {
         auto t = parse_nginx_time(d.words[1].text);
         if (t && *t < longest_wait_)
           problem(false, "nginx.timeout", d.where(),
-                  "proxy_read_timeout " + d.words[1].text + ": a request that is held longer is answered 504, before max_wait (" +
+                  d.name() + " " + d.words[1].text + ": a request that is held longer is answered 504, before max_wait (" +
                       human_duration(longest_wait_) + ")",
                   "raise it for the time of the move, or make max_pause shorter");
       }
@@ -161,11 +166,23 @@ class Planner {
         return problem(true, "nginx.variable", d.where(),
                        d.name() + " " + d.words[1].text + " may lead to " + application_.text() + ", past the gate: a variable's value is not edited",
                        "let it name an upstream block that leads to " + application_.text() + ", and give its file in `files`");
-      harmless = harmless && upstreams_.contains(t.address);
+      // What follows an upstream's name is the URI.
+      harmless = harmless && upstreams_.contains(t.address.substr(0, t.address.find('$')));
     }
     if (!harmless && editable_.contains(d.file))
       problem(false, "nginx.variable", d.where(), d.name() + " " + d.words[1].text + " uses a variable: whether it leads to " + application_.text() + ", past the gate, cannot be seen",
               "make sure that it does not, or let it name an upstream block");
+  }
+
+  static std::string read_timeout(const NginxDirective& pass) { return pass.name().substr(0, pass.name().find('_')) + "_read_timeout"; }
+
+  void default_timeout(const NginxDirective& d) {
+    NginxTarget t = split_nginx_target(d.words[1].text);
+    if (longest_wait_ <= Millis(60'000) || (!led_upstreams_.contains(t.address) && !nginx_reaches(t.address, t.scheme, application_))) return;
+    problem(false, "nginx.timeout", d.where(),
+            "there is no " + read_timeout(d) + " for " + d.name() + " " + d.words[1].text + ", so it is 60 s: a request that is held longer is answered 504, before max_wait (" +
+                human_duration(longest_wait_) + ")",
+            "set it for the time of the move, or make max_wait shorter");
   }
 
   void upstream(const NginxDirective& block) {
@@ -179,6 +196,7 @@ class Planner {
       if (nginx_reaches(d->words[1].text, "", application_)) ours.push_back(d);
     }
     if (ours.empty()) return;
+    if (block.words.size() > 1) led_upstreams_.insert(block.words[1].text);
     std::string name = block.words.size() > 1 ? block.words[1].text : "";
     if (!may_edit(*ours[0])) return;
     for (const auto* d : servers) {
@@ -241,8 +259,17 @@ class Planner {
     std::size_t end = at + t.address.size();
     if (t.address.starts_with("unix:") && files_.text.at(d.file)[end] == ':') end++;
     edit(d, at, end, pass_address(gate_, t.uri), d.name() + " " + t.address + " becomes " + nginx_address(gate_));
-    if (d.name() == "proxy_pass" && !t.scheme.empty()) keep_host(levels, d, t);
+    if (d.name() == "proxy_pass" && !t.scheme.empty()) keep_host(levels, d, t), keep_cache(levels, d);
     if (d.name() == "grpc_pass") keep_host(levels, d, t, "grpc_set_header");
+  }
+
+  void keep_cache(const std::vector<Level>& levels, const NginxDirective& d) {
+    const Level* cached = nearest(levels, "proxy_cache");
+    if (!cached || nearest(levels, "proxy_cache_key")) return;
+    for (const auto* c : cached->directives)
+      if (c->name() == "proxy_cache" && c->words.size() == 2 && c->words[1].text != "off")
+        problem(false, "nginx.cache", d.where(), "without a proxy_cache_key the keys of proxy_cache " + c->words[1].text + " hold the address of proxy_pass: what is cached is not found after begin, and again after complete",
+                "write a proxy_cache_key without that address before begin, or begin when the application bears an empty cache");
   }
 
   // The Host that the application sees, and the redirects that nginx rewrites, come from the address in proxy_pass where
@@ -268,23 +295,25 @@ class Planner {
         for (const auto* h : headers->directives)
           if (h->name() == set) more += " " + files_.text.at(h->file).substr(h->begin, h->end - h->begin);
     }
-    if (has_host) return;
     std::string host = proxy_host(t);
-    more += " " + set + " Host " + host + ";";
-    if (set == "proxy_set_header" && !nearest(outer, "proxy_redirect") && location->words.size() >= 2) {
+    if (!has_host) more += " " + set + " Host " + host + ";";
+    // Where the URI has a variable nginx rewrites none by itself.
+    if (set == "proxy_set_header" && t.uri.find('$') == std::string::npos && !nearest(outer, "proxy_redirect") && location->words.size() >= 2) {
       bool prefix = location->words.size() == 2 || location->words[1].text == "=" || location->words[1].text == "^~";
       std::string from = t.scheme + "://" + t.address + (t.address.starts_with("unix:") ? ":" : "");
       if (t.uri.empty())
-        more += " proxy_redirect default; proxy_redirect " + from + "/ /;";
+        more += " proxy_redirect " + from + "/ /;";
       else if (prefix)
-        more += " proxy_redirect default; proxy_redirect " + from + t.uri + " " + location->words.back().text + ";";
+        more += " proxy_redirect " + from + t.uri + " " + location->words.back().text + ";";
     }
+    if (more.empty()) return;
+    std::string change = has_host ? "redirects to " + host + " are rewritten as before" : "Host stays " + host;
     // Inside an `if` no header can be set: the line goes before it.
     const NginxDirective* before = place + 1 < levels.size() ? levels[place + 1].block : nullptr;
     if (before && before->file == d.file)
-      edit(d, before->begin, before->begin, more.substr(1) + " ", "Host stays " + host);
+      edit(d, before->begin, before->begin, more.substr(1) + " ", change);
     else
-      edit(d, d.end, d.end, more, "Host stays " + host);
+      edit(d, d.end, d.end, more, change);
   }
 
   const NginxFiles& files_;
@@ -299,7 +328,8 @@ class Planner {
   std::set<std::string> seen_;
   std::set<std::string> upstreams_;
   std::map<std::string, std::set<std::string>> values_;   // of each "$variable", by `set` and `map`
-  std::vector<const NginxDirective*> by_variable_;
+  std::set<std::string> led_upstreams_;
+  std::vector<const NginxDirective*> by_variable_, no_timeout_;
   int led_ = 0;
 };
 
