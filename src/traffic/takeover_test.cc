@@ -133,6 +133,24 @@ TEST(UnixSocketTraffic, TakesTheNameAndGivesItBackUnderLoad) {
   EXPECT_EQ(now.st_ino, gate.st_ino);
   EXPECT_EQ(ask_once(Address::parse(at.source)).body.substr(0, 5), "again");
 
+  // An application whose name goes with it: while it may not serve, and only then, the gate has the name all the same.
+  source.reset();
+  ASSERT_EQ(::unlink((dir.path() + "/source.sock").c_str()), 0);
+  system_clock().sleep(Millis(1100));
+  EXPECT_FALSE(exists(dir.path() + "/source.sock"));
+  write_durably(world.source.state() + "/not-serving", "");
+  for (deadline = Deadline::in(Millis(5000)); !exists(dir.path() + "/source.sock") && !deadline.passed();) system_clock().sleep(Millis(20));
+  ASSERT_EQ(::stat((dir.path() + "/source.gate").c_str(), &gate), 0);
+  ASSERT_EQ(::stat((dir.path() + "/source.sock").c_str(), &now), 0);
+  EXPECT_EQ(now.st_ino, gate.st_ino);
+  ASSERT_EQ(::unlink((world.source.state() + "/not-serving").c_str()), 0);
+  source = std::make_unique<Application>("again", Address::parse(at.source));
+  for (deadline = Deadline::in(Millis(5000)); !deadline.passed(); system_clock().sleep(Millis(50))) {
+    ASSERT_EQ(::stat((dir.path() + "/source.sock").c_str(), &now), 0);
+    if (now.st_ino == gate.st_ino) break;
+  }
+  EXPECT_EQ(now.st_ino, gate.st_ino);
+
   // A gate's socket that is made anew: only the name is put to it, and the application's socket stays the kept one.
   struct stat kept;
   ASSERT_EQ(::stat((dir.path() + "/source.sock.rehome").c_str(), &original), 0);
@@ -165,6 +183,32 @@ TEST(UnixSocketTraffic, PreflightSeesAMissingSocketAndAnotherFileSystem) {
   std::string ids;
   for (const auto& f : make_traffic(world.deployment).at(0)->preflight(world.context())) ids += f.id + " ";
   EXPECT_EQ(ids, "unix_socket.file_system unix_socket.application unix_socket.directory ");
+}
+
+// `systemctl show` answers what a unit with such a directory has.
+TEST(UnixSocketTraffic, PreflightSeesADirectoryThatGoesWithItsService) {
+  TempDir dir("rehome-app"), programs;
+  const std::string name = dir.path().substr(1), path = std::getenv("PATH");
+  BySide<std::string> at{"unix:/run/" + name + "/a/source.sock", "unix:" + dir.path() + "/target.sock"};
+  BySide<std::string> listen{"unix:/run/" + name + "/a/gate", "unix:" + dir.path() + "/gate"};
+  World world(between(TrafficConfig::Take::unix_socket, listen, at));
+  ServiceConfig service;
+  service.name = "shop";
+  service.runtime = ServiceConfig::Runtime::systemd;
+  service.on.source.unit = service.on.target.unit = "shop.service";
+  world.deployment.services.push_back(service);
+  ::setenv("PATH", (programs.path() + ":" + path).c_str(), 1);
+  auto ids = [&](const std::string& preserve) {
+    write_durably(programs.path() + "/systemctl", "#!/bin/sh\necho 'RuntimeDirectory=other " + name + "'\necho RuntimeDirectoryPreserve=" + preserve + "\n", 0755);
+    std::string all;
+    for (const auto& f : make_traffic(world.deployment).at(0)->preflight(world.context()))
+      if (f.id == "unix_socket.runtime_directory") all += f.object + " ";
+    return all;
+  };
+  // A restart keeps it; that the service of before is killed after a switch does not.
+  EXPECT_EQ(ids("no") + ids("restart"), "source: traffic app source: traffic app ");
+  EXPECT_EQ(ids("yes"), "");
+  ::setenv("PATH", path.c_str(), 1);
 }
 
 // Runs `inside` in a network namespace of its own, and gives it the id of a second one that reaches it: clients from

@@ -2,7 +2,8 @@
 // it, so that there is no moment without a socket that answers. Undone the same way.
 //
 // An application that starts again makes its socket anew, over the gate's: a kept program of the agent sees that within
-// a second, and takes the new socket like the first.
+// a second, and takes the new socket like the first. Where the name has gone with an application that may not serve any
+// more, the gate's socket is put under it again, for those who still come to the old address.
 #include "base/text.h"
 #include "sys/fs.h"
 #include "traffic/gates.h"
@@ -12,7 +13,8 @@ namespace {
 
 // $1 the application's socket, $2 where it is kept, $3 the gate's, $2.gate the one that was put under the name. -ef: both names are
 // one file. The gate's own socket is made anew too (by a reload, or a supervisor that starts before the gate has ended): what has
-// the name then is no application's, and the kept one must stay. One at a time: the kept program may be at it, too.
+// the name then is no application's, and the kept one must stay. One at a time: the kept program may be at it, too. $4 is there while
+// the application may not serve: only then nobody is about to make the socket whose name is free.
 constexpr char kTake[] = R"sh(set -e
 exec 9<"${2%/*}/"
 flock 9
@@ -22,6 +24,12 @@ put() {
   mv -f -T "$2.rehome-new" "$2"
 }
 [ -S "$3" ] || { echo "$3 is not a socket: the gate does not listen" >&2; exit 3; }
+if ! [ -e "$1" ] && [ -S "$2.gate" ] && [ -e "$4" ]; then
+  chown --reference="$2.gate" "$3"
+  chmod --reference="$2.gate" "$3"
+  put "$3" "$2.gate"
+  put "$3" "$1"
+fi
 [ -S "$1" ] || { echo "$1 is not a socket: the application does not listen" >&2; exit 4; }
 # One that was killed had put this under the name, and not got as far as to note it.
 if [ "$1" -ef "$2.gate-next" ]; then put "$2.gate-next" "$2.gate"; fi
@@ -38,7 +46,7 @@ rm -f -- "$2.gate-next"
 )sh";
 
 constexpr char kKeep[] = R"sh(while true; do
-  if [ -S "$1" ] && [ -S "$3" ] && ! [ "$1" -ef "$3" ]; then sh -c "$4" sh "$1" "$2" "$3"; fi
+  if [ -S "$3" ] && ! [ "$1" -ef "$3" ] && { [ -S "$1" ] || { ! [ -e "$1" ] && [ -S "$2.gate" ] && [ -e "$4" ]; }; }; then sh -c "$5" sh "$1" "$2" "$3" "$4"; fi
   sleep 1
 done
 )sh";
@@ -82,6 +90,14 @@ class UnixSocketTraffic : public Traffic {
         const char* rights = "[ \"$(id -u)\" = 0 ] || { [ -w \"$2\" ] && { [ ! -e \"$1\" ] || [ -O \"$1\" ]; }; }";
         if (!site.exec({.argv = {"sh", "-c", rights, "sh", p.application, parent_path(p.application)}}).ok())
           error("unix_socket.rights", "this account cannot take the name of " + p.application + ": the socket is another's, or its directory may not be written", "use root, or the application's account, for that site");
+        for (const auto& service : deployment_.services) {
+          if (service.runtime != ServiceConfig::Runtime::systemd) continue;
+          const std::string& unit = service.on[s].unit;
+          auto [directory, preserve] = runtime_directory(site, unit, p);
+          if (!directory.empty() && preserve != "yes")
+            error("unix_socket.runtime_directory", "the sockets' directory " + directory + " is the RuntimeDirectory of " + unit + ", which takes it away when the service ends, and the gate's way in with it",
+                  "systemctl edit " + unit + " on that host: [Service] RuntimeDirectoryPreserve=yes; or put the sockets elsewhere");
+        }
         // On the target it may come with the application's start, which the kept program sees.
         if (s == Side::source && !site.exec({.argv = {"test", "-S", p.application}}).ok())
           error("unix_socket.application", p.application + " is not a socket", "start the application, or correct `application`");
@@ -113,11 +129,11 @@ class UnixSocketTraffic : public Traffic {
       Paths p = paths(s);
       ctx.note("the gate's socket takes the name " + p.application,
                {{"where", site.label()}, {"undone_by", "renaming " + p.kept + " to " + p.application}});
-      Outcome o = site.exec({.argv = {"sh", "-c", kTake, "sh", p.application, p.kept, p.gate}}, Deadline::in(Millis(10000)));
+      Outcome o = site.exec({.argv = {"sh", "-c", kTake, "sh", p.application, p.kept, p.gate, not_serving(site)}}, Deadline::in(Millis(10000)));
       bool absent = o.status == 4 && s == Side::target;
       if (!o.ok() && !absent)
         throw Error(Code::state, "the socket " + p.application + " cannot be taken: " + std::string(trim(o.err)), "correct `application` and `listen`").in(site.label());
-      site.call("child.set", {{"name", "take-" + t_.name}, {"argv", {"sh", "-c", kKeep, "sh", p.application, p.kept, p.gate, kTake}}, {"restart_ms", 1000}});
+      site.call("child.set", {{"name", "take-" + t_.name}, {"argv", {"sh", "-c", kKeep, "sh", p.application, p.kept, p.gate, not_serving(site), kTake}}, {"restart_ms", 1000}});
     }
   }
 
@@ -153,6 +169,19 @@ class UnixSocketTraffic : public Traffic {
   Paths paths(Side s) const {
     std::string application = Address::parse(t_.on[s].application).path;
     return {application, application + ".rehome", Address::parse(t_.on[s].listen).path};
+  }
+  static std::string not_serving(const Site& site) { return site.state() + "/not-serving"; }
+  // The unit's RuntimeDirectory that a socket is in, and its RuntimeDirectoryPreserve; empty where none is.
+  std::pair<std::string, std::string> runtime_directory(Site& site, const std::string& unit, const Paths& p) {
+    std::string directories, preserve;
+    for (const auto& line : split(site.exec({.argv = {"systemctl", "show", "-p", "RuntimeDirectory,RuntimeDirectoryPreserve", unit}}).out, '\n')) {
+      if (line.starts_with("RuntimeDirectory=")) directories = line.substr(17);
+      if (line.starts_with("RuntimeDirectoryPreserve=")) preserve = line.substr(25);
+    }
+    for (const auto& name : split(directories, ' '))
+      for (const std::string& socket : {p.application, p.gate})
+        if (!name.empty() && (socket.starts_with("/run/" + name + "/") || socket.starts_with("/var/run/" + name + "/"))) return {"/run/" + name, preserve};
+    return {};
   }
   bool ours(Site& site, const Paths& p) {
     Outcome o = site.exec({.argv = {"sh", "-c", "[ -e \"$2\" ] || [ -e \"$2.gate\" ] || [ \"$1\" -ef \"$3\" ]", "sh", p.application, p.kept, p.gate}});
