@@ -138,6 +138,8 @@ bool Filter::matches(const Rule& r, std::string_view path, bool is_directory) {
   }
   if (one(path)) return true;
   if (r.anchored) return false;
+  // As in rsync, what ** stands for at the top of the tree ends with a slash too.
+  if (r.pattern.starts_with("**") && one("/" + std::string(path))) return true;
   // Not anchored: the pattern may begin at any component. One that begins with ** already reaches everywhere.
   for (auto at = path.find('/'); at != std::string_view::npos; at = path.find('/', at + 1))
     if (one(path.substr(at + 1))) return true;
