@@ -39,8 +39,8 @@ class CommandService : public Service {
       found.push_back({Finding::Level::error, "service.rights", where, "the process of " + on.pid_file + " belongs to another account, and this one may not stop it",
                        "use root, or that account, for that site"});
     if (side == Side::source && !others && !running(context.at(side)))
-      found.push_back({Finding::Level::warning, "service.down", where,
-                       "no process of " + on.pid_file + " runs", "start the service, or correct pid_file"});
+      found.push_back({Finding::Level::error, "service.down", where,
+                       "no process of " + on.pid_file + " runs, so there is none to freeze", "start the service, or correct pid_file"});
     return found;
   }
 

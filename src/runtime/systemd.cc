@@ -16,6 +16,13 @@ wait $! || exit 1
 [ "$(systemctl show -p ConditionResult --value "$2")" != no ] || systemctl is-active -q "$2" || exit 9
 )sh";
 
+// Whether $1 is a cgroup of the second version, which alone has a freezer for units.
+constexpr char kFreezes[] = R"sh(while read -r _ at type _; do
+  [ "$type" != cgroup2 ] || [ ! -e "$at$1/cgroup.freeze" ] || exit 0
+done </proc/self/mounts
+exit 1
+)sh";
+
 class SystemdService : public Service {
  public:
   explicit SystemdService(const ServiceConfig& config) : config_(config) {}
@@ -25,7 +32,7 @@ class SystemdService : public Service {
     std::vector<Finding> found;
     const std::string& unit = config_.on[side].unit;
     std::string where = std::string(side_name(side)) + ": unit " + unit;
-    Outcome o = context.at(side).exec({.argv = {"systemctl", "show", "-p", "LoadState,ActiveState,NRestarts", unit}});
+    Outcome o = context.at(side).exec({.argv = {"systemctl", "show", "-p", "LoadState,ActiveState,ControlGroup", unit}});
     if (!o.ok()) {
       found.push_back({Finding::Level::error, "service.systemd", where, "systemctl does not answer: " + std::string(trim(o.err)),
                        "is systemd the first process of that host? otherwise use runtime command"});
@@ -33,7 +40,16 @@ class SystemdService : public Service {
       found.push_back({Finding::Level::error, "service.missing", where, "the unit is not there",
                        "install the service on the " + std::string(side_name(side)) + ", or correct its name"});
     } else if (side == Side::source && o.out.find("ActiveState=active") == std::string::npos) {
-      found.push_back({Finding::Level::warning, "service.down", where, "the service does not run", "start it: systemctl start " + unit});
+      found.push_back({Finding::Level::error, "service.down", where, "the service does not run, so it cannot be tried whether it can be frozen", "start it: systemctl start " + unit});
+    } else if (side == Side::source) {
+      auto at = o.out.find("ControlGroup=");
+      std::string group = at == std::string::npos ? "" : o.out.substr(at + 13, o.out.find('\n', at) - at - 13);
+      if (group.empty())
+        found.push_back({Finding::Level::error, "service.freeze", where, "the unit is active and has no processes, so there is nothing to freeze",
+                         "name the unit whose processes write to the stores"});
+      else if (!context.at(side).exec({.argv = {"sh", "-c", kFreezes, "sh", group}}).ok())
+        found.push_back({Finding::Level::error, "service.freeze", where, "its cgroup " + group + " cannot be frozen: there is no cgroup.freeze",
+                         "run the service with command: and a pid_file, which need no cgroup of the unit"});
     }
     if (!context.at(side).exec({.argv = {"sh", "-c", "[ ! -d /etc/systemd/system ] || [ -w /etc/systemd/system ]"}}).ok())
       found.push_back({Finding::Level::error, "service.rights", where, "this account cannot write into /etc/systemd/system, where its start condition is to be, nor start and freeze system units",
