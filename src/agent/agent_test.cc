@@ -580,7 +580,7 @@ TEST(Agent, WhatComesBackAfterAReboot) {
   remove_boot(boot);
   EXPECT_TRUE(list_directory(dir.path()).empty());
   std::string unit = unit_text(boot, "/bin/rehome-agent");
-  for (const char* line : {"Before=nginx.service app.service\n", "StartLimitIntervalSec=0\n", "RequiresMountsFor=\"/s\"\n", "Restart=always\n", "RestartSec=100ms\n", "OOMScoreAdjust=-900\n"})
+  for (const char* line : {"Before=nginx.service app.service\n", "StartLimitIntervalSec=0\n", "RequiresMountsFor=/s\n", "Restart=always\n", "RestartSec=100ms\n", "OOMScoreAdjust=-900\n"})
     EXPECT_NE(unit.find(line), std::string::npos) << line;
   EXPECT_EQ(code_of([&] { install_boot({"magic", "shop", "source", "/s", {}}, "/x"); }), Code::config);
 }

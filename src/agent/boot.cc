@@ -29,17 +29,6 @@ void systemctl(std::vector<std::string> arguments) {
   run_ok({.argv = arguments}, Deadline::in(Millis(30'000)), "systemctl");
 }
 
-// A path as a unit file's lists take it: quoted, and without specifiers.
-std::string unit_word(const std::string& path) {
-  std::string out = "\"";
-  for (char c : path) {
-    if (c == '"' || c == '\\') out += '\\';
-    if (c == '%') out += '%';
-    out += c;
-  }
-  return out + "\"";
-}
-
 std::string crontab() {
   Outcome o = run({.argv = {"crontab", "-l"}}, Deadline::in(Millis(10'000)));
   return o.ok() ? o.out : "";  // status 1: there is none
@@ -58,10 +47,10 @@ std::string unit_text(const Boot& b, const std::string& program) {
   std::vector<std::string> before{"nginx.service"};
   for (const auto& unit : b.before)
     if (unit != "nginx.service") before.push_back(unit);
-  // The record is in STATE. The stores' own volumes are not waited for: the agent must answer without them.
+  // STATE has no blank and no '%': the configuration takes none. The record is in it. The stores' own volumes are not waited for: the agent must answer without them.
   // KillMode=process: the gate outlives a killed supervisor, and its connections with it.
   return "[Unit]\nDescription=rehome agent of " + b.name + " (" + b.side + ")\nBefore=" + join(before, " ") +
-         "\nRequiresMountsFor=" + unit_word(b.state) + "\nStartLimitIntervalSec=0\n\n[Service]\nType=notify\nNotifyAccess=main\nTimeoutStartSec=30\nExecStart=" + program +
+         "\nRequiresMountsFor=" + b.state + "\nStartLimitIntervalSec=0\n\n[Service]\nType=notify\nNotifyAccess=main\nTimeoutStartSec=30\nExecStart=" + program +
          " supervise --wait --state " + b.state +
          "\nRestart=always\nRestartSec=100ms\nRestartPreventExitStatus=100\nSuccessExitStatus=100\nKillMode=process\n"
          "OOMScoreAdjust=-900\nLimitNOFILE=65536\n\n[Install]\nWantedBy=multi-user.target\n";

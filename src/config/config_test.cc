@@ -270,6 +270,12 @@ TEST(Config, EveryMistakeIsToldWithItsPlace) {
       {"", {"1:1: the file is empty"}},
       {"- a\n", {"1:1: the file must be a mapping (key: value), not a list"}},
       {"{}\n", {"1:1: the file needs 'name'", "1:1: the file needs 'source'", "1:1: the file needs 'target'", "1:1: the file needs 'stores'"}},
+      {kHead + kStores + "services:\n  - {name: t, systemd: shop.target}\n",
+       {"8:24: systemd must be a unit that has processes, a .service, .slice or .scope: 'shop.target' has none that could be frozen"}},
+      {"name: a\nsource: {ssh: a, state: \"/var/my state\"}\ntarget: {local: true, state: /var/100%}\n" + kStores,
+       {"2:25: state must be a path without blanks, quotes, \\, % and $: units and crontabs name it", "3:30: state must be a path without blanks, quotes, \\, % and $: units and crontabs name it"}},
+      {kHead + kStores + "traffic:\n  - {name: a, gate: {application: \"127.0.0.1:80\", listen: \"127.0.0.1:81\"}}\n  - {name: b, gate: {application: \"127.0.0.1:82\", listen: \"localhost:81\", target: {listen: \"[::1]:81\"}}}\n",
+       {"9:15: the gates of 'a' and 'b' both listen at localhost:81 on the source; each needs an address of its own"}},
       {kHead + "stores:\n  - name: f\n\tfiles: {path: /srv}\n", {"6:1: a tab in the indentation; YAML wants spaces"}},
       {kHead + "stores: [\n", {"5:1: not YAML: end of sequence flow not found"}},
       {kHead + kStores + "max_pause: \"500ms\n", {"7:12: not YAML: this quote is never closed"}},
@@ -376,6 +382,11 @@ TEST(Config, EveryMistakeIsToldWithItsPlace) {
   for (const auto& b : all) EXPECT_EQ(problems_of(b.text), b.problems) << b.text;
 }
 
+TEST(Config, TabsInsideABlockScalarAreText) {
+  Deployment d = good(kHead + kDb + "checks:\n  - name: a\n    store: db\n    database: shop\n    sql: |\n      select 1\n      \t+ 1\n");
+  EXPECT_EQ(d.checks[0].sql, "select 1\n\t+ 1\n");
+}
+
 TEST(Config, NoMessageRepeatsASecret) {
   for (const char* text : {"password: hunter2", "password: [hunter2]", "password: {value: hunter2}", "password: {env: \"hunter2 x\"}", "pasword: hunter2", "source: {password: hunter2}",
                            "host: \"postgres://u:hunter2@h\""}) {
@@ -383,7 +394,7 @@ TEST(Config, NoMessageRepeatsASecret) {
     EXPECT_FALSE(problems.empty()) << text;
     for (const auto& p : problems) EXPECT_EQ(p.find("hunter2"), std::string::npos) << p;
   }
-  for (const char* text : {"http: \"http://u:hunter2@h/\"", "command: [a, --password=hunter2]", "command: [env, PGPASSWORD=hunter2]", "command: [\"postgres://u:hunter2@h\"]"}) {
+  for (const char* text : {"http: \"http://u:hunter2@h/\"", "http: \"http://u:hun@hunter2@h/\"", "http: \"http://u:hunter2@h:99999/\"", "http: \"u:hunter2@h/\"", "http: \"http://u:/hunter2@h/\"", "command: [a, --password=hunter2]", "command: [env, PGPASSWORD=hunter2]", "command: [\"postgres://u:hunter2@h\"]"}) {
     auto problems = problems_of(kHead + kStores + "checks:\n  - {name: a, " + text + "}\n");
     EXPECT_FALSE(problems.empty()) << text;
     for (const auto& p : problems) EXPECT_EQ(p.find("hunter2"), std::string::npos) << p;

@@ -10,6 +10,7 @@
 #include "config/read_check.h"
 #include "config/yaml.h"
 #include "sys/fs.h"
+#include "sys/net.h"
 
 namespace rehome {
 namespace {
@@ -41,9 +42,9 @@ bool overlap(const std::string& a, const std::string& b) {
   return !a.empty() && !b.empty() && (inside(a, b) || inside(b, a));
 }
 
-class Reader {
+class DeploymentReader {
  public:
-  Reader(Deployment& d, YamlText& y) : d_(d), y_(y) {}
+  DeploymentReader(Deployment& d, YamlText& y) : d_(d), y_(y) {}
 
   void read(const YAML::Node& root) {
     YamlMap m(y_, root, "the file");
@@ -147,7 +148,11 @@ class Reader {
       }
       for (auto key : {"port", "key", "options"}) m.misplaced(key, "belongs to a site with 'ssh'");
     }
-    set(c.state, y_.absolute_path(m.take("state"), "state"));
+    YAML::Node state = m.take("state");
+    if (auto path = y_.absolute_path(state, "state")) {
+      if (path->find_first_of(" \t\"'\\%$") == std::string::npos) c.state = *path;
+      else y_.problem(state, "state must be a path without blanks, quotes, \\, % and $: units and crontabs name it");
+    }
     YAML::Node boot = m.take("boot");
     if (boot.IsDefined() && boot.IsScalar() && boot.Scalar().rfind("directory:", 0) == 0) {
       if (boot.Scalar().size() < 12 || boot.Scalar()[10] != '/')
@@ -341,11 +346,14 @@ class Reader {
   }
 
   void unit(const YAML::Node& n, ServiceSide& side) {
-    static const std::vector<std::string> kinds{".service", ".target", ".slice", ".scope", ".socket", ".timer"};
+    static const std::vector<std::string> kinds{".service", ".slice", ".scope"}, idle{".target", ".socket", ".timer", ".path", ".mount"};
     auto s = y_.text(n, "systemd");
     if (!s) return;
-    bool typed = std::any_of(kinds.begin(), kinds.end(), [&](const std::string& k) { return s->size() > k.size() && s->ends_with(k); });
-    if (!typed) y_.problem(n, "systemd must be the full name of a unit, not '" + *s + "'", *s + ".service");
+    auto is_one_of = [&](const std::vector<std::string>& all) {
+      return std::any_of(all.begin(), all.end(), [&](const std::string& k) { return s->size() > k.size() && s->ends_with(k); });
+    };
+    if (is_one_of(idle)) y_.problem(n, "systemd must be a unit that has processes, a .service, .slice or .scope: '" + *s + "' has none that could be frozen");
+    else if (!is_one_of(kinds)) y_.problem(n, "systemd must be the full name of a unit, not '" + *s + "'", *s + ".service");
     else if (s->find('/') != std::string::npos) y_.problem(n, "systemd must be the name of a unit, not a path");
     else side.unit = *s;
   }
@@ -448,6 +456,7 @@ class Reader {
     if (auto v = y_.choice(m.take("longer_requests"), "longer_requests", {"back_out", "cut"}))
       t.longer_requests = *v == "cut" ? TrafficConfig::Longer::cut : TrafficConfig::Longer::back_out;
     m.done();
+    for (const auto& other : d_.traffic) one_gate(m.key_mark(kind), t, other);
     d_.traffic.push_back(std::move(t));
   }
 
@@ -492,6 +501,19 @@ class Reader {
       y_.problem(n, "source and target are one gate: both sites are the same machine, and both listen at " + t.on.source.listen);
     if (one_machine_ && !t.on.source.application.empty() && t.on.source.application == t.on.target.application)
       y_.problem(n, "source and target are one application: both sites are the same machine, and both listen at " + t.on.source.application);
+  }
+
+  void one_gate(const YAML::Mark& at, const TrafficConfig& a, const TrafficConfig& b) {
+    auto v6 = [](const Address& x) { return x.host.find(':') != std::string::npos; };
+    for (Side s : kSides)
+      for (Side u : kSides) {
+        const std::string &one = a.on[s].listen, &two = b.on[u].listen;
+        if ((s != u && !one_machine_) || one.empty() || two.empty()) continue;
+        Address x = Address::parse(one), y = Address::parse(two);
+        // 127.0.0.1 and ::1 are one host and two addresses, but for a listener on [::].
+        if (!reach_the_same(x, y) || (v6(x) != v6(y) && x.host != "::" && y.host != "::")) continue;
+        return y_.problem(at, "the gates of '" + b.name + "' and '" + a.name + "' both listen at " + one + " on the " + std::string(side_name(s)) + "; each needs an address of its own");
+      }
   }
 
   void limits(const YAML::Node& n) {
@@ -550,7 +572,7 @@ Deployment read_deployment(const std::string& file, const std::string& text, std
   d.hash = sha256_hex(text);
   YamlText y(text, problems);
   YAML::Node root = y.load();
-  if (root.IsDefined()) Reader(d, y).read(root);
+  if (root.IsDefined()) DeploymentReader(d, y).read(root);
   std::stable_sort(problems.begin(), problems.end(), [](const ConfigProblem& a, const ConfigProblem& b) {
     return a.line != b.line ? a.line < b.line : a.column < b.column;
   });

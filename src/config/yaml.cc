@@ -118,7 +118,11 @@ bool YamlText::readable() {
     problem(m, "this is not text: a byte that is not UTF-8, or a control character");
     return false;
   }
-  bool good = true;
+  return true;
+}
+
+bool YamlText::tabs() {
+  bool any = false;
   for (std::size_t i = 0; i < lines_.size(); i++) {
     auto content = lines_[i].find_first_not_of(" \t\r");
     auto tab = lines_[i].find('\t');
@@ -127,9 +131,9 @@ bool YamlText::readable() {
     m.line = static_cast<int>(i);
     m.column = static_cast<int>(tab);
     problem(m, "a tab in the indentation; YAML wants spaces");
-    good = false;
+    any = true;
   }
-  return good;
+  return any;
 }
 
 YAML::Node YamlText::load() {
@@ -152,7 +156,7 @@ YAML::Node YamlText::load() {
     if (documents.size() > 1) problem(documents[1], "a second document; one file describes one deployment");
     return documents[0];
   } catch (const YAML::Exception& e) {
-    problem(e.mark, "not YAML: " + e.msg);
+    if (!tabs()) problem(e.mark, "not YAML: " + e.msg);
   }
   return none;
 }
@@ -296,27 +300,31 @@ std::optional<std::string> YamlText::address(const YAML::Node& n, const std::str
 std::optional<std::string> YamlText::url(const YAML::Node& n, const std::string& what) {
   auto s = text(n, what);
   if (!s) return s;
-  static const std::regex form(R"(https?://([^/?#@\s]*@)?([^/?#@\s]+)([/?#]\S*)?)");
-  std::smatch m;
-  if (!std::regex_match(*s, m, form)) {
-    problem(n, what + " must be a URL that starts with http://, not '" + *s + "'",
-            s->find("://") == std::string::npos && s->front() != '/' ? "http://" + *s : "");
+  static const std::regex form(R"(https?://([^/?#@\s]+)([/?#]\S*)?)");
+  static const std::regex with_user("[^/?#]*//[^/?#]*@.*");
+  if (std::regex_match(*s, with_user)) {
+    problem(n, what + " carries a user or a password in the URL; this file is no place for a secret");
     return std::nullopt;
   }
-  if (std::string host = m[2]; host.find(':') != std::string::npos && !host.ends_with(']')) {
+  // What has a '@' is not repeated: a password may be before it.
+  const bool secret = s->find('@') != std::string::npos;
+  const std::string shown = secret ? "" : ", not '" + *s + "'";
+  std::smatch m;
+  if (!std::regex_match(*s, m, form)) {
+    problem(n, what + " must be a URL that starts with http://" + shown,
+            !secret && s->find("://") == std::string::npos && s->front() != '/' ? "http://" + *s : "");
+    return std::nullopt;
+  }
+  if (std::string host = m[1]; host.find(':') != std::string::npos && !host.ends_with(']')) {
     try {
       Address::parse(host);
     } catch (const Error&) {
-      problem(n, what + " must be a URL whose port is a number up to 65535, not '" + *s + "'");
+      problem(n, what + " must be a URL whose port is a number up to 65535" + shown);
       return std::nullopt;
     }
   }
   if (s->starts_with("https")) {
     problem(n, what + " must start with http://: rehome speaks no TLS; for https use a check with 'command' that runs curl");
-    return std::nullopt;
-  }
-  if (m[1].matched) {
-    problem(n, what + " carries a user or a password in the URL; this file is no place for a secret");
     return std::nullopt;
   }
   return s;

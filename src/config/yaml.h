@@ -52,6 +52,7 @@ class YamlText {
 
  private:
   bool readable();
+  bool tabs();      // reports tabs before the content of a line; a block scalar may have them
   std::string_view text_;
   std::vector<std::string_view> lines_;
   std::vector<ConfigProblem>& problems_;
