@@ -219,7 +219,7 @@ TEST(NginxConf, WarnsOfTheTimeoutThatHoldsWhereNoneIsWritten) {
   EXPECT_EQ(said(direct, Millis(120'000)), "nginx.timeout there is no fastcgi_read_timeo;");
   EXPECT_EQ(said("fastcgi_read_timeout 3m; " + direct, Millis(120'000)), "");
   EXPECT_EQ(said("fastcgi_read_timeout 90s; " + direct, Millis(120'000)), "nginx.timeout fastcgi_read_timeout 90s: a re;");
-  EXPECT_EQ(said("server { location / { proxy_pass http://a; } } upstream a { server 127.0.0.1:8000; }", Millis(120'000)), "nginx.timeout there is no proxy_read_timeout;");
+  EXPECT_EQ(said("server { location / { proxy_pass http://a$uri; } } upstream a { server 127.0.0.1:8000; }", Millis(120'000)), "nginx.timeout there is no proxy_read_timeout;");
 }
 
 TEST(NginxConf, Times) {

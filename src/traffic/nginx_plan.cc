@@ -156,6 +156,9 @@ class Planner {
     for (const auto& value : known->second) values_of(word.substr(0, at) + value + word.substr(end + (braces ? 1 : 0)), out, depth + 1);
   }
 
+  // A variable behind an upstream's name is the URI.
+  static std::string upstream_name(const NginxTarget& t) { return t.address.substr(0, t.address.find('$')); }
+
   void variable_pass(const NginxDirective& d) {
     std::vector<std::string> values;
     values_of(d.words[1].text, values);
@@ -166,8 +169,7 @@ class Planner {
         return problem(true, "nginx.variable", d.where(),
                        d.name() + " " + d.words[1].text + " may lead to " + application_.text() + ", past the gate: a variable's value is not edited",
                        "let it name an upstream block that leads to " + application_.text() + ", and give its file in `files`");
-      // What follows an upstream's name is the URI.
-      harmless = harmless && upstreams_.contains(t.address.substr(0, t.address.find('$')));
+      harmless = harmless && upstreams_.contains(upstream_name(t));
     }
     if (!harmless && editable_.contains(d.file))
       problem(false, "nginx.variable", d.where(), d.name() + " " + d.words[1].text + " uses a variable: whether it leads to " + application_.text() + ", past the gate, cannot be seen",
@@ -178,7 +180,7 @@ class Planner {
 
   void default_timeout(const NginxDirective& d) {
     NginxTarget t = split_nginx_target(d.words[1].text);
-    if (longest_wait_ <= Millis(60'000) || (!led_upstreams_.contains(t.address) && !nginx_reaches(t.address, t.scheme, application_))) return;
+    if (longest_wait_ <= Millis(60'000) || (!led_upstreams_.contains(upstream_name(t)) && !nginx_reaches(t.address, t.scheme, application_))) return;
     problem(false, "nginx.timeout", d.where(),
             "there is no " + read_timeout(d) + " for " + d.name() + " " + d.words[1].text + ", so it is 60 s: a request that is held longer is answered 504, before max_wait (" +
                 human_duration(longest_wait_) + ")",
