@@ -66,14 +66,23 @@ signal begin INT
 ends begin 130
 said begin 'resume|cancel'
 phase_is begun source
+start cancel cancel
+when cancel '"value":"cancelling"'
+signal cancel KILL
+ends cancel 137
+phase_is cancelling source
+for command in resume begin switch; do
+  rehome $command >"$world/shared/refused.out" 2>&1 && fail "$command in a run that is being cancelled"
+  said refused "rehome cancel goes on"
+done
 rehome -q cancel
 [ "$(sql new postgres "SELECT count(*) FROM pg_database WHERE datname = 'shop'")" = 0 ] || fail "the target's database is left"
 for h in old new; do nothing_left $h; done
 on new sh -c 'rm -rf /srv/shop/*'
 kept old
 
-say "a closed terminal stops nothing; kill -9 within the copy; resume, from the old server"
-start begin begin
+say "a closed terminal stops nothing; kill -9 within the copy of migrate; resume, from the old server"
+start begin migrate
 when begin "$copying"
 signal begin HUP
 sleep 1
@@ -83,6 +92,7 @@ ends begin 137
 phase_is begun source
 yaml_from_old "$good"
 CONTROLLER=old rehome resume >"$world/shared/resume.out" 2>&1 || { cat "$world/shared/resume.out"; fail "resume from the other server"; }
+said resume "of migrate are left: rehome verify, rehome switch"
 ! grep -q "snapshot .* is lost" "$world/shared/resume.out" || { cat "$world/shared/resume.out"; fail "the killed controller's snapshot was not used"; }
 CONTROLLER=old phase_is following source
 yaml=$good
@@ -105,6 +115,14 @@ start at switch --at "$(date -d '+3 minutes' +%H:%M)"
 sleep 2
 signal at INT
 ends at 130
+said at "waiting until 20[0-9-]+ [0-9:]+ [A-Z]+"
+rehome switch --at "2026-02-31 22:00" >"$world/shared/at.out" 2>&1 && fail "a switch on a day that there is not"
+said at "no day of that month"
+start late switch --at "$(date -d '+3 minutes' +%H:%M)"
+when late "waiting until"
+rehome -q verify --store receipts
+ends late 8
+said late "took over this run while this one waited"
 phase_is following source
 cat >"$world/shared/hook" <<H
 #!/bin/sh
@@ -122,9 +140,20 @@ say "a failing write canary after the commit reverses by itself"
 cp "$good" "$world/shared/canary.yaml"
 yaml=$world/shared/canary.yaml
 sed -i 's#^checks:#checks:\n  - {name: cart, command: [/bin/false], where: target, canary: write, timeout: 1s}#' "$yaml"
+cat >"$world/shared/hook" <<H
+#!/bin/sh
+# The second pause is the way back: it is stopped, so that resume has to do it.
+[ "\$1 \$2" = "after marker" ] || exit 0
+echo >>'$world/shared/pauses'
+[ \$(wc -l <'$world/shared/pauses') != 2 ] || kill -INT "\$(cat '$world/shared/canary.pid')"
+H
+REHOME_FAULT_HOOK=$world/shared/hook start canary switch
+ends canary 13
+said canary "write canary cart failed.* the way back failed too: .*target serves"
+phase_is switched target
 status=0
-rehome -q switch >"$world/shared/canary.out" 2>&1 || status=$?
-[ $status = 10 ] || { cat "$world/shared/canary.out"; fail "a switch with a failing write canary ended with $status"; }
+rehome -q resume >"$world/shared/canary.out" 2>&1 || status=$?
+[ $status = 10 ] || { cat "$world/shared/canary.out"; fail "resume after a failing write canary ended with $status"; }
 said canary "write canary cart failed"
 said canary "reversed: the source serves, nothing is lost"
 yaml=$good
@@ -145,7 +174,7 @@ rehome -q switch >"$world/shared/cold.out" 2>&1 && fail "a switch began whose pr
 said cold "predicted pause of [89].* is above max_pause"
 phase_is following source
 
-say "switch --when-ready and --plan waits for a long transaction"
+say "switch --when-ready and --plan waits for a long transaction, and for an agent; Ctrl-C in the decision comes too late"
 yaml=$world/shared/sql.yaml
 sed "s#^checks:#checks:\n  - {name: second, command: [sh, -c, \"[ -e '$world/shared/asked' ] || { touch '$world/shared/asked'; exit 1; }\"], where: target}\n  - {name: any, sql: select id from public.bulk limit 0, store: db}\n  - {name: sell, sql: \"insert into public.bulk values (-2, 'canary')\", store: db, where: target, canary: write}#" "$good" >"$yaml"
 rehome plan --out "$world/shared/friday.plan" >/dev/null
@@ -156,11 +185,24 @@ rehome plan --out "$world/shared/friday.plan" >/dev/null
 } | pg psql old 5432 -q -d shop >/dev/null &
 long=$!
 sleep 2
-start ready switch --when-ready --patience 60s --plan "$world/shared/friday.plan"
+cat >"$world/shared/hook" <<H
+#!/bin/sh
+# Too late to be heeded: it is being decided.
+[ "\$1 \$2" != "before open" ] || kill -INT "\$(cat '$world/shared/ready.pid')"
+H
+REHOME_FAULT_HOOK=$world/shared/hook start ready switch --when-ready --patience 60s --plan "$world/shared/friday.plan"
 when ready "writing transaction is open since"
+# Its agent is away, and comes back when the one that keeps it alive is woken.
+supervisor=$(pid_of old "rehome-agent-[0-9a-f]* supervise --state")
+on old kill -STOP "$supervisor"
+kill_there old "$(agent_pid old)"
+when ready "not yet: source"
+on old kill -CONT "$supervisor"
 touch "$world/shared/enough"
 wait $long
 ends ready 0
+said ready "predicted to be .* takes [0-9]+\.[0-9] ms"
+said ready '"kind":"pause".*"result":"switched"|"result":"switched".*"kind":"pause"'
 phase_is switched target
 [ "$(sql new shop "SELECT t FROM bulk WHERE id = -1")" = long ] || fail "the long transaction's row is not on the target"
 [ "$(sql new shop "SELECT t FROM bulk WHERE id = -2")" = canary ] || fail "the write canary in SQL wrote nothing"
