@@ -100,4 +100,6 @@ rehome status >"$world/shared/out" 2>&1 || { cat "$world/shared/out"; fail "stat
 grep -q "the last run's journal: " "$world/shared/out" || { cat "$world/shared/out"; fail "status does not name the last journal"; }
 rehome report --out "$world/shared/report.html" >"$world/shared/out" 2>&1 || { cat "$world/shared/out"; fail "report after the end, with the old server off"; }
 sql new shop "INSERT INTO probe(side, at_us) VALUES ('new', 1)" >/dev/null || fail "the target takes no writes"
+rehome report --out "$world/shared/report.html" >"$world/shared/out" 2>&1 || { cat "$world/shared/out"; fail "report after complete, with the old server off"; }
+grep -q "/archive/" <(rehome --json status) || fail "status does not say where the journal is"
 say "4 passed, 0 failed"
