@@ -39,7 +39,7 @@ class Commands : public ::testing::Test {
         // It is gone already.
       }
     }
-    ::umount2((dir.path() + "/to").c_str(), MNT_DETACH);
+    for (const char* tree : {"/from", "/to"}) ::umount2((dir.path() + tree).c_str(), MNT_DETACH);
     for (std::string f = newest_archive(name()); !f.empty(); f = newest_archive(name())) ::unlink(f.c_str());
   }
 
@@ -182,6 +182,7 @@ TEST_F(Commands, ThePlanListsWhatIsDoneAndNothingElse) {
   EXPECT_EQ(all.size(), 2u);
   EXPECT_EQ(all["reverse"].back(), "the target follows the source");
   EXPECT_EQ(all["complete"], complete);
+  ops::complete({common()});
 }
 
 TEST_F(Commands, ACompleteThatWasInterruptedGoesOnWhereItWas) {
