@@ -191,6 +191,7 @@ TEST(AgentSite, APlaceThatRunsNoProgramsIsPassedBy) {
   } catch (const Error& e) {
     EXPECT_NE(e.message.find("noexec"), std::string::npos) << e.what();
   }
+  EXPECT_FALSE(exists(dir.path() + "/state"));
   ::unsetenv("XDG_RUNTIME_DIR");
   ::umount2(dir.path().c_str(), MNT_DETACH);
   ::unlink(beside.c_str());
