@@ -35,11 +35,6 @@ bool old_rsync(const std::string& version) {
   return major < 3 || (major == 3 && (minor < 1 || (minor == 1 && patch < 3)));
 }
 
-std::string listed(const std::vector<std::string>& names) {
-  if (names.size() <= 10) return join(names, ", ");
-  return join({names.begin(), names.begin() + 10}, ", ") + " and " + std::to_string(names.size() - 10) + " more";
-}
-
 }  // namespace
 
 std::vector<Finding> FilesStore::preflight(StoreContext& c) {
@@ -119,10 +114,10 @@ std::vector<Finding> FilesStore::preflight(StoreContext& c) {
     auto users = missing_accounts(c.target, "passwd", source.value("users", Json::array()));
     auto groups = missing_accounts(c.target, "group", source.value("groups", Json::array()));
     if (!users.empty())
-      add(Level::warning, "owners", Side::target, "users that own files on the source are missing here: " + listed(users) + "; their files keep the number",
+      add(Level::warning, "owners", Side::target, "users that own files on the source are missing here: " + first_few(users, 10) + "; their files keep the number",
           "make these users first (useradd --system), or set owner: number");
     if (!groups.empty())
-      add(Level::warning, "owners", Side::target, "groups that own files on the source are missing here: " + listed(groups) + "; their files keep the number",
+      add(Level::warning, "owners", Side::target, "groups that own files on the source are missing here: " + first_few(groups, 10) + "; their files keep the number",
           "make these groups first (groupadd --system), or set owner: number");
   }
 
@@ -134,7 +129,7 @@ std::vector<Finding> FilesStore::preflight(StoreContext& c) {
     if (std::find(writers.begin(), writers.end(), one) == writers.end()) writers.push_back(one);
   }
   if (!writers.empty())
-    add(Level::note, "writers", Side::source, "open for writing now in " + listed(writers), "each of them must belong to one of the services, which are frozen in the pause");
+    add(Level::note, "writers", Side::source, "open for writing now in " + first_few(writers, 10), "each of them must belong to one of the services, which are frozen in the pause");
   return out;
 }
 
