@@ -112,7 +112,7 @@ void require_confirmed(Run& run, Side gone, const std::string& confirm) {
 }
 
 void begin_run(Run& run, const std::string& command) {
-  if (run.phase() == "none" || run.phase() == "cancelled") {
+  if (run.phase() == "none") {
     Json hello_s = run.site(Side::source).call("hello"), hello_t = run.site(Side::target).call("hello");
     run.journal().append("run", {{"name", run.deployment().name}, {"command", command}, {"hash", run.deployment().hash},
                                  {"max_pause_ms", run.deployment().max_pause.count()},
@@ -219,6 +219,21 @@ void emit_result(const Emit& emit, const std::string& what, const CutResult& r) 
   throw Error(Code::backed_out, failed.message + "; reversed: the source serves, nothing is lost" + also, "mend the target, then switch again");
 }
 
+// What a controller left undone that died after the decision. Returns the canary's failure where the source serves, and follows no other
+// way: to be said when the rest is done.
+std::optional<Error> settle_last(Run& run, const Emit& emit, Side serving) {
+  auto last = unsettled(run);
+  if (!last) return {};
+  try {
+    controlled(run, [&] { Switchover(run, *last).settle(); });
+  } catch (const Error& e) {
+    if (e.code != Code::check_failed) throw;
+    if (serving == Side::target) reverse_failed(run, emit, e);
+    return e;
+  }
+  return {};
+}
+
 // Until then. Whoever takes the run over meanwhile is told of now, and not when the time comes.
 void wait_for_time(Run& run, std::int64_t at_us) {
   const std::time_t at = at_us / 1'000'000;
@@ -273,7 +288,8 @@ void end_run(Run& run, const char* command, const Emit& emit, const std::functio
   const auto said = run.journal().of_kind("left");
   // A begin that asked nothing of its agents has nothing to tell.
   std::string archived = run.phase() == "none" ? "" : run.archive();
-  for (Side side : {Side::source, Side::target})
+  // The source's journal is the one that surely has the end: whoever repeats this after an interruption needs it.
+  for (Side side : {Side::target, Side::source})
     if (run.has(side)) run.site(side).uninstall(keeps_start_condition(side));
   emit({{"kind", "result"}, {"what", command}, {"left", said.empty() ? Json::array() : said.back().at("what")}, {"journal", archived}});
 }
@@ -362,8 +378,9 @@ int reverse(const ReverseOptions& o) {
       throw Error(Code::state, "the target's agent answers: it is not gone", "use rehome reverse");
     require_confirmed(run, Side::target, o.confirm);
     std::string lag = last_lag(run);
-    // In a reverse that the target did not end the source has yielded nothing: it takes over.
-    const bool taking = get_string(run.site(Side::source).call("attempt.status"), "decision") == "PREPARED";
+    // In a reverse that the target did not end, or that the source refused, the source has yielded nothing: it takes over.
+    const std::string decision = get_string(run.site(Side::source).call("attempt.status"), "decision");
+    const bool taking = decision == "PREPARED" || decision == "REFUSED";
     if (taking)
       for (auto& store : run.stores()) store->make_up_for_cut(run.stores_context(), {Side::target});
     Json answer = run.site(Side::source).call(taking ? "force.open" : "force.reopen", {{"confirm", true}}, Deadline::in(Millis(120000)));
@@ -380,7 +397,9 @@ int reverse(const ReverseOptions& o) {
   if (heed_records(run) == Side::source) {
     if (!switched) throw Error(Code::state, "the source serves: there is nothing to reverse", "rehome switch");
     // Its answer was lost, and a person who asks again means the same.
+    auto canary = settle_last(run, o.emit, Side::source);
     o.emit({{"kind", "result"}, {"what", "reverse"}, {"text", "the source serves already: an earlier reverse was carried out"}});
+    if (canary) throw *canary;
     return 0;
   }
   emit_result(o.emit, "reverse", switch_run(run, {Side::target}, true, Millis(60000)));
@@ -495,16 +514,7 @@ int resume(const ResumeOptions& o) {
   }
   require_phase(run, {"following", "switched"}, "resume");
   Side serving = heed_records(run);
-  std::optional<Error> canary;
-  if (auto last = unsettled(run)) {
-    try {
-      controlled(run, [&] { Switchover(run, *last).settle(); });
-    } catch (const Error& e) {
-      if (e.code != Code::check_failed) throw;
-      if (serving == Side::target) reverse_failed(run, o.emit, e);
-      canary = e;   // the source serves, and follows no other way: said when the rest is done
-    }
-  }
+  auto canary = settle_last(run, o.emit, serving);
   if (o.recopy)
     for (auto& store : run.stores())
       if (!store->needs_recopy(run.stores_context()).empty()) store->recopy(run.stores_context());

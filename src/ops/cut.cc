@@ -321,7 +321,7 @@ void Switchover::flush_journal() {
   } catch (const Error& e) {
     // Held back again, and tried with the next flush; resume writes down what the records say.
     run_.journal().hold_back();
-    run_.journal().append("message", {{"text", std::string("the journal could not be written, and lacks what this command did last: ") + e.what()}});
+    run_.journal().append("message", {{"text", std::string("the journal could not be written at once: what this command did last was written later, or is missing: ") + e.what()}});
   }
 }
 
@@ -496,7 +496,8 @@ void Switchover::settle() {
     }
     for (const auto& tail : status.value("tails", Json::array()))
       if (!get_bool(tail, "done", false)) all = false, waiting = get_string(tail, "name") + ": " + get_string(tail, "error", "running");
-    if (all && get_string(status, "decision") == "SERVING" && get_bool(status, "settled", true)) break;
+    // Whatever became of a later attempt.
+    if (all && get_string(status, "serves") == side_name(direction_.takes()) && get_bool(status, "settled", true)) break;
     if (deadline.passed())
       throw Error(Code::unknown, "the new side serves, but the agents have not finished: " + waiting, "they try again by themselves; see status");
     system_clock().sleep(Millis(20));

@@ -125,8 +125,13 @@ void Run::connect(Mode mode, bool may_miss) {
       missing_[side] = std::make_unique<Error>(e);
     }
   }
-  // One that answers that no agent is there says more than one that does not answer: no run is left on it.
-  if (!sites_.source && !sites_.target) throw missing_.target->code == Code::state ? *missing_.target : *missing_.source;
+  if (!sites_.source && !sites_.target) {
+    // After complete the old host is often off: where this machine has the archive, the one that answers that no agent is there is
+    // believed. Elsewhere it may have lost what it had.
+    const bool over = !newest_archive(deployment_.name).empty();
+    const Error &source = *missing_.source, &target = *missing_.target;
+    throw (source.code == Code::state) == over || target.code == source.code ? source : target;
+  }
   if (mode == Mode::observe) {
     // Looking takes nothing from the controller that is at work: its number, not a new one.
     for (Side side : {Side::source, Side::target})

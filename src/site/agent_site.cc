@@ -192,7 +192,15 @@ void AgentSite::use_existing() {
   Outcome o = shell("if test -S " + sock + "; then echo yes; else echo no; fi");
   if (trim(o.out) != "yes")
     throw Error(Code::state, "no run of '" + name_ + "' is there: " + state_ + " has no agent", "start one with rehome begin");
-  connect(Deadline::in(Millis(10000)));
+  try {
+    connect(Deadline::in(Millis(10000)));
+  } catch (const Error&) {
+    // Its host went down while the supervisor took all away, and nothing starts it again.
+    Outcome removing = try_shell("cat " + shell_quote(state_ + "/run/remove"));
+    if (!removing.ok()) throw;
+    remove_what_is_left(trim(removing.out) != "all");
+    throw Error(Code::state, "the run of '" + name_ + "' was being taken away from there, and is gone now");
+  }
 }
 
 void AgentSite::install(const Deployment& deployment) {
@@ -246,13 +254,17 @@ void AgentSite::uninstall(bool keep_start_condition) {
   // The supervisor takes it all away when its children have ended, whatever becomes of us meanwhile; what it leaves we remove.
   call("shutdown", {{"remove", true}, {"keep_fence", keep_start_condition}});
   idle_.clear();
-  shell("i=0; while ls -A " + shell_quote(state_) + " 2>/dev/null | grep -qvx not-serving && [ $i -lt 200 ]; do sleep 0.05; i=$((i+1)); done; cd " +
-        shell_quote(state_) + " && for f in * .[!.]*; do [ \"$f\" = not-serving ] && " + (keep_start_condition ? "continue" : "true") +
-        "; rm -rf -- \"$f\"; done; cd / && rmdir " + shell_quote(state_) + " " + shell_quote(parent_path(state_)) + " 2>/dev/null; true");
+  remove_what_is_left(keep_start_condition);
   if (!systemd_) return;
   // Its unit ended with the status that says so, and without its file systemd takes that for a failure and remembers it.
   std::string unit = shell_quote("rehome-" + name_ + "-" + std::string(side_name(side_)) + ".service");
   shell("i=0; while systemctl -q is-active " + unit + " && [ $i -lt 40 ]; do sleep 0.05; i=$((i+1)); done; systemctl reset-failed " + unit + " 2>/dev/null; true");
+}
+
+void AgentSite::remove_what_is_left(bool keep_start_condition) {
+  shell("i=0; while ls -A " + shell_quote(state_) + " 2>/dev/null | grep -qvx not-serving && [ $i -lt 200 ]; do sleep 0.05; i=$((i+1)); done; cd " +
+        shell_quote(state_) + " && for f in * .[!.]*; do [ \"$f\" = not-serving ] && " + (keep_start_condition ? "continue" : "true") +
+        "; rm -rf -- \"$f\"; done; cd / && rmdir " + shell_quote(state_) + " " + shell_quote(parent_path(state_)) + " 2>/dev/null; true");
 }
 
 Fd AgentSite::connect(Deadline deadline) const {

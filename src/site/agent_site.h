@@ -61,6 +61,7 @@ class AgentSite : public Site {
   void serve_door(Door& door, std::string address, std::string as_user, std::string keep);
   Outcome shell(const std::string& line, const std::string& input = {}, Deadline deadline = Deadline::in(Millis(60000)));
   Outcome try_shell(const std::string& line);
+  void remove_what_is_left(bool keep_start_condition);   // of STATE, when the supervisor has had ten seconds to do it
   std::string why_not(const std::string& program);
   std::string upload_program(const std::string& name, const std::string& directory);
   void attach();

@@ -243,7 +243,8 @@ void PostgresStore::restore_section(StoreContext& c, const std::string& database
     Outcome o = wanted.empty() ? Outcome{} : run({.argv = {dump.programs().directory + "pg_restore", "--exit-on-error", "-L", dir.path() + "/list", "-d", "dbname=" + pg_conninfo_value(database), "-j", std::to_string(std::max(1, c.deployment.limits.jobs)), dump.archive()}, .env = env},
                                                  Deadline::in(std::chrono::hours(48)));
     if (!o.ok()) failed = trim(o.err);
-    make_durable(*target);
+    // By a new session: this one has waited long.
+    if (o.ok()) make_durable(*session(c, Side::target, database, "rehome copy"));
   } else {
     try {
       target->exec("SET maintenance_work_mem = '256MB'");

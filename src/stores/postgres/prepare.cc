@@ -179,9 +179,9 @@ void PostgresStore::publish(StoreContext& c, PgSession& s, const PgFlow& flow, c
   for (const auto& t : tables) {
     if (t.partitioned || t.unlogged) continue;
     // The other side's dump has brought FULL here; or it was given FULL under another name.
-    auto known = was.find(t.full());
-    if (known == was.end()) known = std::find_if(was.begin(), was.end(), [&](const Json& w) { return w.value(side, std::int64_t{0}) == t.oid; });
-    if (known != was.end()) {
+    auto known = std::find_if(before.begin(), before.end(), [&](const Json& w) { return w.value(side, std::int64_t{0}) == t.oid; });
+    if (known == before.end()) known = before.find(t.full());
+    if (known != before.end()) {
       Json entry = *known;
       entry[side] = t.oid;
       was[t.full()] = entry;
