@@ -433,7 +433,7 @@ TEST_P(PostgresRewrite, IsCopiedAgain) {
   EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
   s->exec("SET search_path = public; BEGIN; ALTER TABLE renewed DROP COLUMN t; ALTER TABLE renewed ADD COLUMN t text; COMMIT");
   again();
-  s->exec("SET search_path = public; ALTER TABLE keyless RENAME TO without_key; ALTER TABLE upper_case ALTER t TYPE text USING upper(t); INSERT INTO upper_case VALUES (100, 'later'); "
+  s->exec("SET search_path = public; ALTER TABLE keyless RENAME TO without_key; CREATE TABLE keyless(id int PRIMARY KEY, t text); INSERT INTO keyless SELECT i, repeat('x', 100) FROM generate_series(1, 1000) i; ALTER TABLE upper_case ALTER t TYPE text USING upper(t); INSERT INTO upper_case VALUES (100, 'later'); "
           "ALTER TABLE renamed RENAME TO other; ALTER TABLE other ALTER t TYPE text USING upper(t); ALTER TABLE other RENAME TO renamed; "
           "DO $$ BEGIN ALTER TABLE inside ALTER t TYPE text USING upper(t); END $$; ALTER TABLE parted ALTER t TYPE text USING upper(t)");
   again();
