@@ -205,7 +205,11 @@ class PostgresCut : public Cut {
 
   void arm_reverse(Deadline deadline) override {
     each("arm reverse", [&](Database& db) {
-      db.target->value("SELECT end_lsn FROM pg_replication_slot_advance($1, pg_current_wal_flush_lsn())", {db.reverse.slot}, deadline);
+      const std::string from = db.target->value("SELECT end_lsn FROM pg_replication_slot_advance($1, pg_current_wal_flush_lsn())", {db.reverse.slot}, deadline);
+      // Where a slot stands is on the disk at the next checkpoint, and a crash before that would send what this side had sent itself. The
+      // follower says where it begins; the fence's COMMIT makes that durable.
+      db.marker->query("SELECT pg_replication_origin_advance('pg_' || oid, $2::pg_lsn) FROM pg_subscription WHERE subname = $1 AND subdbid = (SELECT oid FROM pg_database WHERE datname = current_database())",
+                       {db.reverse.subscription, from}, deadline);
     });
   }
 

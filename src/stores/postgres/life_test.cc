@@ -273,6 +273,27 @@ TEST(PostgresCutTest, WhatACutHasDoneIsStillThereAfterACrash) {
   EXPECT_EQ(source.session("shop")->value("SHOW synchronous_commit"), "remote_apply");
 }
 
+// The way back begins where the cut was, also when the server that has just been opened crashes before its next checkpoint: what came
+// from the other side is not sent back to it, where a table without a key would take it twice.
+TEST(PostgresCutTest, TheWayBackBeginsAtTheCutAfterACrash) {
+  Shop shop("SET search_path = public; CREATE TABLE line(at int); CREATE TABLE item(id int PRIMARY KEY); INSERT INTO line VALUES (0)");
+  auto& [source, target, s, w, store] = shop;
+  begin(w, store);
+  for (Direction d : {Direction{Side::source}, Direction{Side::target}}) {
+    PgServer &yields = d.yields == Side::source ? source : target, &takes = d.yields == Side::source ? target : source;
+    store.prepare_reverse(w.context(), d);
+    takes.session("postgres")->exec("CHECKPOINT");
+    yields.session("shop")->exec("INSERT INTO public.line SELECT generate_series(1, 100); INSERT INTO public.item SELECT count(*) FROM public.line");
+    wait_until_following(w, store);
+    switch_over(w, store, d, [&] {
+      takes.stop("immediate");
+      takes.start();
+    });
+    takes.session("shop")->exec("INSERT INTO public.line VALUES (-1)");
+    quiesced_equal(source, target);
+  }
+}
+
 // What the journal says of a copy is true of a target that crashes the moment it is written down.
 TEST(PostgresCopy, ATargetThatCrashesLosesNothingThatIsWrittenDownAsDone) {
   Shop shop("SET search_path = public; " + Load::schema(3) + "; " + variety("storeman") + "; SELECT lo_from_bytea(0, 'one'); CREATE TABLE public.large(id int PRIMARY KEY, t text); "
