@@ -140,6 +140,16 @@ void Attempt::start(bool returning) {
       return;
     }
   }
+  // What the host's own boot does not start was started by the tails: a service of commands, a unit that is not enabled.
+  if (Record again = p_.record.current(); returning && again.decision == Decision::opened && again.settled) {
+    again.settled = false;
+    try {
+      write(lock, again);
+    } catch (const Error& e) {
+      p_.hands.log(e.what());  // unknown now: work() resolves it
+      return;
+    }
+  }
   // Somebody who could not reach this host may have opened the other site.
   if (returning && serves_here(p_.record.current())) returning_until_ = after(p_.clock, kReturning);
   tell_gate(lock, Millis(0));

@@ -66,6 +66,23 @@ TEST(Attempt, TailsRunInOrderAndTheOthersFirst) {
   EXPECT_EQ(w.source.done, (std::vector<std::string>{"kill", "tail_yields"}));
 }
 
+// What nobody else starts at a boot is started again where it serves, and there alone.
+TEST(Attempt, TailsRunAgainAfterAReboot) {
+  World w;
+  ASSERT_TRUE(w.try_switch(AgentSide::source));
+  w.settle();
+  for (FakeSite* site : {&w.source, &w.target}) {
+    site->done.clear();
+    site->start(false);
+    w.settle();
+    EXPECT_EQ(site->done, std::vector<std::string>{});
+    site->start(true);
+    w.settle();
+    EXPECT_EQ(site->done, site == &w.target ? std::vector<std::string>{"tail_takes"} : std::vector<std::string>{});
+  }
+  expect_served(w, AgentSide::target, "after the reboots");
+}
+
 TEST(Attempt, LeaseEndUndoes) {
   World w;
   auto n = begun(w);
