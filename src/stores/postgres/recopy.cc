@@ -47,7 +47,10 @@ PostgresStore::SourceSchema PostgresStore::read_source_schema(StoreContext& c, c
 }
 
 void PostgresStore::remember_schema(StoreContext& c, const std::string& database, Side side, const std::string& seen, const Json& fingerprint) {
-  c.remember(schema_key("ddl_seen", database, side), seen);
+  // A slot's own snapshot may have its xmin beyond its xmax, which the type does not read back: what is below xmin is visible in it.
+  const auto bounds = split(seen, ':');
+  const bool crossed = bounds.size() == 3 && std::stoll(bounds[0]) > std::stoll(bounds[1]);
+  c.remember(schema_key("ddl_seen", database, side), crossed ? bounds[0] + ":" + bounds[0] + ":" : seen);
   c.remember(schema_key("fingerprint", database, side), fingerprint);
 }
 
