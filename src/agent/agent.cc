@@ -1,9 +1,9 @@
 #include "agent/agent.h"
 
 #include <fcntl.h>
-#include <pwd.h>
 #include <sys/file.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -13,6 +13,7 @@
 #include "agent/exec.h"
 #include "agent/wire.h"
 #include "base/text.h"
+#include "sys/account.h"
 #include "sys/fs.h"
 #ifdef REHOME_WITH_TRACK
 #include "track/module.h"
@@ -43,18 +44,13 @@ std::string tag_of(const std::string& state) {
   return t.size() > 60 ? t.substr(t.size() - 60) : t;
 }
 
-// Without NSS, which a static binary must not load.
 std::string account_name(uid_t uid) {
-  FILE* f = std::fopen("/etc/passwd", "re");
-  std::string name = std::to_string(uid);
-  if (!f) return name;
-  while (passwd* p = ::fgetpwent(f))
-    if (p->pw_uid == uid) {
-      name = p->pw_name;
-      break;
-    }
-  std::fclose(f);
-  return name;
+  try {
+    if (auto a = find_account([&](const Account& each) { return each.uid == uid; })) return a->name;
+  } catch (const Error&) {
+    // A host without that file has no names.
+  }
+  return std::to_string(uid);
 }
 
 }  // namespace
@@ -156,38 +152,50 @@ void Agent::set_config(const char* key, const std::string& name, const Json& val
   config_ = std::move(next);
 }
 
-// What a controller had set up before this start. One that fails is logged and does not hold up the others.
+void Agent::or_log(const std::string& what, const std::function<void()>& act) {
+  try {
+    act();
+  } catch (const std::exception& e) {
+    log(what + ": " + e.what());
+  }
+}
+
+// What a controller had set up before this start.
 void Agent::start_residents() {
-  auto attempt = [this](const std::string& what, auto act) {
-    try {
-      act();
-    } catch (const std::exception& e) {
-      log(what + ": " + e.what());
-    }
-  };
   Json services = config("services"), listeners = config("listeners"), children = config("children");
-  attempt("link", [&] { link_.set(config("link")); });
+  or_log("link", [&] { link_.set(config("link")); });
   for (const auto& [name, s] : services.items())
-    attempt("service " + name, [&] { listeners_.serve(name, {Address::parse(get_string(s, "to")), get_string(s, "as_user", "")}); });
+    or_log("service " + name, [&] { listeners_.serve(name, {Address::parse(get_string(s, "to")), get_string(s, "as_user", "")}); });
   for (const auto& [name, l] : listeners.items())
-    attempt("listener " + name, [&] {
+    or_log("listener " + name, [&] {
       listeners_.listen(name, Address::parse(get_string(l, "at")), get_string(l, "service"),
                         static_cast<unsigned>(get_int(l, "mode", 0600)), get_int(l, "account", -1), true);
     });
   for (const auto& [name, c] : children.items())
-    attempt("child " + name, [&] { children_.set(name, command_from_json(c), Millis(get_int(c, "restart_ms", 1000))); });
+    or_log("child " + name, [&] { children_.set(name, command_from_json(c), Millis(get_int(c, "restart_ms", 1000))); });
   Json items = config("freeze");
-  if (!items.is_null()) attempt("freeze", [&] { freezer_.set(Freezer::parse(items), true); });
+  if (!items.is_null()) or_log("freeze", [&] { freezer_.set(Freezer::parse(items), true, true); });
 }
 
 void Agent::forbid_services() {
-  const std::string path = options_.state + "/not-serving";
-  if (!exists(path)) reserve_.with([&] { write_durably(path, "the other site serves; see rehome status\n"); });
+  const std::string path = start_condition();
+  // An attempt's own is empty.
+  struct stat st {};
+  if (::stat(path.c_str(), &st) == 0 && st.st_size > 0) return;
+  reserve_.with([&] { write_durably(path, "the other site serves; see rehome status\n"); });
+}
+
+// Not durable, and not from the reserve, which is for what comes after a decision: a host that loses its power in an attempt undoes it,
+// and one whose disk is full backs out.
+void Agent::forbid_in_attempt() {
+  const std::string path = start_condition();
+  if (!Fd(::open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600))) throw errno_error(errno, "create", path);
 }
 
 void Agent::allow_services() {
-  const std::string path = options_.state + "/not-serving";
+  const std::string path = start_condition();
   if (::unlink(path.c_str()) == 0) fsync_directory(options_.state);
+  else if (errno != ENOENT) throw errno_error(errno, "remove", path);
 }
 
 Json Agent::peer_hello() const {
@@ -338,16 +346,12 @@ int Agent::serve(const std::atomic<bool>& stop) {
     // First of all, before services of this host can start: the start condition, and what the gate is to do.
     attempt_.start(config("boot_id").is_string() && config("boot_id") != boot_id_);
     // A full disk must not keep an agent from what its record asks for; an old number only makes it ask the other site once more.
-    auto if_possible = [this](const char* what, auto act) {
-      try {
-        act();
-      } catch (const Error& e) {
-        log(std::string(what) + ": " + e.what());
-      }
-    };
-    if_possible("boot id", [this] { set_config("boot_id", boot_id_); });
-    if_possible("reserve", [this] { reserve_.keep(); });
+    or_log("boot id", [this] { set_config("boot_id", boot_id_); });
+    or_log("reserve", [this] { reserve_.keep(); });
     start_residents();
+    // An agent that was killed between a freeze that came too late and taking it back.
+    if (auto r = attempt_.record(); r && name_of(r->serves) == side() && (r->decision == Decision::serving || r->decision == Decision::opened))
+      or_log("thaw", [this] { freezer_.thaw(); });
     gate_.start();
     link_.start();
     for (auto& m : modules_) m->start();

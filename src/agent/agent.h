@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "base/version.h"
 #include "agent/actions.h"
 #include "agent/attempt.h"
 #include "agent/children.h"
@@ -29,7 +30,7 @@
 
 namespace rehome {
 
-inline constexpr const char* kAgentVersion = "0.1.0";
+inline constexpr const char* kAgentVersion = kVersion;
 // Exit status of `serve` after `shutdown`: its supervisor ends too.
 inline constexpr int kEndedByShutdown = 100;
 
@@ -75,6 +76,8 @@ class Agent : public AgentHost, private AttemptHands, private AttemptPeer {
   void set_config(const char* key, const Json& value);
   void set_config(const char* key, const std::string& name, const Json& value);  // null erases
   void start_residents();
+  // What fails is logged, and does not hold up what comes after it.
+  void or_log(const std::string& what, const std::function<void()>& act);
   Json peer_hello() const;
   void new_generation(std::int64_t generation);
 
@@ -85,7 +88,11 @@ class Agent : public AgentHost, private AttemptHands, private AttemptPeer {
   void cut_relays() override { relays_.cut_all(); }
   void thaw() override { freezer_.thaw(); }
   void kill_frozen() override { freezer_.kill(); }
+  // Units and command services start on this host only where there is no such file.
+  std::string start_condition() const { return options_.state + "/not-serving"; }
   void forbid_services() override;
+  void forbid_in_attempt();
+  void unfreeze_late();
   void allow_services() override;
   // Also those that ended while they were frozen and could not be restarted.
   void start_services() override { freezer_.start_units(); }
@@ -117,6 +124,7 @@ class Agent : public AgentHost, private AttemptHands, private AttemptPeer {
   Json op_service_drop(const Json&, AgentConnection&);
   Json op_listen_set(const Json&, AgentConnection&);
   Json op_listen_drop(const Json&, AgentConnection&);
+  Json op_listen_try(const Json&, AgentConnection&);
   Json op_listen_status(const Json&, AgentConnection&);
   Json op_child_set(const Json&, AgentConnection&);
   Json op_child_status(const Json&, AgentConnection&);
@@ -185,6 +193,7 @@ class Agent : public AgentHost, private AttemptHands, private AttemptPeer {
   std::mutex running_mutex_;
   std::multimap<std::int64_t, std::shared_ptr<std::atomic<bool>>> running_;
   std::thread worker_, preparer_;
+  std::mutex freeze_mutex_;          // one request of freeze, to its end
   std::mutex prepare_mutex_;
   std::condition_variable prepare_changed_;
   Json prepare_;                     // the message to be sent, or null

@@ -1,13 +1,17 @@
 // One agent in this process, asked through its socket.
 #include "agent/agent.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <filesystem>
 #include <fstream>
 #include <thread>
 
@@ -368,6 +372,98 @@ TEST(Agent, FreezesThawsAndKills) {
   freezer.forget();
 }
 
+// A crashed application is a reason to go back, and nothing that could write.
+// Without root, by signals: a pid file that names another process at the second look takes nobody off the list of those that stand still.
+TEST(Freezer, BySignalsKeepsThoseThatItHasStopped) {
+  pid_t unprivileged = ::fork();
+  if (unprivileged == 0) {
+    // Not EXPECT: this is another process.
+    auto require = [](bool so, int which) { if (!so) ::_exit(which); };
+    try {
+      require(::setgid(65534) == 0 && ::setuid(65534) == 0, 1);
+      char directory[] = "/tmp/rehome-freezer-XXXXXX";
+      require(::mkdtemp(directory) != nullptr, 2);
+      const std::string pid_file = std::string(directory) + "/pid";
+      auto start = [&] {
+        pid_t pid = ::fork();
+        if (pid == 0) {
+          ::setsid();
+          ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+          while (true) ::pause();
+        }
+        std::ofstream(pid_file) << pid << std::endl;
+        return pid;
+      };
+      auto stands = [](pid_t pid) { return read_file("/proc/" + std::to_string(pid) + "/stat").find(") T ") != std::string::npos; };
+      const pid_t first = start();
+      Freezer freezer("test", [](const std::string&) {});
+      freezer.set(Freezer::parse({{{"name", "w"}, {"pid_file", pid_file}}}));
+      freezer.freeze();
+      const pid_t second = start();
+      freezer.freeze();
+      require(stands(first) && stands(second), 3);
+      freezer.thaw();
+      require(!stands(first) && !stands(second), 4);
+      for (pid_t pid : {first, second}) ::kill(pid, SIGKILL);
+      std::filesystem::remove_all(directory);
+    } catch (const std::exception& e) {
+      std::fprintf(stderr, "%s\n", e.what());
+      ::_exit(5);
+    }
+    ::_exit(0);
+  }
+  int status = 0;
+  ASSERT_EQ(::waitpid(unprivileged, &status, 0), unprivileged);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << "step " << WEXITSTATUS(status);
+}
+
+TEST(Agent, AServiceThatDoesNotRunIsNothingToFreeze) {
+  if (!Freezer::available()) FAIL() << "freezing needs root and a cgroup file system";
+  TempDir dir;
+  const std::string pid_file = dir.path() + "/pid";
+  std::string said;
+  Freezer freezer("test-" + std::to_string(::getpid()), [&](const std::string& line) { said += line + "\n"; });
+  auto set = [&] { freezer.set(Freezer::parse({{{"name", "web"}, {"pid_file", pid_file}}})); };
+  set();   // no file
+  EXPECT_EQ(freezer.freeze()[0]["processes"], 0);
+  pid_t ended = ::fork();
+  if (ended == 0) ::_exit(0);
+  siginfo_t info;
+  ASSERT_EQ(::waitid(P_PID, static_cast<id_t>(ended), &info, WEXITED | WNOWAIT), 0);
+  write_durably(pid_file, std::to_string(ended) + "\n");
+  EXPECT_EQ(freezer.freeze()[0]["processes"], 0);   // nobody has waited for it
+  ::waitpid(ended, nullptr, 0);
+  set();
+  EXPECT_EQ(freezer.freeze()[0]["processes"], 0);   // a stale file
+  EXPECT_NE(said.find("service web does not run: nothing to freeze"), std::string::npos) << said;
+  // It was started again meanwhile: the next look finds and freezes it.
+  Child service({.argv = {"sleep", "600"}}, {});
+  write_durably(pid_file, std::to_string(service.pid()) + "\n");
+  EXPECT_EQ(freezer.freeze()[0]["processes"], 1);
+  EXPECT_EQ(freezer.kill()[0]["processes"], 1);
+  EXPECT_EQ(service.wait(Deadline::in(Millis(2000))), 128 + SIGKILL);
+  // A worker that outlived its master, found by the group that both were in.
+  Child worker({.argv = {"sh", "-c", "sleep 600 & echo $$ >\"$0\"", pid_file}}, {});
+  EXPECT_EQ(worker.wait(Deadline::in(Millis(2000))), 0);
+  EXPECT_EQ(freezer.freeze()[0]["processes"], 1);
+  EXPECT_EQ(freezer.kill()[0]["processes"], 1);
+  // What is no pid file is still a mistake, and so is one of another life of the host, or of rehome's own.
+  Child stranger({.argv = {"sleep", "600"}}, {});
+  timespec long_ago[2] = {{.tv_sec = 1'000'000'000, .tv_nsec = 0}, {.tv_sec = 1'000'000'000, .tv_nsec = 0}};
+  for (const std::string& wrong : {std::string("running"), std::string("1"), std::to_string(::getpid()), std::to_string(stranger.pid())}) {
+    write_durably(pid_file, wrong + "\n");
+    ASSERT_EQ(::utimensat(AT_FDCWD, pid_file.c_str(), wrong == std::to_string(stranger.pid()) ? long_ago : nullptr, 0), 0);
+    EXPECT_THROW(set(), Error) << wrong;
+    EXPECT_THROW(freezer.freeze(), Error) << wrong;
+  }
+  EXPECT_EQ(::kill(stranger.pid(), SIGKILL), 0);
+  EXPECT_EQ(stranger.wait(Deadline::in(Millis(2000))), 128 + SIGKILL);
+  // An empty one is none.
+  write_durably(pid_file, "");
+  EXPECT_EQ(freezer.freeze()[0]["processes"], 0);
+  freezer.forget();
+}
+
 TEST(Agent, WhatCannotBeFoundKeepsNoOtherServiceFrozen) {
   if (!Freezer::available()) FAIL() << "freezing needs root and a cgroup file system";
   TempDir dir;
@@ -583,6 +679,54 @@ TEST(Agent, WhatComesBackAfterAReboot) {
   for (const char* line : {"Before=nginx.service app.service\n", "StartLimitIntervalSec=0\n", "RequiresMountsFor=/s\n", "Restart=always\n", "RestartSec=100ms\n", "OOMScoreAdjust=-900\n"})
     EXPECT_NE(unit.find(line), std::string::npos) << line;
   EXPECT_EQ(code_of([&] { install_boot({"magic", "shop", "source", "/s", {}}, "/x"); }), Code::config);
+}
+
+TEST(Agent, AnAccountsCrontabKeepsItsOwnJobs) {
+  TempDir dir;
+  // Keeps its table in a file; the file `broken` is what it says instead, with status 1.
+  write_durably(dir.path() + "/crontab", R"(#!/bin/sh
+cd "${0%/*}"
+[ "$LC_ALL" = C ] || [ "$1" != -l ] || exit 9
+[ ! -e broken ] || { cat broken >&2; exit 1; }
+case $1 in
+  -l) cat table 2>/dev/null || { echo "no crontab for shop" >&2; exit 1; } ;;
+  -) [ ! -e deaf ] || { cat >/dev/null; exit 0; }; cat >table ;;
+  -r) [ -e deaf ] || rm table ;;
+esac
+)", 0755);
+  const std::string path = ::getenv("PATH"), table = dir.path() + "/table";
+  ::setenv("PATH", (dir.path() + ":" + path).c_str(), 1);
+  const Boot boot{"cron", "shop", "source", "/s", {}};
+  auto set = [&](const char* file) { write_durably(dir.path() + file, "crontab: cannot read /var/spool/cron: I/O error\n"); };
+  auto unset = [&](const char* file) { ::unlink((dir.path() + file).c_str()); };
+
+  install_boot(boot, "/bin/rehome-agent");
+  EXPECT_NE(read_file(table).find("@reboot /bin/rehome-agent supervise"), std::string::npos);
+  remove_boot(boot);
+  EXPECT_FALSE(exists(table));
+  EXPECT_NO_THROW(remove_boot(boot));
+
+  const std::string jobs = "# jobs\n\nMAILTO=me\n\n5 4 * * * backup\n\n";
+  write_durably(table, jobs);
+  set("/broken");
+  EXPECT_EQ(code_of([&] { install_boot(boot, "/bin/rehome-agent"); }), Code::store);
+  unset("/broken");
+  EXPECT_EQ(read_file(table), jobs);
+  for (int twice = 0; twice < 2; twice++) install_boot(boot, "/bin/rehome-agent");
+  const std::string with = read_file(table);
+  EXPECT_TRUE(with.starts_with(jobs)) << with;
+  EXPECT_EQ(split(with, '\n').size(), split(jobs, '\n').size() + 2) << with;
+  for (const char* failing : {"/broken", "/deaf"}) {
+    set(failing);
+    EXPECT_EQ(code_of([&] { remove_boot(boot); }), Code::store) << failing;
+    unset(failing);
+    EXPECT_EQ(read_file(table), with);
+  }
+  remove_boot(boot);
+  EXPECT_EQ(read_file(table), jobs);
+  set("/deaf");
+  EXPECT_EQ(code_of([&] { install_boot(boot, "/bin/rehome-agent"); }), Code::store);
+  ::setenv("PATH", path.c_str(), 1);
 }
 
 }  // namespace

@@ -129,6 +129,8 @@ void Attempt::start(bool returning) {
   try {
     if (r.decision == Decision::commit || (r.decision == Decision::serving && !serves_here(r) && r.attempt > 0))
       p_.hands.forbid_services();
+    // What an attempt may have left that a failing disk kept from being undone.
+    if (serves_here(r) && (r.decision == Decision::serving || r.decision == Decision::opened)) p_.hands.allow_services();
   } catch (const Error& e) {
     p_.hands.log(std::string("start condition: ") + e.what());
   }

@@ -66,6 +66,19 @@ TEST(Attempt, TailsRunInOrderAndTheOthersFirst) {
   EXPECT_EQ(w.source.done, (std::vector<std::string>{"kill", "tail_yields"}));
 }
 
+// A disk that failed in an undo, or an agent that died behind its end, may have left the start condition.
+TEST(Attempt, AStartConditionThatWasLeftIsLiftedWhereItServesWhenTheAgentStarts) {
+  World w;
+  ASSERT_TRUE(w.try_switch(AgentSide::source));
+  w.settle();
+  for (FakeSite* site : {&w.source, &w.target}) {
+    site->forbidden = true;
+    site->start(false);
+    w.settle();
+    EXPECT_EQ(site->forbidden, site == &w.source);
+  }
+}
+
 // What nobody else starts at a boot is started again where it serves, and there alone.
 TEST(Attempt, TailsRunAgainAfterAReboot) {
   World w;

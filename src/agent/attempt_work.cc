@@ -205,9 +205,10 @@ void Attempt::finish(Lock& lock, Record next) {
 void Attempt::undo(Lock& lock) {
   std::vector<Step> steps{
       {"ending the sessions of the attempt", {}, [this] { p_.hands.cut_relays(); }},
-      {"allowing the services", {}, [this] { p_.hands.allow_services(); }},
       {"undoing the attempt", ActionSet::undo, {}},
       {"thawing the services", {}, [this] { p_.hands.thaw(); }},
+      // A disk that takes no change of a directory keeps none of the steps above from being done.
+      {"allowing the services", {}, [this] { p_.hands.allow_services(); }},
       {"starting the services", {}, [this] { p_.hands.start_services(); }},
   };
   if (!run_steps(lock, steps)) return;

@@ -2,8 +2,10 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <climits>
+#include <optional>
 
 #include "base/error.h"
 #include "base/text.h"
@@ -29,16 +31,34 @@ void systemctl(std::vector<std::string> arguments) {
   run_ok({.argv = arguments}, Deadline::in(Millis(30'000)), "systemctl");
 }
 
-std::string crontab() {
-  Outcome o = run({.argv = {"crontab", "-l"}}, Deadline::in(Millis(10'000)));
-  return o.ok() ? o.out : "";  // status 1: there is none
+// The account's table; nothing where it has none. Only one answer means that: any other failure must not be taken for an empty table,
+// which would then be written.
+std::optional<std::string> crontab() {
+  Outcome o = run({.argv = {"crontab", "-l"}, .env = {{"LC_ALL", "C"}}}, Deadline::in(Millis(10'000)));
+  if (o.ok() && !o.truncated) return o.out;
+  if (o.status == 1 && o.out.empty() && (o.err.find("no crontab for") != std::string::npos || o.err.find("No such file") != std::string::npos)) return {};   // cron's word, and BusyBox's
+  throw Error(Code::store, "crontab -l does not tell this account's table: " + (o.truncated ? "it is too long" : "status " + std::to_string(o.status) + ", " + std::string(trim(o.err))),
+              "it must print the table, or say with status 1 that there is none; then repeat the command");
 }
 
 std::string without_ours(const std::string& table, const std::string& mark) {
   std::string out;
-  for (const auto& line : split(table, '\n'))
-    if (!line.empty() && !line.ends_with(mark)) out += line + "\n";
+  for (std::size_t from = 0, to; from < table.size(); from = to) {
+    to = std::min(table.find('\n', from), table.size() - 1) + 1;
+    std::string line = table.substr(from, to - from);
+    if (!std::string_view(trim(line)).ends_with(mark)) out += line;
+  }
   return out;
+}
+
+void write_crontab(const std::string& table) {
+  run_ok({.argv = {"crontab", "-"}, .input = table}, Deadline::in(Millis(10'000)), "crontab");
+  if (crontab().value_or("") != table)
+    throw Error(Code::store, "crontab does not hold the table that it was given", "look at crontab -l: something else may write it; then repeat the command");
+}
+
+void remove_file(const std::string& path) {
+  if (::unlink(path.c_str()) != 0 && errno != ENOENT) throw errno_error(errno, "remove", path);
 }
 
 }  // namespace
@@ -71,8 +91,9 @@ std::string install_boot(const Boot& b, std::string program) {
   if (b.how == "cron") {
     // The second line brings a killed supervisor back; it ends at once while one runs.
     std::string mark = " # " + label(b);
-    std::string table = without_ours(crontab(), mark) + "@reboot " + start + mark + "\n* * * * * " + start + mark + "\n";
-    run_ok({.argv = {"crontab", "-"}, .input = table}, Deadline::in(Millis(10'000)), "crontab");
+    std::string table = without_ours(crontab().value_or(""), mark);
+    if (!table.empty() && !table.ends_with('\n')) table += '\n';
+    write_crontab(table + "@reboot " + start + mark + "\n* * * * * " + start + mark + "\n");
     return "crontab lines marked" + mark;
   }
   if (b.how.starts_with("directory:/")) {
@@ -90,16 +111,16 @@ void remove_boot(const Boot& b) {
     if (std::string pid(trim(main.out)); main.ok() && pid != "0" && pid != std::to_string(::getppid()))
       run({.argv = {"systemctl", "stop", label(b) + ".service"}}, Deadline::in(Millis(30'000)));
     run({.argv = {"systemctl", "disable", label(b) + ".service"}}, Deadline::in(Millis(30'000)));
-    ::unlink(unit_path(b).c_str());
+    remove_file(unit_path(b));
     systemctl({"daemon-reload"});
   } else if (b.how == "cron") {
-    std::string mark = " # " + label(b), table = crontab(), left = without_ours(table, mark);
-    if (left.empty() && !table.empty())
-      run_ok({.argv = {"crontab", "-r"}}, Deadline::in(Millis(10'000)), "crontab");
-    else if (!table.empty())
-      run_ok({.argv = {"crontab", "-"}, .input = left}, Deadline::in(Millis(10'000)), "crontab");
+    const std::string mark = " # " + label(b), table = crontab().value_or(""), left = without_ours(table, mark);
+    if (left == table) return;
+    if (!left.empty()) return write_crontab(left);
+    run_ok({.argv = {"crontab", "-r"}}, Deadline::in(Millis(10'000)), "crontab");
+    if (crontab()) throw Error(Code::store, "crontab -r has left a table", "look at crontab -l, then repeat the command");
   } else if (b.how.starts_with("directory:/")) {
-    ::unlink(script_path(b).c_str());
+    remove_file(script_path(b));
   }
 }
 

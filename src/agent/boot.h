@@ -16,6 +16,7 @@ struct Boot {
 // Error(config) for an unknown way, Error(io), Error(store) with what the tool said; what was made by then is removed by
 // remove_boot.
 std::string install_boot(const Boot& boot, std::string program);
+// Throws the same; what was there is then still there, or part of it, and a repetition goes on. A crontab's other lines stay as they are.
 void remove_boot(const Boot& boot);
 // The unit's text: for tests and for people who want to see it before.
 std::string unit_text(const Boot& boot, const std::string& program);

@@ -7,8 +7,12 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <charconv>
+#include <ctime>
 #include <map>
+#include <optional>
 #include <set>
+#include <utility>
 
 #include "base/text.h"
 #include "sys/fs.h"
@@ -43,71 +47,117 @@ void write_control(const std::string& path, const std::string& value) {
   write_all(fd.get(), value, path);
 }
 
+// Of the cgroup and those below it: a unit to which its part of the tree is delegated keeps its processes there.
 std::vector<pid_t> pids_in(const std::string& directory) {
   std::vector<pid_t> pids;
   for (const auto& line : split(read_file(directory + "/cgroup.procs"), '\n'))
     if (!line.empty()) pids.push_back(static_cast<pid_t>(std::stol(line)));
+  for (const auto& name : list_directory(directory)) {
+    if (!exists(directory + "/" + name + "/cgroup.procs")) continue;
+    try {
+      auto below = pids_in(directory + "/" + name);
+      pids.insert(pids.end(), below.begin(), below.end());
+    } catch (const Error&) {
+      // It is gone by now; or its tasks are threads, and their process is counted above.
+    }
+  }
   return pids;
 }
 
-// The process and all that descend from it, now.
-std::vector<pid_t> tree_of(pid_t root) {
+// The fields of /proc/PID/stat from the state on; none: it has ended.
+std::vector<std::string> stat_of(const std::string& pid) {
+  std::string stat;
+  try {
+    stat = read_file("/proc/" + pid + "/stat");
+  } catch (const Error&) {
+    return {};
+  }
+  auto close = stat.rfind(')');
+  if (close == std::string::npos || close + 2 >= stat.size()) return {};
+  return split(std::string_view(stat).substr(close + 2), ' ');
+}
+
+// Ended, and perhaps not yet waited for.
+bool ended(const std::vector<std::string>& stat) { return stat.empty() || stat[0] == "Z" || stat[0] == "X"; }
+
+// The living among the process, all that descend from it, and those of its group and session: workers outlive a master that crashed.
+std::vector<pid_t> family_of(pid_t root) {
   std::multimap<pid_t, pid_t> children;
+  std::set<pid_t> alive;
+  std::vector<pid_t> all{root};
   for (const auto& name : list_directory("/proc")) {
     if (name.find_first_not_of("0123456789") != std::string::npos) continue;
-    std::string stat;
-    try {
-      stat = read_file("/proc/" + name + "/stat");
-    } catch (const Error&) {
-      continue;  // it ended meanwhile
-    }
-    auto close = stat.rfind(')');
-    if (close == std::string::npos || close + 4 >= stat.size()) continue;
-    auto field = split(std::string_view(stat).substr(close + 2), ' ');
-    if (field.size() > 1) children.emplace(static_cast<pid_t>(std::stol(field[1])), static_cast<pid_t>(std::stol(name)));
+    const auto stat = stat_of(name);
+    if (stat.size() < 4 || ended(stat)) continue;
+    const auto pid = static_cast<pid_t>(std::stol(name));
+    alive.insert(pid);
+    children.emplace(static_cast<pid_t>(std::stol(stat[1])), pid);
+    if (pid != root && (std::stol(stat[2]) == root || std::stol(stat[3]) == root)) all.push_back(pid);
   }
-  std::vector<pid_t> all{root};
+  std::set<pid_t> have(all.begin(), all.end());
   for (std::size_t i = 0; i < all.size(); i++) {
     auto [from, to] = children.equal_range(all[i]);
-    for (auto it = from; it != to; ++it) all.push_back(it->second);
+    for (auto it = from; it != to; ++it)
+      if (have.insert(it->second).second) all.push_back(it->second);
   }
+  std::erase_if(all, [&](pid_t pid) { return !alive.contains(pid); });
   return all;
 }
 
-pid_t pid_from(const std::string& file) {
-  std::string text(trim(read_file(file, 4096)));
-  auto end = text.find_first_not_of("0123456789");
-  if (end == 0 || text.empty()) throw Error(Code::config, file + " holds no process number", "is it the service's pid file?");
-  return static_cast<pid_t>(std::stol(text));
+// Nothing: there is no such file, or it is empty, and the service does not run. Throws Error(config) for one that names no process, or
+// one that cannot be the service's.
+std::optional<pid_t> pid_from(const std::string& file) {
+  if (!exists(file)) return {};
+  const std::string text(trim(read_file(file, 4096)));
+  if (text.empty()) return {};
+  long pid = 0;
+  auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), pid);
+  if (error != std::errc() || (end != text.data() + text.size() && !std::isspace(static_cast<unsigned char>(*end))) || pid <= 1 || pid > (1 << 22))
+    throw Error(Code::config, file + " holds no number of a process that could be the service's", "is it the service's pid file?");
+  return static_cast<pid_t>(pid);
+}
+
+// A file that outlived its service, and the host's reboot with it, names whatever process got that number since.
+void require_older(pid_t pid, const std::string& file) {
+  const auto stat = stat_of(std::to_string(pid));
+  struct stat st {};
+  if (ended(stat) || stat.size() < 20 || ::stat(file.c_str(), &st) != 0) return;
+  timespec up{}, now{};
+  ::clock_gettime(CLOCK_BOOTTIME, &up);
+  ::clock_gettime(CLOCK_REALTIME, &now);
+  const double age = static_cast<double>(up.tv_sec) - static_cast<double>(std::stoll(stat[19])) / static_cast<double>(::sysconf(_SC_CLK_TCK));
+  if (static_cast<double>(now.tv_sec) - age > static_cast<double>(st.st_mtim.tv_sec) + 60)
+    throw Error(Code::config, "process " + std::to_string(pid) + " began after " + file + " was written, which is a stopped service's then",
+                "remove that file; or, if the process is the service's, touch it");
 }
 
 // Stopped or ended.
 bool stands(pid_t pid) {
-  std::string stat;
-  try {
-    stat = read_file("/proc/" + std::to_string(pid) + "/stat");
-  } catch (const Error&) {
-    return true;
-  }
-  auto close = stat.rfind(')');
-  return close != std::string::npos && close + 2 < stat.size() && (stat[close + 2] == 'T' || stat[close + 2] == 'Z' || stat[close + 2] == 'X');
+  const auto stat = stat_of(std::to_string(pid));
+  return ended(stat) || stat[0] == "T";
 }
 
-// The living processes of the pid file's service; none: it does not run.
+// The living processes of the pid file's service; none: it does not run. Throws Error(config) as pid_from() does, and where they would
+// be others than the service's.
 std::vector<pid_t> living(const std::string& pid_file) {
-  pid_t root = 0;
-  try {
-    root = pid_from(pid_file);
-  } catch (const Error&) {
-    return {};
-  }
-  auto all = tree_of(root);
-  std::erase_if(all, [](pid_t pid) { return ::kill(pid, 0) != 0; });
+  const auto root = pid_from(pid_file);
+  if (!root) return {};
+  require_older(*root, pid_file);
+  auto all = family_of(*root);
+  for (pid_t pid : all)
+    if (pid == ::getpid() || pid == ::getppid())
+      throw Error(Code::config, "the process of " + pid_file + ", " + std::to_string(*root) + ", is rehome's own, or one that it descends from", "is it the service's pid file?");
   return all;
 }
 
+// When it began, in ticks of this boot; empty where it has ended.
+std::string start_of(pid_t pid) {
+  const auto stat = stat_of(std::to_string(pid));
+  return ended(stat) || stat.size() < 20 ? "" : stat[19];
+}
+
 // One that runs may fork another between two looks: until a look finds none that runs.
-std::size_t stop_by_signal(const std::string& pid_file) {
+std::vector<std::pair<pid_t, std::string>> stop_by_signal(const std::string& pid_file) {
   for (Deadline deadline = Deadline::in(kFreezeDeadline);;) {
     auto all = living(pid_file);
     bool running = false;
@@ -116,15 +166,29 @@ std::size_t stop_by_signal(const std::string& pid_file) {
       running = true;
       if (::kill(pid, SIGSTOP) != 0 && errno != ESRCH) throw errno_error(errno, "stop process", std::to_string(pid), "run the agent as the service's account, or as root");
     }
-    if (!running) return all.size();
+    if (!running) {
+      std::vector<std::pair<pid_t, std::string>> stopped;
+      for (pid_t pid : all) stopped.emplace_back(pid, start_of(pid));
+      return stopped;
+    }
     if (deadline.passed()) throw Error(Code::timeout, "the processes of " + pid_file + " did not stop within 5 s", "look for state D in ps", true);
     ::usleep(200);
   }
 }
 
-std::size_t signal_stopped(const std::string& pid_file, int signal) {
+// Those that were stopped; after a restart of the agent, those of the file.
+std::size_t signal_stopped(const std::vector<std::pair<pid_t, std::string>>& stopped, const std::string& pid_file, int signal) {
   std::size_t n = 0;
-  for (pid_t pid : living(pid_file))
+  for (const auto& [pid, start] : stopped)
+    if (!start.empty() && start_of(pid) == start && stands(pid) && ::kill(pid, signal) == 0) n++;
+  if (!stopped.empty()) return n;
+  std::vector<pid_t> all;
+  try {
+    all = living(pid_file);
+  } catch (const Error&) {
+    return 0;   // what it does not name was not stopped by it
+  }
+  for (pid_t pid : all)
     if (stands(pid) && ::kill(pid, signal) == 0) n++;
   return n;
 }
@@ -173,7 +237,7 @@ std::vector<Freezable> Freezer::parse(const Json& items) {
   return out;
 }
 
-Freezer::Item Freezer::resolve(const Freezable& f, bool lenient) const {
+Freezer::Item Freezer::resolve(const Freezable& f, bool lenient, bool early) const {
   Mounts m = find_mounts();
   if (m.v1.empty() && m.v2.empty())
     throw Error(Code::config, "this host has no cgroup file system, so '" + f.name + "' cannot be frozen",
@@ -182,12 +246,13 @@ Freezer::Item Freezer::resolve(const Freezable& f, bool lenient) const {
   if (!f.unit.empty()) {
     Outcome o = run_ok({.argv = {"systemctl", "show", "--property=ControlGroup", "--value", f.unit}}, Deadline::in(Millis(10000)));
     std::string path(trim(o.out));
-    if (path.empty() && lenient) return item;
-    if (path.empty()) throw Error(Code::config, "unit " + f.unit + " has no cgroup: it does not run", "start it, or correct its name");
+    if (path.empty()) return item;   // it does not run
     if (!m.v2.empty() && exists(m.v2 + path + "/cgroup.freeze")) {
       item.directory = m.v2 + path;
       return item;
     }
+    // It ended just now: its slice is there. Where that is missing too, the unit is in a hierarchy that is not this one.
+    if (!m.v2.empty() && !exists(m.v2 + path) && exists(m.v2 + parent_path(path))) return item;
     throw Error(Code::config, "unit " + f.unit + " cannot be frozen: " + m.v2 + path + " has no cgroup.freeze",
                 "give its pid file instead");
   }
@@ -198,6 +263,7 @@ Freezer::Item Freezer::resolve(const Freezable& f, bool lenient) const {
       throw Error(Code::config, f.cgroup + " is not a cgroup that can be frozen", "name a directory with cgroup.freeze or freezer.state");
     return item;
   }
+  if (early && m.v1.empty()) return item;
   // The v1 freezer first where there is one: membership there means nothing else, while moving a process in v2 takes it
   // out of the cgroup that accounts for it.
   item.v1 = !m.v1.empty();
@@ -210,7 +276,6 @@ Freezer::Item Freezer::resolve(const Freezable& f, bool lenient) const {
     item.directory.clear();
     item.ours = false;
     item.by_signal = true;
-    if (!lenient && living(f.pid_file).empty()) throw Error(Code::config, "no process of " + f.pid_file + " runs", "start the service");
     return item;
   }
   try {
@@ -224,14 +289,11 @@ Freezer::Item Freezer::resolve(const Freezable& f, bool lenient) const {
 // Moves the processes that are not there yet. What they fork later is born in the cgroup.
 void Freezer::gather(Item& item) const {
   if (!item.ours) return;
-  pid_t root = pid_from(item.what.pid_file);
-  if (::kill(root, 0) != 0 && errno == ESRCH)
-    throw Error(Code::config, "process " + std::to_string(root) + " of " + item.what.pid_file + " does not run", "start the service");
   for (int round = 0; round < 10; round++) {
     auto in = pids_in(item.directory);
     std::set<pid_t> have(in.begin(), in.end());
     bool moved = false;
-    for (pid_t pid : tree_of(root)) {
+    for (pid_t pid : living(item.what.pid_file)) {
       if (have.count(pid)) continue;
       try {
         write_control(item.directory + "/cgroup.procs", std::to_string(pid));
@@ -244,11 +306,11 @@ void Freezer::gather(Item& item) const {
   }
 }
 
-void Freezer::set(std::vector<Freezable> items, bool lenient) {
+void Freezer::set(std::vector<Freezable> items, bool lenient, bool early) {
   std::vector<Item> next;
   for (const auto& f : items) {
     try {
-      next.push_back(resolve(f, lenient));
+      next.push_back(resolve(f, lenient, early));
     } catch (const Error& e) {
       if (!lenient) throw;
       // Looked for again when it is to be thawed: the others must be known by then.
@@ -286,17 +348,27 @@ void Freezer::find(Item& item) const {
 }
 
 Json Freezer::freeze() {
-  return each("freeze", false, [this](Item& item) {
-    if (item.directory.empty() && !item.by_signal) item = resolve(item.what, false);
+  return each("freeze", false, [this](Item& item) -> std::size_t {
+    // systemd removes the cgroup of a unit that has ended, and makes it anew for one that is started.
+    if (!item.by_signal && (item.directory.empty() || !exists(item.directory))) item = resolve(item.what, false);
+    std::size_t count = 0;
     if (item.by_signal) {
-      auto count = stop_by_signal(item.what.pid_file);
-      if (count == 0) throw Error(Code::store, "there is no process of " + item.what.pid_file + " to stop", "does the service run?");
-      return count;
+      const auto stopped = stop_by_signal(item.what.pid_file);
+      count = stopped.size();
+      // Added: the pid file may name others now than at a look before, and those stand still all the same.
+      for (const auto& one : stopped)
+        if (std::find(item.stopped.begin(), item.stopped.end(), one) == item.stopped.end()) item.stopped.push_back(one);
+    } else if (!item.directory.empty()) {
+      try {
+        gather(item);  // a service that was restarted has other processes now
+        set_frozen(item.directory, item.v1, true);
+        count = pids_in(item.directory).size();
+      } catch (const Error&) {
+        if (exists(item.directory)) throw;   // a unit's goes with its last process
+        count = 0;
+      }
     }
-    gather(item);  // a service that was restarted has other processes now
-    set_frozen(item.directory, item.v1, true);
-    auto count = pids_in(item.directory).size();
-    if (count == 0) throw Error(Code::store, "there is no process to freeze in " + item.directory, "does the service run?");
+    if (count == 0) log_("service " + item.what.name + " does not run: nothing to freeze");
     return count;
   });
 }
@@ -304,7 +376,7 @@ Json Freezer::freeze() {
 Json Freezer::thaw() {
   return each("thaw", true, [this](Item& item) -> std::size_t {
     find(item);
-    if (item.by_signal) return signal_stopped(item.what.pid_file, SIGCONT);
+    if (item.by_signal) return signal_stopped(std::exchange(item.stopped, {}), item.what.pid_file, SIGCONT);
     if (item.directory.empty() || !exists(item.directory)) return 0;  // systemd removes the cgroup of a unit that has ended
     set_frozen(item.directory, item.v1, false);
     return pids_in(item.directory).size();
@@ -315,7 +387,7 @@ Json Freezer::kill() {
   return each("kill", true, [this](Item& item) -> std::size_t {
     find(item);
     // A stopped process dies without another instruction.
-    if (item.by_signal) return signal_stopped(item.what.pid_file, SIGKILL);
+    if (item.by_signal) return signal_stopped(std::exchange(item.stopped, {}), item.what.pid_file, SIGKILL);
     if (item.directory.empty() || !exists(item.directory)) return 0;
     // Only what is frozen: a site whose services were never frozen has stopped them in its own way.
     if (!frozen_now(item.directory, item.v1)) return 0;
@@ -341,19 +413,33 @@ Json Freezer::kill() {
 void Freezer::forget() {
   std::lock_guard lock(mutex_);
   for (auto& item : items_) {
-    if (item.by_signal) signal_stopped(item.what.pid_file, SIGCONT);
+    if (item.by_signal) signal_stopped(item.stopped, item.what.pid_file, SIGCONT);
     if (!item.ours || !exists(item.directory)) continue;
     try {
       set_frozen(item.directory, item.v1, false);
-      // Its processes go on, in the root cgroup.
-      std::string root = parent_path(item.directory);
-      for (pid_t pid : pids_in(item.directory)) write_control(root + "/cgroup.procs", std::to_string(pid));
-      if (::rmdir(item.directory.c_str()) != 0) throw errno_error(errno, "remove cgroup", item.directory);
+      // Its processes go on, in the root cgroup. They may fork and end meanwhile.
+      const std::string root = parent_path(item.directory);
+      for (Deadline deadline = Deadline::in(kFreezeDeadline); ::rmdir(item.directory.c_str()) != 0;) {
+        if (errno == ENOENT) break;
+        if (errno != EBUSY || deadline.passed()) throw errno_error(errno, "remove cgroup", item.directory);
+        for (pid_t pid : pids_in(item.directory)) {
+          try {
+            write_control(root + "/cgroup.procs", std::to_string(pid));
+          } catch (const Error&) {
+            if (!start_of(pid).empty()) throw;
+          }
+        }
+      }
     } catch (const Error& e) {
       log_(e.what());
     }
   }
   items_.clear();
+}
+
+bool Freezer::any() const {
+  std::lock_guard lock(mutex_);
+  return !items_.empty();
 }
 
 void Freezer::start_units() {
@@ -364,8 +450,12 @@ void Freezer::start_units() {
       if (!item.what.unit.empty()) units.push_back(item.what.unit);
   }
   for (const auto& unit : units) {
-    if (run({.argv = {"systemctl", "is-active", "--quiet", unit}}, Deadline::in(Millis(5000))).ok()) continue;
-    run_ok({.argv = {"systemctl", "start", "--no-block", unit}}, Deadline::in(Millis(10000)));
+    try {
+      if (run({.argv = {"systemctl", "is-active", "--quiet", unit}}, Deadline::in(Millis(5000))).ok()) continue;
+      run_ok({.argv = {"systemctl", "start", "--no-block", unit}}, Deadline::in(Millis(10000)));
+    } catch (const Error& e) {
+      log_(e.what());
+    }
   }
 }
 

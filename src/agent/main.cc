@@ -2,6 +2,7 @@
 #include <poll.h>
 #include <sys/socket.h>
 #include <signal.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -91,6 +92,8 @@ void install(const rehome::AgentOptions& options, rehome::Boot boot) {
   boot.state = options.state;
   if (boot.how.empty()) boot.how = "none";
   make_directories(options.state);
+  // It may have been there before, open to others: secrets will lie below it.
+  if (::chmod(options.state.c_str(), 0700) != 0) throw errno_error(errno, "chmod", options.state, "name a directory with `state` that this account owns, or one that is not there");
   const std::string path = options.state + "/agent.json";
   // A running agent owns its files, so it is asked; nothing but what brings it back can be new.
   try {

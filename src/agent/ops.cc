@@ -24,6 +24,7 @@ const std::map<std::string, Agent::Op>& Agent::ops() {
       {"service.drop", {&Agent::op_service_drop, true}},
       {"listen.set", {&Agent::op_listen_set, true}},
       {"listen.drop", {&Agent::op_listen_drop, true}},
+      {"listen.try", {&Agent::op_listen_try, false}},
       {"listen.status", {&Agent::op_listen_status, false}},
       {"child.set", {&Agent::op_child_set, true}},
       {"child.status", {&Agent::op_child_status, false}},

@@ -49,6 +49,11 @@ Json Agent::op_listen_drop(const Json& request, AgentConnection&) {
   return Json::object();
 }
 
+Json Agent::op_listen_try(const Json& request, AgentConnection&) {
+  try_bind(Address::parse(get_string(request, "at")));
+  return Json::object();
+}
+
 Json Agent::op_listen_status(const Json&, AgentConnection&) { return {{"listeners", listeners_.status()}}; }
 
 Json Agent::op_child_set(const Json& request, AgentConnection&) {
@@ -78,7 +83,7 @@ Json Agent::op_child_drop(const Json& request, AgentConnection&) {
 
 Json Agent::op_freeze_set(const Json& request, AgentConnection&) {
   Json items = request.value("items", Json());
-  freezer_.set(Freezer::parse(items));
+  freezer_.set(Freezer::parse(items), false, get_bool(request, "early", false));
   set_config("freeze", items);
   return Json::object();
 }
@@ -86,17 +91,28 @@ Json Agent::op_freeze_set(const Json& request, AgentConnection&) {
 // A request that a cut held up arrives when its attempt has long been undone: nobody would thaw again.
 Json Agent::op_freeze(const Json& request, AgentConnection&) {
   std::int64_t n = get_int(request, "attempt");
+  // One at a time: what a late one takes back must not be what a later attempt has frozen.
+  std::lock_guard freezing(freeze_mutex_);
   require_open(n);
-  Json items = freezer_.freeze();
   try {
+    // What is down, or is killed while it is frozen, stays down: its unit's restart, socket or timer would start a writer behind the freeze.
+    if (freezer_.any()) forbid_in_attempt();
+    Json items = freezer_.freeze();
     require_open(n);
+    return {{"items", items}};
   } catch (const Error&) {
-    // The undo's thaw may have come before the last of them was frozen.
-    auto r = attempt_.record();
-    if (r && name_of(r->serves) == side()) freezer_.thaw();
+    unfreeze_late();
     throw;
   }
-  return {{"items", items}};
+}
+
+// The undo's own steps may have come before the last of what was done here. An attempt that is open has an undo before it.
+void Agent::unfreeze_late() {
+  auto r = attempt_.record();
+  if (!r || name_of(r->serves) != side() || r->decision == Decision::attempt) return;
+  or_log("thaw", [&] { freezer_.thaw(); });
+  or_log("start condition", [&] { allow_services(); });
+  freezer_.start_units();
 }
 
 void Agent::require_open(std::int64_t n) const {

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <climits>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -24,6 +25,7 @@
 #include "base/text.h"
 #include "sys/fs.h"
 #include "sys/process.h"
+#include "sys/state_dir.h"
 
 namespace rehome {
 namespace {
@@ -245,9 +247,12 @@ class Supervisor {
     const std::string marker = state_ + "/run/remove";
     if (!exists(marker)) return false;
     bool keep = read_file(marker, 64) == "keep the fence" && exists(state_ + "/not-serving");
+    // `run` has the marker: whatever else is left after a power cut is then known to be somebody's to remove.
     for (const auto& name : list_directory(state_))
-      if (!keep || name != "not-serving") remove_tree(state_ + "/" + name);
-    if (!keep) remove_tree(state_);
+      if (is_state_name(name) && name != "run" && (!keep || name != "not-serving")) remove_tree(state_ + "/" + name);
+    remove_tree(state_ + "/run");
+    // What is somebody else's stays, and the directory with it.
+    if (!keep && ::rmdir(state_.c_str()) != 0 && errno != ENOENT) std::fprintf(stderr, "%s stays: %s\n", state_.c_str(), std::strerror(errno));
     return true;
   }
 

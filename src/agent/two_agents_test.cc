@@ -67,6 +67,21 @@ void link_by_socket(TwoAgents& w) {
   w.wait_link();
 }
 
+// What is down at the freeze, or dies while it is frozen, must not be started by its init system before all is decided.
+TEST(TwoAgents, TheStartConditionStandsFromTheFreezeToTheUndo) {
+  TwoAgents w(kProgram);
+  link_by_socket(w);
+  const std::string condition = w.state("source") + "/not-serving";
+  w.call("source", "freeze.set", {{"items", {{{"name", "shop"}, {"pid_file", w.directory() + "/no.pid"}}}}});
+  const std::int64_t n = get_int(w.call("source", "attempt.open"), "attempt");
+  EXPECT_FALSE(exists(condition));
+  EXPECT_EQ(w.call("source", "freeze", {{"attempt", n}})["items"][0]["processes"], 0);
+  EXPECT_TRUE(exists(condition));
+  w.call("source", "attempt.abort", {{"attempt", n}});
+  for (Deadline d = Deadline::in(Millis(5000)); exists(condition) && !d.passed();) system_clock().sleep(Millis(5));
+  EXPECT_FALSE(exists(condition));
+}
+
 TEST(TwoAgents, SwitchAndReverseInMilliseconds) {
   TwoAgents w(kProgram);
   link_by_socket(w);

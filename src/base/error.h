@@ -58,6 +58,8 @@ class Error : public std::exception {
     e.render();
     return e;
   }
+  // It may end by itself: who waits anyway goes on waiting. A conflict is another's word, and does not.
+  bool passes() const { return (retryable || code == Code::unreachable) && code != Code::conflict; }
   const char* what() const noexcept override { return rendered_.c_str(); }
 
   Code code;

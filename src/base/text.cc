@@ -41,6 +41,8 @@ std::optional<double> parse_with_unit(std::string_view text, const Unit* units, 
 
 }  // namespace
 
+std::string counted(std::int64_t n, std::string_view thing) { return std::to_string(n) + " " + std::string(thing) + (n == 1 ? "" : "s"); }
+
 std::string human_bytes(std::int64_t bytes) {
   static constexpr std::array units{"B", "kB", "MB", "GB", "TB", "PB"};
   double v = static_cast<double>(bytes);

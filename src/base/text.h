@@ -11,6 +11,7 @@
 
 namespace rehome {
 
+std::string counted(std::int64_t n, std::string_view thing);   // "1 table", "2 tables"
 std::string human_bytes(std::int64_t bytes);                   // "1.4 GB", decimal units
 std::string human_duration(Millis d);                          // "340 ms", "2.1 s", "3 min 20 s", "2 h 5 min"
 std::optional<std::int64_t> parse_bytes(std::string_view);     // "10GB", "512 MiB", "100"; nullopt when it is none

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "base/text.h"
+#include "base/version.h"
 #include "cli/report.h"
 #include "cli/streams.h"
 #include "ops/ops.h"
@@ -21,24 +22,25 @@ void on_interrupt(int) {
   if (ops::cancel_flag().exchange(true)) std::_Exit(130);
 }
 
-// "2026-03-01 22:00" or "22:00", local time; microseconds since the epoch.
+// "2026-03-01 22:00" or "22:00", also with seconds, local time; microseconds since the epoch.
 std::int64_t parse_when(const std::string& text) {
   std::tm tm{};
   std::time_t now = std::time(nullptr);
   localtime_r(&now, &tm);
   std::tm day = tm;
-  const char* end = ::strptime(text.c_str(), "%Y-%m-%d %H:%M", &day);
-  if (!end || *end) {
+  const char* end = nullptr;
+  for (const char* format : {"%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S", "%H:%M", "%H:%M:%S"}) {
     day = tm;
-    end = ::strptime(text.c_str(), "%H:%M", &day);
+    day.tm_sec = 0;
+    end = ::strptime(text.c_str(), format, &day);
+    if (end && !*end) break;
   }
   if (!end || *end) throw Error(Code::usage, "--at " + text + " is not a time", "write \"2026-03-01 22:00\" or 22:00");
-  day.tm_sec = 0;
   day.tm_isdst = -1;
   const int asked = day.tm_mday;
   std::time_t at = std::mktime(&day);
   if (day.tm_mday != asked) throw Error(Code::usage, "--at " + text + " is no day of that month", "name a day that there is");
-  if (at < now && text.size() <= 5) {
+  if (at < now && text.find('-') == std::string::npos) {
     // The same time of tomorrow: days are not all of one length.
     day.tm_mday++;
     day.tm_isdst = -1;
@@ -73,6 +75,7 @@ int main(int argc, char** argv) {
 
   CLI::App app{"rehome moves a live, stateful deployment to a new server or version, and back, without losing a write."};
   app.footer(exit_statuses());
+  app.set_version_flag("--version", std::string("rehome ") + kVersion);
   app.require_subcommand(1);
   app.fallthrough();
   ui::TerminalOptions print;
@@ -123,7 +126,7 @@ int main(int argc, char** argv) {
           result = ops::status(status);
         } catch (const Error& e) {
           // An agent went away between two of its answers: the next look says what is there.
-          if (!e.retryable && e.code != Code::unreachable) throw;
+          if (!e.passes()) throw;
           terminal->error(e);
         }
       }
@@ -141,7 +144,7 @@ int main(int argc, char** argv) {
   c = command("switch", "the target takes over, within max_pause, or nothing changes", "  rehome switch\n  rehome switch --when-ready\n  rehome switch --at 22:00 --when-ready");
   c->add_flag("--when-ready", sw.when_ready, "wait until the predicted pause is within max_pause");
   c->add_option("--patience", patience, "how long --when-ready waits (24h)");
-  c->add_option("--at", at, "not before this time, \"2026-03-01 22:00\" or 22:00");
+  c->add_option("--at", at, "not before this time, \"2026-03-01 22:00\" or 22:00, also with seconds");
   c->add_option("--plan", sw.plan, "refuse when this saved plan is stale");
   c->add_flag("--recopy", sw.recopy, "first copy again what a change of the schema made necessary");
   c->callback([&] {
@@ -163,7 +166,7 @@ int main(int argc, char** argv) {
   c->callback([&] { action = [&] { return ops::reverse(common(reverse)); }; });
 
   ops::CompleteOptions complete;
-  c = command("complete", "end the run: everything of rehome gone from both sites, but the old side's fence", "  rehome complete\n  rehome complete --unfence-source\n  rehome complete --source-is-gone --confirm old.example.org");
+  c = command("complete", "end the run: everything of rehome gone from both sites, but the old side's fence", "  rehome complete\n  rehome complete --unfence-source\n  rehome complete --source-is-gone --confirm old.example.org\nIt first watches the old address for up to 60 s, and refuses while clients arrive there.");
   c->add_flag("--unfence-source", complete.unfence_source, "lift the old side's fence too");
   c->add_flag("--anyway", complete.anyway, "although clients still arrive at the old address");
   c->add_flag("--source-is-gone", complete.source_is_gone, "the source is off for good: the target alone is cleaned");
@@ -208,7 +211,8 @@ int main(int argc, char** argv) {
       std::fprintf(stderr, "rehome: '%s' is no %s%s; rehome --help lists them\n", ui::printable(words[0]).c_str(), words[0].starts_with('-') ? "option" : "command", meant ? (", did you mean " + *meant + "?").c_str() : "");
       return error_info(Code::usage).exit_status;
     }
-    return app.exit(e) == 0 ? 0 : error_info(Code::usage).exit_status;
+    if (e.get_exit_code() != 0) return std::fprintf(stderr, "rehome: %s; --help says more\n", ui::printable(e.what()).c_str()), error_info(Code::usage).exit_status;
+    return app.exit(e);
   }
   terminal.emplace(print);
   try {

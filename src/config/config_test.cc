@@ -188,6 +188,7 @@ TEST(Config, EverythingCanBeSaid) {
   EXPECT_EQ(d.checks[3].command.size(), 2u);
   EXPECT_EQ(d.limits.wal_kept, 1073741824);
   EXPECT_EQ(d.limits.bandwidth, 1000000);
+  EXPECT_EQ(d.store_bandwidth(), 1000000 / static_cast<std::int64_t>(d.stores.size()));
   EXPECT_EQ(d.limits.jobs, 2);
 }
 

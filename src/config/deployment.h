@@ -1,6 +1,7 @@
 // config: rehome.yaml becomes a Deployment, or a list of everything that is wrong with it. Nothing here talks to a site.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <map>
@@ -154,6 +155,9 @@ struct Deployment {
   Millis max_pause{1000};
   Millis drain_deadline{10000};
   Limits limits;
+
+  // One store's part of limits.bandwidth, for they copy side by side; 0: no limit.
+  std::int64_t store_bandwidth() const { return limits.bandwidth / std::max<std::int64_t>(1, static_cast<std::int64_t>(stores.size())); }
 };
 
 // What the services that are not warm are expected to add to a pause: they start one after the other. And the same in words.

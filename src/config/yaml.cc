@@ -240,7 +240,7 @@ std::optional<std::int64_t> YamlText::bytes(const YAML::Node& n, const std::stri
   if (n.IsScalar() && !n.IsNull()) {
     if (auto b = parse_bytes(n.Scalar())) {
       if (*b >= least) return b;
-      problem(n, what + " must be at least " + human_bytes(least) + ", not " + human_bytes(*b));
+      problem(n, what + " must be at least " + (least > 0 && least % (1 << 20) == 0 ? std::to_string(least >> 20) + " MiB" : human_bytes(least)) + ", not " + human_bytes(*b));
       return std::nullopt;
     }
   }

@@ -79,7 +79,9 @@ std::vector<Step> begin_steps(Run& run) {
              context.note("service " + service->config().name + " started", {{"where", run.site(Side::target).label()}});
              service->start(run.site(Side::target));
            },
-           .undo = [&run, &service] { service->stop(run.site(Side::target)); }});
+           .undo = [&run, &service] {
+             if (service->running(run.site(Side::target))) service->stop(run.site(Side::target));
+           }});
   for (auto& traffic : run.traffic())
     add({.id = "traffic " + traffic->name(), .title = "lead " + traffic->name() + " through the gates",
          .run = [&run, &traffic] { traffic->prepare(run.traffic_context()); },
@@ -101,7 +103,7 @@ std::vector<std::string> take_down(Run& run, Side serves, bool cancel) {
       const auto changes = run.journal().of_kind("change");
       if (std::any_of(changes.begin(), changes.end(), [&](const Json& c) {
             return get_string(c, "what").starts_with("service " + service->config().name + " started") && get_string(c, "where", "").starts_with("target");
-          }))
+          }) && service->running(run.site(Side::target)))
         service->stop(run.site(Side::target));
     }
   }
@@ -124,27 +126,21 @@ std::vector<std::string> take_down(Run& run, Side serves, bool cancel) {
   return left;
 }
 
-std::vector<std::string> leftovers(Run& run) {
+std::vector<std::string> leftovers(Run& run, std::optional<Side> fenced) {
   std::vector<std::string> all;
   auto add = [&](std::vector<std::string> more) { all.insert(all.end(), more.begin(), more.end()); };
   for (auto& traffic : run.traffic()) add(traffic->leftovers(run.traffic_context()));
   for (auto& store : run.stores()) add(store->leftovers(run.stores_context()));
+  for (auto& service : run.services())
+    for (Side side : {Side::source, Side::target})
+      if (run.stores_context().has(side) && side != fenced) add(service->leftovers(run.site(side)));
   return all;
 }
 
-namespace {
-
-bool passes(const Error& e) { return (e.retryable || e.code == Code::unreachable) && e.code != Code::conflict; }
-
-}  // namespace
-
 Prediction wait_until_ready(Run& run, Switchover& switchover, Millis patience, bool when_ready) {
-  // A file that vanished while it was read, a server that was busy: what passes by itself is no reason to send a person away.
-  Deadline deadline = Deadline::in(when_ready ? patience : Millis(5000));
-  // Micro-fences: three in a row, then ever more seldom, up to five minutes; each cancels autovacuum on the tables it locks.
-  int measured = 0;
-  Millis rest(10'000);
-  Deadline measure_again, renew = Deadline::in(Millis(60'000));
+  Deadline deadline = Deadline::in(patience);
+  MicroFences fences;
+  Deadline renew = Deadline::in(Millis(60'000));
   std::vector<std::string> last;   // what the last measurement found in the way
   std::string said;
   while (true) {
@@ -157,12 +153,9 @@ Prediction wait_until_ready(Run& run, Switchover& switchover, Millis patience, b
       }
       p = switchover.predict(false);
       if (p.obstacles.empty()) {
-        if (measured < 3 || measure_again.passed()) {
+        if (fences.allowed()) {
           p = switchover.predict(true);
-          if (++measured >= 3) {
-            measure_again = Deadline::in(rest);
-            rest = std::min(2 * rest, Millis(300'000));
-          }
+          if (p.fenced) fences.count();
           if (p.obstacles.empty()) return p;
           last = p.obstacles;
         } else {
@@ -171,7 +164,7 @@ Prediction wait_until_ready(Run& run, Switchover& switchover, Millis patience, b
       }
     } catch (const Error& e) {
       // In a night of waiting a server is started again, a link is down for seconds.
-      if (!when_ready || !passes(e)) throw;
+      if (!when_ready || !e.passes()) throw;
       p.obstacles.push_back(e.what());
     }
     // Once, not every second for a day: the lag in it changes all the time, so words are compared without their numbers.
@@ -180,7 +173,7 @@ Prediction wait_until_ready(Run& run, Switchover& switchover, Millis patience, b
     try {
       if (words != said) run.journal().append("message", {{"text", text}});
     } catch (const Error& e) {
-      if (!when_ready || !passes(e)) throw;
+      if (!when_ready || !e.passes()) throw;
     }
     said = words;
     if (deadline.passed())

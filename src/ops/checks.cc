@@ -1,6 +1,8 @@
 #include "ops/checks.h"
 
+#include <algorithm>
 #include <charconv>
+#include <thread>
 
 #include "base/text.h"
 #include "gate/proxy.h"
@@ -39,6 +41,21 @@ CheckResult judge(const CheckConfig& check, Side side, const std::string& answer
 HttpCanary::HttpCanary(const Deployment& deployment, Site& site, const CheckConfig& check, bool past_gate)
     : site_(site), check_(check), place_(http_place(deployment, check, site.side(), past_gate)) {}
 
+std::vector<CheckResult> ask_at_once(const Deployment& deployment, Site& site, const CheckConfig& check, int n, Deadline most) {
+  std::vector<CheckResult> results(static_cast<std::size_t>(n));
+  std::vector<std::jthread> clients;
+  for (auto& r : results)
+    clients.emplace_back([&] {
+      try {
+        r = HttpCanary(deployment, site, check, true).ask(most);
+      } catch (const std::exception& e) {
+        r = {.name = check.name, .side = site.side(), .said = e.what()};
+      }
+    });
+  clients.clear();
+  return results;
+}
+
 void HttpCanary::open() { fd_ = site_.open_relay(place_.address); }
 
 CheckResult HttpCanary::ask(Deadline most) {
@@ -70,6 +87,29 @@ CheckResult HttpCanary::ask(Deadline most) {
   return r;
 }
 
+CheckResult ask_http(const Deployment& deployment, Site& site, const CheckConfig& check, bool before_switch, Deadline most) {
+  const TrafficConfig* t = traffic_of(deployment, check, site.side());
+  if (!before_switch || !t) return HttpCanary(deployment, site, check, false).ask(most);
+  std::string why;
+  if (t->take != TrafficConfig::Take::listen) {
+    why = "the application's own address leads to the gate there";
+  } else {
+    HttpCanary canary(deployment, site, check, true);
+    try {
+      canary.open();
+      return canary.ask(most);
+    } catch (const Error& e) {
+      const bool cold = deployment.services.empty() || std::any_of(deployment.services.begin(), deployment.services.end(), [](const ServiceConfig& s) { return !s.warm; });
+      if (!cold) return {.name = check.name, .side = site.side(), .said = "the application: " + std::string(e.what())};
+      why = "nobody listens at " + t->on[site.side()].application + " before the switch, or whoever does it, starts it";
+    }
+  }
+  CheckResult r = HttpCanary(deployment, site, check, false).ask(most);
+  const std::string answered = why + ", so it was the " + std::string(side_name(other(site.side()))) + " that answered, through the gate";
+  r.said += (r.said.empty() ? "" : "; ") + answered + (r.ok ? ": canary: write asks after the switch" : "");
+  return r;
+}
+
 CheckResult ask_sql(Store& store, StoreContext& context, const CheckConfig& check, Side side) {
   Ticks from = system_clock().now();
   CheckResult r{.name = check.name, .side = side};
@@ -86,13 +126,13 @@ CheckResult ask_sql(Store& store, StoreContext& context, const CheckConfig& chec
 
 namespace {
 
-CheckResult try_check(Run& run, const CheckConfig& check, Side side, Deadline deadline) {
+CheckResult try_check(Run& run, const CheckConfig& check, Side side, bool before_switch, Deadline deadline) {
   Ticks from = system_clock().now();
   CheckResult r{.name = check.name, .side = side};
   try {
     switch (check.kind) {
       case CheckConfig::Kind::http:
-        return HttpCanary(run.deployment(), run.site(side), check, false).ask(deadline);
+        return ask_http(run.deployment(), run.site(side), check, before_switch, deadline);
       case CheckConfig::Kind::sql:
         for (auto& store : run.stores())
           if (store->name() == check.store) return ask_sql(*store, run.stores_context(), check, side);
@@ -113,10 +153,10 @@ CheckResult try_check(Run& run, const CheckConfig& check, Side side, Deadline de
 
 }  // namespace
 
-CheckResult run_check(Run& run, const CheckConfig& check, Side side) {
+CheckResult run_check(Run& run, const CheckConfig& check, Side side, bool before_switch) {
   const Deadline until = Deadline::in(check.timeout);
   for (Millis wait(50);; wait = std::min(2 * wait, Millis(500))) {
-    CheckResult r = try_check(run, check, side, until);
+    CheckResult r = try_check(run, check, side, before_switch, until);
     if (r.ok || until.left(check.timeout) <= wait) return r;
     system_clock().sleep(wait);
   }
@@ -130,7 +170,7 @@ std::vector<CheckResult> run_checks(Run& run, Side side) {
   std::vector<CheckResult> results;
   for (const auto& check : run.deployment().checks) {
     if (check.write_canary) continue;
-    if (meant_for(check, side)) results.push_back(run_check(run, check, side));
+    if (meant_for(check, side)) results.push_back(run_check(run, check, side, true));
   }
   return results;
 }

@@ -99,6 +99,83 @@ TEST(Checks, AServiceOfIpv6IsAsked) {
   }
 }
 
+// Answers every request with one status, as the source does through the target's gate while it serves.
+class Answers {
+ public:
+  explicit Answers(int status) : listener_(listen_on(Address::parse("127.0.0.1:0"))), port(local_port(listener_)), thread_([this, status](std::stop_token) {
+      while (auto fd = accept_from(listener_, {}, &stop_)) {
+        try {
+          Reader in(*fd);
+          while (auto line = in.line(Deadline::in(Millis(5000))))
+            if (*line == "\r") break;
+          send_all(*fd, "HTTP/1.0 " + std::to_string(status) + " Said\r\n\r\nok");
+        } catch (const Error&) {
+          // Who only looked whether somebody listens.
+        }
+      }
+    }) {}
+  ~Answers() { stop_ = true; }
+
+ private:
+  Fd listener_;
+  std::atomic<bool> stop_{false};
+
+ public:
+  const std::uint16_t port;
+
+ private:
+  std::jthread thread_;
+};
+
+TEST(Checks, BeforeASwitchTheApplicationIsAskedAndNotTheSideThatItsGateLeadsTo) {
+  Answers front(200);
+  std::optional<Answers> application(500);
+  Deployment d = with_application(application->port, 0);
+  const std::string door = "http://127.0.0.1:" + std::to_string(front.port) + "/health";
+  d.traffic[1].on.source.front = d.traffic[1].on.target.front = door;
+  d.checks[0].url = door;
+  World w(d);
+  auto ask = [&](bool before) { return ask_http(w.deployment, w.target, w.deployment.checks[0], before, Deadline::in(Millis(5000))); };
+  CheckResult r = ask(true);
+  EXPECT_FALSE(r.ok);
+  EXPECT_TRUE(r.said.starts_with("status 500")) << r.said;
+  EXPECT_TRUE(ask(false).ok);
+  application.reset();
+  w.deployment.services = {ServiceConfig{.name = "web", .warm = true}};
+  EXPECT_FALSE(ask(true).ok);
+  // One that only the switch starts, and one whose address the gate has taken: the front door is asked, and the result says whose it is.
+  w.deployment.services = {ServiceConfig{.name = "web", .warm = false}};
+  r = ask(true);
+  EXPECT_TRUE(r.ok);
+  EXPECT_NE(r.said.find("it was the source that answered"), std::string::npos) << r.said;
+  w.deployment.services.clear();
+  w.deployment.traffic[1].take = TrafficConfig::Take::redirect;
+  r = ask(true);
+  EXPECT_TRUE(r.ok);
+  EXPECT_NE(r.said.find("leads to the gate"), std::string::npos) << r.said;
+}
+
+// Answers nobody until `n` have asked.
+TEST(Checks, ManyAskAtOnce) {
+  constexpr std::size_t n = 8;
+  Fd listener = listen_on(Address::parse("127.0.0.1:0"));
+  World w(with_application(local_port(listener), 0));
+  std::jthread application([&] {
+    std::vector<Fd> clients;
+    while (clients.size() < n) {
+      auto fd = accept_from(listener, Deadline::in(Millis(5000)));
+      if (!fd) return;
+      Reader in(*fd);
+      for (auto line = in.line(Deadline::in(Millis(5000))); line && *line != "\r"; line = in.line(Deadline::in(Millis(5000)))) continue;
+      clients.push_back(std::move(*fd));
+    }
+    for (auto& fd : clients) send_all(fd, "HTTP/1.0 200 OK\r\n\r\nok");
+  });
+  const auto results = ask_at_once(w.deployment, w.target, w.deployment.checks[0], n, Deadline::in(Millis(5000)));
+  ASSERT_EQ(results.size(), n);
+  for (const auto& r : results) EXPECT_TRUE(r.ok) << r.said;
+}
+
 TEST(Checks, TheTimeoutHoldsInsideThePauseToo) {
   OneAnswer application(Millis(3000));
   World w(with_application(application.port, 0));

@@ -37,6 +37,7 @@ void emit_findings(const Emit& emit, const std::vector<Finding>& findings) {
 std::string way_on(const std::string& phase) {
   if (phase == "none") return "start with rehome begin";
   if (phase == "begun") return "rehome resume finishes begin; rehome cancel takes it back";
+  if (phase == "following") return "rehome switch, or rehome cancel takes it back";
   if (phase == "switched") return "the target serves: reverse or complete";
   if (phase == "cancelling" || phase == "cancelled") return "rehome cancel goes on with taking it back";
   if (phase == "completing" || phase == "completed") return "rehome complete goes on with ending it";
@@ -173,7 +174,9 @@ CutResult switch_run(Run& run, Direction direction, bool when_ready, Millis pati
   return controlled(run, [&] {
     // Checked now and not in the pause: a target that cannot serve must not be found out there.
     Switchover switchover(run, direction);
-    switchover.prepare();
+    // What passes by itself is no reason to send a person away: an agent tries again after 5 s at most.
+    if (!when_ready) patience = Millis(8000);
+    switchover.prepare(patience, when_ready);
     emit_checks(run, direction.takes());
     Prediction p = wait_until_ready(run, switchover, patience, when_ready);
     run.journal().append("message", {{"text", "the pause is predicted to be " + human_duration(p.pause) + ": " + join(p.reasons, "; ")}});
@@ -278,7 +281,7 @@ int lift_fence(const CompleteOptions& o) {
   for (auto& service : run.services())
     for (Side side : {Side::source, Side::target}) service->unguard(run.site(side));
   for (Side side : {Side::source, Side::target})
-    run.site(side).exec_ok({.argv = {"sh", "-c", "rm -f -- \"$1/not-serving\"; rmdir -- \"$1\" \"${1%/*}\" 2>/dev/null; true", "sh", run.site(side).resident_state()}});
+    run.site(side).exec_ok({.argv = {"sh", "-c", std::string("rm -f -- \"$1/not-serving\"; rmdir -- \"$1\"") + (run.deployment().site[side].state.empty() ? " \"${1%/*}\"" : "") + " 2>/dev/null; true", "sh", run.site(side).resident_state()}});
   o.emit({{"kind", "result"}, {"what", "unfence"}, {"text", "the old side's fence is lifted"}});
   return 0;
 }
@@ -301,6 +304,8 @@ int check(const CheckOptions& o) {
   auto findings = preflight(run);
   emit_findings(o.emit, findings);
   require_clean(findings, true);
+  if (std::none_of(findings.begin(), findings.end(), [](const Finding& f) { return f.level == Finding::Level::warning; }))
+    o.emit({{"kind", "result"}, {"what", "check"}, {"text", "nothing in the way"}});
   return 0;
 }
 
@@ -332,8 +337,11 @@ int verify(const VerifyOptions& o) {
   if (!o.store.empty() && std::none_of(run.stores().begin(), run.stores().end(), [&](const auto& s) { return s->name() == o.store; }))
     throw Error(Code::usage, "no store of " + o.file + " is named '" + o.store + "'", "rehome plan shows their names");
   bool equal = true;
+  const Side serving = run.phase() == "switched" ? Side::target : Side::source;
   for (auto& store : run.stores()) {
     if (!o.store.empty() && store->name() != o.store) continue;
+    // Its follower may stand still until then, and no comparison begins before it has caught up.
+    require_copied(*store, run.stores_context(), serving, "a comparison");
     Verdict v = controlled(run, [&] { return store->verify(run.stores_context()); });
     Json differences = Json::array();
     for (const auto& d : v.differences) differences.push_back({{"object", d.object}, {"what", d.what}});
@@ -406,7 +414,9 @@ int reverse(const ReverseOptions& o) {
   return 0;
 }
 
-int complete(const CompleteOptions& o) {
+namespace {
+
+int complete_run(const CompleteOptions& o) {
   if (o.unfence_source && o.source_is_gone)
     throw Error(Code::usage, "--unfence-source lifts the fence of a source that --source-is-gone says is not there",
                 "repeat with --source-is-gone alone; should that host come back, rehome complete --unfence-source lifts its fence");
@@ -418,6 +428,7 @@ int complete(const CompleteOptions& o) {
   const bool ended_before = run.phase() == "completed";
   if (!ended_before) {
     require_phase(run, {"switched", "completing"}, "complete");
+    std::vector<std::string> ended;
     if (o.source_is_gone && serving != Side::target) throw Error(Code::state, "the source served last", "rehome resume --source-is-gone opens the target first");
     for (auto& traffic : run.traffic()) {
       if (o.anyway || o.source_is_gone) break;
@@ -428,16 +439,23 @@ int complete(const CompleteOptions& o) {
     }
     run.set_phase("completing");
     auto left = take_down(run, serving, false);
+    for (const auto& t : run.deployment().traffic)
+      if (t.kind == TrafficConfig::Kind::gate && t.take == TrafficConfig::Take::listen)
+        ended.push_back("traffic " + t.name + ": nobody listens at the gates' " + t.on.source.listen + " (source) and " + t.on.target.listen + " (target) any more: clients use the application at " + t.on[serving].application);
     if (o.unfence_source) {
       for (auto& store : run.stores()) store->unfence_source(run.stores_context());
       for (auto& service : run.services()) service->unguard(run.site(other(serving)));
       left.clear();
+    } else if (!left.empty()) {
+      left.push_back("rehome complete --unfence-source lifts what keeps the " + std::string(side_name(other(serving))) + " from taking writes");
     }
+    left.insert(left.end(), ended.begin(), ended.end());
     // Nothing but the fence of the side that serves no more may be there.
-    const std::string fenced = o.unfence_source ? "nobody's" : std::string(side_name(other(serving))) + ": ";
+    std::optional<Side> fenced;
+    if (!o.unfence_source) fenced = other(serving);
     Json unexpected = Json::array();
-    for (const auto& s : leftovers(run))
-      if (!s.starts_with(fenced) || !s.ends_with("(the fence)")) unexpected.push_back(s);
+    for (const auto& s : leftovers(run, fenced))
+      if (!fenced || !s.starts_with(std::string(side_name(*fenced)) + ": ") || !s.ends_with("(the fence)")) unexpected.push_back(s);
     run.journal().append("left", {{"what", left}, {"unexpected", unexpected}});
     if (!unexpected.empty())
       throw Error(Code::store, "complete left behind: " + unexpected.dump(), "repeat rehome complete; it takes away what is still there");
@@ -446,6 +464,18 @@ int complete(const CompleteOptions& o) {
   end_run(run, "complete", o.emit, [&](Side side) { return side != serving && !o.unfence_source; });
   // The command that was interrupted may have been one that keeps the fence.
   return ended_before && o.unfence_source ? lift_fence(o) : 0;
+}
+
+}  // namespace
+
+int complete(const CompleteOptions& o) {
+  try {
+    return complete_run(o);
+  } catch (const Error& e) {
+    // Whatever was at work has said what a begin goes on with.
+    if (e.code != Code::interrupted) throw;
+    throw Error(Code::interrupted, e.message, "rehome complete goes on");
+  }
 }
 
 int cancel(const CancelOptions& o) {
@@ -458,7 +488,7 @@ int cancel(const CancelOptions& o) {
     run.site(Side::source).call("attempt.cancel", Json::object(), Deadline::in(Millis(60000)));
     run.set_phase("cancelling");
     auto left = take_down(run, Side::source, true);
-    auto still = leftovers(run);
+    auto still = leftovers(run, {});
     if (!still.empty()) throw Error(Code::store, "cancel left behind: " + join(still, "; "), "repeat rehome cancel; it takes away what is still there");
     run.journal().append("left", {{"what", left}});
     run.set_phase("cancelled");
@@ -515,12 +545,15 @@ int resume(const ResumeOptions& o) {
   require_phase(run, {"following", "switched"}, "resume");
   Side serving = heed_records(run);
   auto canary = settle_last(run, o.emit, serving);
+  bool recopied = false;
   if (o.recopy)
     for (auto& store : run.stores())
-      if (!store->needs_recopy(run.stores_context()).empty()) store->recopy(run.stores_context());
+      if (!store->needs_recopy(run.stores_context()).empty()) store->recopy(run.stores_context()), recopied = true;
   if (run.phase() == "following") {
     run.remember_parts();
     run_steps(begin_steps(run), run.journal(), cancel_flag());
+    // A database that was taken in is opened and closed by the agents too.
+    if (recopied) Switchover(run, {Side::source}).store_actions();
   }
   o.emit({{"kind", "result"}, {"what", "resume"}, {"text", std::string(side_name(serving)) + " serves; the run is '" + run.phase() + "'" + left_of_migrate(run)}});
   if (canary) throw *canary;
@@ -556,12 +589,22 @@ int status(const StatusOptions& o) {
         if (get_string(at["gate"], "state") == "OPEN_LOCAL")
           if (PastGate past = past_gate(deployment, run->site(side)); !past.text.empty()) at["gate"]["past"] = past.text;
       } catch (const Error& e) {
-        at["gate"] = {{"error", error_to_json(e)}};
+        at["gate"] = e.code == Code::state && (out["phase"] == "none" || out["phase"] == "begun") ? Json{{"none", true}} : Json{{"error", error_to_json(e)}};
       }
     }
   }
   try {
-    out["serves"] = side_name(run->serves());
+    const Side serving = run->serves();
+    out["serves"] = side_name(serving);
+    if (run->has(serving))
+      for (auto& service : run->services()) {
+        Json& at = out["services"][service->config().name];
+        try {
+          at["running"] = service->running(run->site(serving));
+        } catch (const Error& e) {
+          at["error"] = error_to_json(e);
+        }
+      }
   } catch (const Error& e) {
     out["serves"] = e.code == Code::unknown && e.retryable ? "neither" : "unknown";
     out["why"] = error_to_json(e);

@@ -81,6 +81,14 @@ void set_actions(Site& site, const char* set, const std::vector<Action>& actions
 
 }  // namespace
 
+void require_copied(Store& store, StoreContext& context, Side serving, const std::string& before) {
+  const auto again = store.needs_recopy(context);
+  if (again.empty()) return;
+  throw serving == Side::source ? Error(Code::state, store.name() + " must be copied again before " + before + ": " + join(again, "; "), "rehome resume --recopy does it")
+                                : Error(Code::state, store.name() + " was changed on the target since the switch: " + join(again, "; "),
+                                        "rehome resume --recopy says what the source needs for the way back, and brings new tables there");
+}
+
 void Switchover::store_actions() {
   ActionSets all;
   auto add = [](std::vector<Action>& to, const std::vector<Action>& from) { to.insert(to.end(), from.begin(), from.end()); };
@@ -95,8 +103,8 @@ void Switchover::store_actions() {
   Json freeze = Json::array();
   for (auto& service : run_.services()) {
     freeze.push_back(service->freeze_item(direction_.yields));
-    // Units that the start condition skipped (a host that rebooted in the attempt) come back with the undo.
-    all.undo.push_back(service->start_action(direction_.yields));
+    // A unit is started by the agent behind the undo, without waiting: one that cannot start must not keep the others frozen.
+    if (service->config().runtime != ServiceConfig::Runtime::systemd) all.undo.push_back(service->start_action(direction_.yields));
     // A warm one runs already, and nothing inside the pause is spawned for it; a host that rebooted gets it afterwards.
     (service->config().warm ? all.tail_takes : all.open).push_back(service->start_action(direction_.takes()));
   }
@@ -122,19 +130,48 @@ void Switchover::start_services() {
   }
 }
 
-void Switchover::prepare() {
-  for (auto& store : run_.stores()) {
-    auto again = store->needs_recopy(run_.stores_context());
-    if (!again.empty())
-      throw direction_.yields == Side::source
-          ? Error(Code::state, store->name() + " must be copied again before a switch: " + join(again, "; "), "rehome resume --recopy does it")
-          : Error(Code::state, store->name() + " was changed on the target since the switch: " + join(again, "; "),
-                  "rehome resume --recopy says what the source needs for the way back, and brings new tables there");
-    FollowStatus status = store->follow_status(run_.stores_context());
-    if (!status.following) throw Error(Code::state, store->name() + " does not follow: " + status.trouble, "see status, then rehome resume");
-    store->prepare_reverse(run_.stores_context(), direction_);
+// Where no check asks, a wrong address on that side would show after the decision, to everybody.
+void Switchover::require_applications() {
+  const auto& services = run_.deployment().services;
+  if (services.empty()) return;   // a person starts it, and may do so after the switch
+  Millis patience(5000);
+  for (const auto& s : services) {
+    if (!s.warm) return;   // it may be the one that listens there, and starts after the decision
+    patience = std::max(patience, s.start_timeout);
   }
+  for (const auto& t : run_.deployment().traffic) require_application(takes(), t, patience);
+}
+
+void Switchover::await_following(Deadline deadline, bool when_ready) {
+  std::string said;
+  for (auto& store : run_.stores()) {
+    while (true) {
+      if (cancel_flag()) throw Error(Code::interrupted, "stopped before the pause", "switch again when you like");
+      FollowStatus status;
+      try {
+        status = store->follow_status(run_.stores_context());
+      } catch (const Error& e) {
+        if (!when_ready || !e.passes() || deadline.passed()) throw;
+        status = {.coming = true, .trouble = e.what()};
+      }
+      if (status.following) break;
+      const std::string why = store->name() + " does not follow: " + status.trouble;
+      if (!status.coming) throw Error(Code::state, why, "see status, then rehome resume");
+      if (deadline.passed()) throw Error(Code::timeout, why, "it does so by itself in a while: wait for it, or switch --when-ready");
+      if (why != said) run_.journal().append("message", {{"text", "not yet: " + why}});
+      said = why;
+      system_clock().sleep(Millis(200));
+    }
+  }
+}
+
+void Switchover::prepare(Millis patience, bool when_ready) {
+  for (auto& store : run_.stores()) require_copied(*store, run_.stores_context(), direction_.yields, "a switch");
+  // Before anything is prepared: a slot for the way back keeps WAL from then on.
+  await_following(Deadline::in(patience), when_ready);
+  for (auto& store : run_.stores()) store->prepare_reverse(run_.stores_context(), direction_);
   start_services();
+  require_applications();
   store_actions();
   yields().call("action.warm", {{"set", "undo"}}, Deadline::in(Millis(60000)));
   takes().call("action.warm", {{"set", "open"}}, Deadline::in(Millis(60000)));
@@ -163,8 +200,10 @@ Prediction Switchover::predict(bool measure) {
       Millis took{0};
       try {
         took = store->micro_fence(run_.stores_context(), direction_, Deadline::in(Millis(1000)));
+        p.fenced = true;
       } catch (const Error& e) {
         if (!e.retryable) throw;
+        if (e.code != Code::state) p.fenced = true;
         // What is in the way of the small fence is in the way of the real one; it may be gone in a second.
         p.obstacles.push_back(store->name() + ": the micro-fence did not get through: " + e.what());
         continue;
@@ -276,7 +315,7 @@ void Switchover::drain() {
     if (deadline.passed()) {
       if (!cuts_longer(run_.deployment()))
         throw Error(Code::timeout, std::to_string(in_flight) + " requests were still in flight after " + human_duration(drain_time(run_.deployment())),
-                    "raise drain_deadline and max_pause, wait for them to end, or let longer requests be cut");
+                    "they are long requests, or idle keep-alive clients, whose connection counts as one: wait for them to end, raise drain_deadline and max_pause, or set longer_requests: cut");
       yields().call("gate", {{"request", {{"op", "cut"}, {"attempt", attempt_}}}});
       return;
     }
@@ -285,7 +324,65 @@ void Switchover::drain() {
 }
 
 void Switchover::freeze() {
-  if (!run_.services().empty()) yields().call("freeze", {{"attempt", attempt_}});
+  down_.clear();
+  if (run_.services().empty()) return;
+  const Json frozen = yields().call("freeze", {{"attempt", attempt_}});
+  for (const auto& item : frozen.at("items")) {
+    if (get_int(item, "processes") > 0) continue;
+    down_.insert(get_string(item, "name"));
+    run_.journal().append("message", {{"text", "service " + get_string(item, "name") + " does not run on the " + std::string(side_name(direction_.yields)) + ": nothing to freeze"}});
+  }
+}
+
+// What did not run then and does now may have written before the hard fences stood.
+void Switchover::require_still_down() {
+  if (down_.empty()) return;
+  const Json frozen = yields().call("freeze", {{"attempt", attempt_}});
+  for (const auto& item : frozen.at("items"))
+    if (get_int(item, "processes") > 0 && down_.contains(get_string(item, "name")))
+      throw Error(Code::state, "service " + get_string(item, "name") + " was started on the " + std::string(side_name(direction_.yields)) + " during the pause", "try again: it is frozen with the others then");
+}
+
+// The clients that waited come all at once. What a service does at a worker's first request (connecting to its database, filling the
+// caches of that session) is done before anybody waits for it: what the read canaries ask is asked by more and more at once, up to what
+// the service answers within half a second, so that nothing of it is still queued there in the pause.
+void Switchover::warm_up() {
+  for (const auto& check : run_.deployment().checks) {
+    if (!check.canary || !meant_for(check, direction_.takes())) continue;
+    auto ask = [&](int n) {
+      const auto results = ask_at_once(run_.deployment(), takes(), check, n, Deadline::in(check.timeout));
+      auto failed = std::find_if(results.begin(), results.end(), [](const CheckResult& r) { return !r.ok; });
+      return failed == results.end() ? std::string() : failed->said;
+    };
+    auto require = [&](const std::string& failed) {
+      if (!failed.empty()) throw Error(Code::check_failed, "the read canary " + check.name + " failed on the side that takes over, before the pause: " + failed);
+    };
+    auto wait = [] {
+      if (cancel_flag()) throw Error(Code::interrupted, "stopped before the pause", "switch again when you like");
+      system_clock().sleep(Millis(100));
+    };
+    for (int n = 1; n <= clients_at_once; n *= 2) {
+      if (cancel_flag()) throw Error(Code::interrupted, "stopped before the pause", "switch again when you like");
+      // A worker whose connection ended with a restart of its server finds out by the first request that it takes: until all went well.
+      Deadline deadline = Deadline::in(check.timeout);
+      Ticks from = system_clock().now();
+      std::string failed = ask(n);
+      while (!failed.empty() && !deadline.passed()) {
+        wait();
+        from = system_clock().now();
+        failed = ask(n);
+      }
+      if (n == 1) require(failed);
+      if (!failed.empty()) {
+        // It does not take that many at once.
+        run_.journal().append("message", {{"text", check.name + ", asked by " + std::to_string(n) + " at once, failed: " + failed}});
+        for (deadline = Deadline::in(check.timeout); !(failed = ask(1)).empty() && !deadline.passed();) wait();
+        require(failed);
+        break;
+      }
+      if (ms_between(from, system_clock().now()) > 500) break;
+    }
+  }
 }
 
 void Switchover::ask_canaries() {
@@ -422,6 +519,9 @@ void Switchover::commit() {
     } catch (const Error&) {
       // The agent is restarting; asked again until the deadline.
     }
+    // From its COMMIT on the record names the other side: this one again when that has refused, which it may long after it was asked.
+    if (get_string(answer, "serves", "") == side_name(direction_.yields))
+      throw Error(Code::store, get_string(answer, "reason", "the side that takes over refused to open"));
   }
   remember_times();
   epoch_ = get_int(answer, "epoch");
@@ -436,8 +536,9 @@ CutResult Switchover::cut() {
     if (!check.canary || !meant_for(check, direction_.takes())) continue;
     // To the application itself: the site's front door leads through its gate, which still forwards to the side that yields.
     canaries_.push_back(std::make_unique<HttpCanary>(run_.deployment(), takes(), check, true));
-    canaries_.back()->open();
   }
+  warm_up();
+  for (auto& canary : canaries_) canary->open();
   attempt_ = get_int(yields().call("attempt.open"), "attempt");
   result_.attempt = attempt_;
   // Enough for the phase that is at work when max_pause ends; nothing is renewed for the sake of a later one.
@@ -457,7 +558,10 @@ CutResult Switchover::cut() {
     phase("arm reverse", [&] { each_cut(&Cut::arm_reverse); });
     phase("read canary", [&] { ask_canaries(); });
     phase("seal", [&] { yields().call("attempt.seal", {{"attempt", attempt_}}); });
-    phase("hard fence", [&] { each_cut(&Cut::hard_fence); });
+    phase("hard fence", [&] {
+      each_cut(&Cut::hard_fence);
+      require_still_down();
+    });
     committing = true;
     phase("open", [&] { commit(); });
   } catch (const Error& e) {
@@ -502,11 +606,19 @@ void Switchover::settle() {
       throw Error(Code::unknown, "the new side serves, but the agents have not finished: " + waiting, "they try again by themselves; see status");
     system_clock().sleep(Millis(20));
   }
+  // For the way back: workers are known by the cgroup that they are born in, should their master crash before it.
+  Json freeze = Json::array();
+  for (auto& service : run_.services()) freeze.push_back(service->freeze_item(direction_.takes()));
+  try {
+    if (!freeze.empty()) takes().call("freeze.set", {{"items", freeze}, {"early", true}});
+  } catch (const Error& e) {
+    run_.journal().append("message", {{"text", "the services of the new side cannot be frozen now, and a reverse will need that: " + std::string(e.what())}});
+  }
   std::optional<Error> failed;
   run_.journal().hold_back();
   for (const auto& check : run_.deployment().checks) {
     if (failed || !check.write_canary || !meant_for(check, direction_.takes())) continue;
-    CheckResult r = run_check(run_, check, direction_.takes());
+    CheckResult r = run_check(run_, check, direction_.takes(), false);
     run_.journal().append("canary", {{"name", r.name}, {"ok", r.ok}, {"ms", r.ms}, {"said", r.said}, {"when", "write"}});
     if (!r.ok) failed.emplace(Code::check_failed, "the write canary " + r.name + " failed after the commit: " + r.said);
   }

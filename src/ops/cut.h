@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -19,6 +20,7 @@ struct Prediction {
   bool within = false;                  // max_pause
   std::vector<std::string> reasons;
   std::vector<std::string> obstacles;   // why no switch may start now
+  bool fenced = false;                  // a micro-fence was run, as far as its locks at least
 };
 
 struct CutResult {
@@ -28,6 +30,10 @@ struct CutResult {
   Json ledger = Json::object();
 };
 
+// Throws Error(state) where a change of the schema must be copied first: until then the store's follower may stand still. `before` names
+// what is refused.
+void require_copied(Store& store, StoreContext& context, Side serving, const std::string& before);
+
 class Switchover {
  public:
   Switchover(Run& run, Direction direction);
@@ -36,9 +42,11 @@ class Switchover {
   // What the agents must be able to do without a controller is stored with them, and tried. From begin on they have it: a host may be
   // lost before any switch. Idempotent.
   void store_actions();
-  // Idempotent, outside the pause: reverse followers prepared, actions stored and tried, services warm.
-  void prepare();
-  // `measure`: run the micro-fence of every store (at most 3 in a row; each cancels autovacuum on the tables it locks).
+  // Idempotent, outside the pause: reverse followers prepared, actions stored and tried, services warm. A store that does not follow
+  // yet, and will by itself, is waited for; Error(timeout) after `patience`; `when_ready`: what passes by
+  // itself, a link that is down for a moment, is waited for as well.
+  void prepare(Millis patience, bool when_ready);
+  // `measure`: run the micro-fence of every store, where nothing else is in the way (life.h says how often).
   Prediction predict(bool measure);
   // For who waits between prepare() and cut(), every minute or so.
   void renew();
@@ -52,11 +60,15 @@ class Switchover {
   class Lease;
   struct Phase;
   void start_services();
+  void require_applications();
   void phase(const char* name, const std::function<void()>& work);
   void each_cut(void (Cut::*what)(Deadline));
   void hold();
   void drain();
   void freeze();
+  void require_still_down();
+  void await_following(Deadline deadline, bool when_ready);
+  void warm_up();
   void ask_canaries();
   void commit();
   void write_ledger(bool switched);
@@ -77,6 +89,7 @@ class Switchover {
   Ticks pause_from_ = 0;
   double predicted_ms_ = 0;
   std::optional<std::int64_t> past_gate_;   // by the last measured predict(): a switch ends them, and nobody else would tell
+  std::set<std::string> down_;              // services that did not run when the others were frozen
   CutResult result_;
 };
 

@@ -29,6 +29,8 @@ std::vector<std::string> cut_titles(Run& run, Direction d) {
   for (const auto& check : deployment.checks)
     if (!check.write_canary && meant_for(check, d.takes())) add("check " + check.name + " on the " + takes);
   if (!fenced.empty()) add("micro-fence of " + join(fenced, ", ") + ": writers wait for milliseconds, which measures the pause before it begins");
+  for (const auto& check : deployment.checks)
+    if (check.canary && meant_for(check, d.takes())) add("warm up the " + takes + ": what " + check.name + " asks, asked by up to " + std::to_string(clients_at_once) + " at once");
   const bool gated = !deployment.traffic.empty();
   if (gated) {
     add("hold new requests at the " + yields + "'s gate");
@@ -126,6 +128,7 @@ Json make_plan(Run& run) {
 }
 
 void refuse_stale_plan(Run& run, const std::string& path) {
+  if (!exists(path)) throw Error(Code::usage, "there is no plan " + path, "rehome plan --out " + shell_quote(path) + " makes one");
   Json saved = parse_json(read_file(path), "the plan " + path);
   if (!saved.is_object() || !saved.contains("facts") || !saved["facts"].is_object())
     throw Error(Code::usage, path + " is not a plan", "name a file that rehome plan --out wrote");

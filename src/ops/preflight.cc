@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <optional>
 
 #include "base/text.h"
@@ -34,11 +35,19 @@ void check_supervisor(Run& run, Side side, std::vector<Finding>& found) {
   std::string object = std::string(side_name(side)) + ": supervisor";
   if (how != "none") {
     // What begin will do, tried as far as nothing is changed.
-    std::string place = how == "systemd" ? "/etc/systemd/system" : how == "cron" ? "crontab" : how.substr(how.find(':') + 1);
-    if (!run.site(side).exec({.argv = {"sh", "-c", how == "cron" ? "command -v crontab >/dev/null" : "[ -d \"$1\" ] && [ -w \"$1\" ]", "sh", place}}).ok())
+    const std::string place = how == "systemd" ? "/etc/systemd/system" : how == "cron" ? "crontab" : how.substr(how.find(':') + 1);
+    if (how.starts_with("directory:") && !run.site(side).exec({.argv = {"test", "-d", place}}).ok())
+      found.push_back({Finding::Level::error, "agent.supervisor", object, "there is no directory " + place + ", from where the agent shall be started again after a reboot",
+                       "name the directory whose programs that host runs at boot, or set boot: to cron"});
+    else if (!run.site(side).exec({.argv = {"sh", "-c", how == "cron" ? "command -v crontab >/dev/null" : "[ -d \"$1\" ] && [ -w \"$1\" ]", "sh", place}}).ok())
       found.push_back({Finding::Level::error, "agent.supervisor", object,
                        how == "cron" ? "there is no crontab, which shall start the agent again after a reboot" : "this account cannot write into " + place + ", from where the agent shall be started again after a reboot",
                        "use root for that site, or set boot: to cron, or to directory:/a/directory whose programs the host runs at boot"});
+    const auto& services = run.deployment().services;
+    if (how != "systemd" && std::any_of(services.begin(), services.end(), [](const ServiceConfig& s) { return s.runtime == ServiceConfig::Runtime::systemd; }))
+      found.push_back({Finding::Level::warning, "agent.order", object,
+                       "after a reboot nothing starts the agent before the services' units, which may write on a host that had lost its power in the moment of a switch",
+                       "set boot: to systemd"});
     return;
   }
   if (run.deployment().traffic.empty())
@@ -48,6 +57,22 @@ void check_supervisor(Run& run, Side side, std::vector<Finding>& found) {
     found.push_back({Finding::Level::error, "agent.supervisor", object,
                      "nothing starts the agent and the gate again after a reboot, and clients come through the gate",
                      "set boot: to cron, or to directory:/a/directory whose programs the host runs at boot"});
+}
+
+// Where a run begins, nothing but what an ended one left may lie: its end removes rehome's names from there.
+constexpr char kForeign[] = R"sh(cd "$1" 2>/dev/null && [ ! -e agent.json ] && [ ! -e run/remove ] || exit 0
+for f in * .[!.]* bin/*; do
+  [ -e "$f" ] || [ -L "$f" ] || continue
+  case "$f" in not-serving|not-serving.*|bin|bin/rehome-*|lost+found) ;; *) printf '%s\n' "$f" ;; esac
+done
+)sh";
+
+void check_state(Run& run, Side side, std::vector<Finding>& found) {
+  const std::string state = run.site(side).resident_state();
+  const auto foreign = split(std::string(trim(run.site(side).exec_ok({.argv = {"sh", "-c", kForeign, "sh", state}}).out)), '\n');
+  if (foreign.empty() || foreign[0].empty()) return;
+  found.push_back({Finding::Level::error, "site.state", std::string(side_name(side)) + ": state " + state, "the directory is there and holds what is not rehome's: " + first_few(foreign),
+                   "name one with `state` that is empty, or not there"});
 }
 
 void check_run_there(Run& run, Side side, std::vector<Finding>& found) {
@@ -69,13 +94,24 @@ void check_ports(Run& run, Side side, std::vector<Finding>& found) {
     if (t.kind != TrafficConfig::Kind::nginx && t.take != TrafficConfig::Take::listen) continue;
     Address listen = Address::parse(t.on[side].listen);
     if (listen.is_unix()) continue;
-    if (!run.site(side).exec({.argv = {"sh", "-c", "[ \"$(id -u)\" = 0 ] || [ \"$1\" -ge \"$(cat /proc/sys/net/ipv4/ip_unprivileged_port_start)\" ]", "sh", std::to_string(listen.port)}}).ok())
+    bool too_low = false;
+    if (!run.site(side).exec({.argv = {"sh", "-c", "[ \"$(id -u)\" = 0 ] || [ \"$1\" -ge \"$(cat /proc/sys/net/ipv4/ip_unprivileged_port_start)\" ]", "sh", std::to_string(listen.port)}}).ok()) {
+      too_low = true;
       found.push_back({Finding::Level::error, "traffic.port_rights", std::string(side_name(side)) + ": traffic " + t.name, "the gate shall listen at " + listen.text() + ", and only root may listen at so low a port",
                        "use root for that site, or give the gate a port from 1024 on"});
+    }
     if (!all) all = tcp_sockets(run.site(side));
     std::vector<TcpSocket> there;
     for (const auto& s : *all)
       if (same_listener(s, listen.host, listen.port)) there.push_back(s);
+    if (there.empty() && !too_low) {
+      try {
+        run.site(side).call("listen.try", {{"at", listen.text()}});
+      } catch (const Error& e) {
+        found.push_back({Finding::Level::error, "traffic.port", std::string(side_name(side)) + ": traffic " + t.name, "the gate cannot listen there: " + e.message,
+                         e.hint.empty() ? "give the gate an address of that host" : e.hint});
+      }
+    }
     name_owners(run.site(side), there);
     const std::string& given = run.deployment().site[side].state;
     std::string ours = given.empty() ? "/rehome/" + run.deployment().name + "/" + std::string(side_name(side)) : given;
@@ -104,6 +140,7 @@ std::vector<Finding> preflight(Run& run) {
   guarded("link", "link", [&] { check_link(run, found); });
   for (Side side : {Side::source, Side::target}) {
     std::string object(side_name(side));
+    guarded("site", object, [&] { check_state(run, side, found); });
     guarded("supervisor", object, [&] { check_supervisor(run, side, found); });
     guarded("site", object, [&] { check_run_there(run, side, found); });
     guarded("traffic", object, [&] { check_ports(run, side, found); });

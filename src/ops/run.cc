@@ -114,9 +114,10 @@ AgentSite& Run::site(Side side) {
 }
 
 void Run::connect(Mode mode, bool may_miss) {
-  const AgentSite::How how = mode == Mode::look    ? AgentSite::How::ephemeral
-                             : mode == Mode::begin ? AgentSite::How::install
-                                                   : AgentSite::How::existing;
+  const AgentSite::How how = mode == Mode::look      ? AgentSite::How::ephemeral
+                             : mode == Mode::begin   ? AgentSite::How::install
+                             : mode == Mode::control ? AgentSite::How::control
+                                                     : AgentSite::How::observe;
   for (Side side : {Side::source, Side::target}) {
     try {
       sites_[side] = AgentSite::open(deployment_, side, how);

@@ -5,9 +5,12 @@
 #include <sys/mount.h>
 #include <unistd.h>
 
+#include <csignal>
 #include <map>
+#include <thread>
 
 #include "config/config.h"
+#include "ops/life.h"
 #include "ops/ops.h"
 #include "ops/plan.h"
 #include "sys/fs.h"
@@ -28,11 +31,11 @@ class Commands : public ::testing::Test {
   }
   ~Commands() override {
     // What a test that failed has left.
-    ::umount2((dir.path() + "/source/mounted").c_str(), MNT_DETACH);
+    for (const char* side : {"/source", "/target"}) ::umount2((dir.path() + side + "/mounted").c_str(), MNT_DETACH);
     for (Side side : {Side::source, Side::target}) {
       ::umount2((state(std::string(side_name(side))) + "/run/tree-uploads").c_str(), MNT_DETACH);
       try {
-        auto site = AgentSite::open(load_deployment(common().file), side, AgentSite::How::existing);
+        auto site = AgentSite::open(load_deployment(common().file), side, AgentSite::How::observe);
         site->set_generation(get_int(site->call("hello"), "gen"));
         site->uninstall(false);
       } catch (const Error&) {
@@ -107,7 +110,7 @@ TEST_F(Commands, AFileThatLostAPartOfTheRunIsRefused) {
 TEST_F(Commands, ATargetThatCountedAheadWhileTheSourceWasAwayIsFollowed) {
   begin({common()});
   {
-    auto target = AgentSite::open(load_deployment(common().file), Side::target, AgentSite::How::existing);
+    auto target = AgentSite::open(load_deployment(common().file), Side::target, AgentSite::How::observe);
     target->set_generation(get_int(target->call("hello"), "gen") + 3);
     target->call("generation.adopt");
   }
@@ -146,6 +149,30 @@ TEST_F(Commands, CancelTakesAwayABeginThatInstalledOneAgentOnly) {
   EXPECT_EQ(newest_archive(name()), "");
 }
 
+TEST_F(Commands, WhatAHostThatWentDownHasKeptOfAnEndedRunIsTakenAwayByWhoControls) {
+  begin({common()});
+  {
+    auto target = AgentSite::open(load_deployment(common().file), Side::target, AgentSite::How::observe);
+    const std::int64_t agent = get_int(target->call("hello"), "pid");
+    const std::string stat = read_file("/proc/" + std::to_string(agent) + "/stat");
+    const std::int64_t supervisor = std::stoll(stat.substr(stat.rfind(')') + 4));
+    for (std::int64_t pid : {supervisor, agent}) ::kill(static_cast<pid_t>(pid), SIGKILL);
+  }
+  ::umount2((state("target") + "/run/tree-uploads").c_str(), MNT_DETACH);   // as its host's end does
+  write_durably(state("target") + "/run/remove", "all");
+  // Below what would be removed lies somebody's tree.
+  make_directories(state("target") + "/mounted");
+  if (::mount("none", (state("target") + "/mounted").c_str(), "tmpfs", 0, nullptr) != 0) throw errno_error(errno, "mount", "a tmpfs");
+  EXPECT_NE(thrown(begin, {common()}).message.find("was being taken away from there when its host went down"), std::string::npos);
+  EXPECT_NO_THROW(status({common()}));
+  EXPECT_NE(thrown(cancel, {common()}).message.find("something is mounted at"), std::string::npos);
+  EXPECT_TRUE(exists(state("target") + "/agent.json"));
+  ::umount2((state("target") + "/mounted").c_str(), 0);
+  ::rmdir((state("target") + "/mounted").c_str());
+  Error gone = thrown(cancel, {common()});
+  EXPECT_FALSE(anything_at("target")) << gone.what();
+}
+
 TEST_F(Commands, ThePlanListsWhatIsDoneAndNothingElse) {
   auto planned = [&] {
     plan({common()});
@@ -167,7 +194,7 @@ TEST_F(Commands, ThePlanListsWhatIsDoneAndNothingElse) {
                 "checks:\n  - {name: health, http: \"http://127.0.0.1:18002/\", canary: read}\n"
                 "  - {name: here, command: [\"true\"], where: source}\n  - {name: cart, command: [\"true\"], canary: write}\n");
   all = planned();
-  EXPECT_EQ(all["switch"], (std::vector<std::string>{there[0], there[1], "check health on the target", "hold new requests at the source's gate", "let requests in flight finish",
+  EXPECT_EQ(all["switch"], (std::vector<std::string>{there[0], there[1], "check health on the target", "warm up the target: what health asks, asked by up to 32 at once", "hold new requests at the source's gate", "let requests in flight finish",
                                                      "freeze web on the source", there[2], there[3], there[4], "read canary health", there[5],
                                                      "open the target, start web there, release the gate", "end web on the source, frozen as they are", there[7],
                                                      "write canary cart on the target; if it fails, the run goes back"}));
@@ -198,6 +225,7 @@ TEST_F(Commands, ACompleteThatWasInterruptedGoesOnWhereItWas) {
   o.unfence_source = true;
   EXPECT_NE(thrown(complete, o).message.find("something is mounted at"), std::string::npos);
   ::umount2((state("source") + "/mounted").c_str(), MNT_DETACH);
+  ::rmdir((state("source") + "/mounted").c_str());
   complete(o);
   EXPECT_FALSE(anything_at("source"));
   EXPECT_FALSE(anything_at("target"));
@@ -208,6 +236,76 @@ TEST_F(Commands, ACompleteThatWasInterruptedGoesOnWhereItWas) {
   status({common()});
   EXPECT_EQ(get_string(said.back(), "last_journal"), newest_archive(name()));
   EXPECT_FALSE(report_entries({common()}).empty());
+}
+
+TEST_F(Commands, ATakeoverThatIsRefusedLateIsBackedOut) {
+  begin({common()});
+  auto look = [&](Side side) { return AgentSite::open(load_deployment(common().file), side, AgentSite::How::observe); };
+  auto pids = [&](Side side) {
+    const std::int64_t agent = get_int(look(side)->call("hello"), "pid");
+    const std::string stat = read_file("/proc/" + std::to_string(agent) + "/stat");
+    return std::pair{static_cast<pid_t>(agent), static_cast<pid_t>(std::stoll(stat.substr(stat.rfind(')') + 4)))};
+  };
+  const auto [agent, supervisor] = pids(Side::target);
+  // The target's agent is away when it is asked, and when it comes back it cannot tell what it would have to do.
+  const std::string asks = dir.path() + "/asks", hook = dir.path() + "/hook";
+  write_durably(hook, "#!/bin/sh\n[ \"$1 $2\" = 'before open' ] || exit 0\nkill -STOP " + std::to_string(supervisor) + "; kill -9 " + std::to_string(agent) +
+                          "; echo broken >" + state("target") + "/actions.json; touch " + asks + "\n", 0755);
+  ::setenv("REHOME_FAULT_HOOK", hook.c_str(), 1);
+  std::jthread breaker([&](std::stop_token stop) {
+    auto at_source = look(Side::source);
+    while (!stop.stop_requested() && get_string(at_source->call("attempt.status"), "decision") != "COMMIT") system_clock().sleep(Millis(5));
+    // With it goes the answer that the controller waits for.
+    ::kill(pids(Side::source).first, SIGKILL);
+    system_clock().sleep(Millis(500));
+    ::kill(supervisor, SIGCONT);
+  });
+  const Error e = thrown(switch_over, {common()});
+  breaker.request_stop();
+  breaker.join();
+  ::unsetenv("REHOME_FAULT_HOOK");
+  EXPECT_TRUE(exists(asks));
+  EXPECT_EQ(e.code, Code::backed_out) << e.what();
+  EXPECT_NE(e.message.find("the other site refused"), std::string::npos) << e.what();
+  EXPECT_EQ(existing_run(load_deployment(common().file))->serves(), Side::source);
+  cancel({common()});
+}
+
+TEST_F(Commands, WhatIsStillThereAfterTheEndIsNamed) {
+  begin({common()});
+  const std::string program = state("target") + "/bin/rehome-left";
+  run_ok({.argv = {"cp", "/bin/sleep", program}});
+  Child stays({.argv = {program, "100"}}, Child::Pipes{});
+  const Error e = thrown(cancel, {common()});
+  EXPECT_EQ(e.code, Code::io) << e.what();
+  EXPECT_NE(e.message.find("process /proc/" + std::to_string(stays.pid()) + "/exe"), std::string::npos) << e.what();
+  EXPECT_EQ(e.message.find(','), std::string::npos) << e.what();
+  EXPECT_TRUE(anything_at("source"));
+  stays.kill(SIGKILL);
+  cancel({common()});
+  EXPECT_FALSE(anything_at("source"));
+}
+
+TEST(MicroFences, AreNeverMoreThanThreeInFiveMinutes) {
+  struct Waiting : Clock {
+    Ticks now() override { return ms * 1'000'000; }
+    std::int64_t wall_us() override { return 0; }
+    void sleep(Millis d) override { ms += d.count(); }
+    std::int64_t ms = 0;
+  } clock;
+  MicroFences fences(clock);
+  std::vector<std::int64_t> at;
+  for (; clock.ms < 3'600'000; clock.sleep(Millis(1'000)))
+    if (fences.allowed()) {
+      at.push_back(clock.ms);
+      fences.count();
+    }
+  ASSERT_GE(at.size(), 10u);
+  // Within the five seconds that a switch waits without --when-ready, and within what a reverse waits.
+  EXPECT_LT(at[1], 5'000);
+  EXPECT_LT(at[2], 60'000);
+  for (std::size_t i = 3; i < at.size(); i++) EXPECT_GE(at[i] - at[i - 3], 300'000) << i;
+  EXPECT_LE(at[3] - at[2], 300'000);
 }
 
 TEST_F(Commands, AGoneSourceHasNoFenceToLift) {

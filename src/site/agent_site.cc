@@ -5,11 +5,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <utility>
 
 #include "base/text.h"
+#include "sys/state_dir.h"
 
 namespace rehome {
 
@@ -64,10 +66,10 @@ std::unique_ptr<AgentSite> AgentSite::open(const Deployment& deployment, Side si
     site->learn_host();
     if (how == How::ephemeral)
       site->start_ephemeral();
-    else if (how == How::existing)
-      site->use_existing();
-    else
+    else if (how == How::install)
       site->install(deployment);
+    else
+      site->use_existing(how == How::control);
   } catch (const Error& e) {
     throw e.in(site->label_);
   }
@@ -186,7 +188,7 @@ void AgentSite::start_ephemeral() {
   ephemeral_hold_ = connect(Deadline::in(Millis(10000)));
 }
 
-void AgentSite::use_existing() {
+void AgentSite::use_existing(bool may_remove) {
   attach();
   std::string sock = shell_quote(state_ + "/run/agent.sock");
   Outcome o = shell("if test -S " + sock + "; then echo yes; else echo no; fi");
@@ -198,6 +200,10 @@ void AgentSite::use_existing() {
     // Its host went down while the supervisor took all away, and nothing starts it again.
     Outcome removing = try_shell("cat " + shell_quote(state_ + "/run/remove"));
     if (!removing.ok()) throw;
+    if (!may_remove)
+      throw Error(Code::unreachable, "the run of '" + name_ + "' was being taken away from there when its host went down, and not all of it is gone",
+                  "give the command that ended it once more");
+    require_nothing_mounted();
     remove_what_is_left(trim(removing.out) != "all");
     throw Error(Code::state, "the run of '" + name_ + "' was being taken away from there, and is gone now");
   }
@@ -210,7 +216,7 @@ void AgentSite::install(const Deployment& deployment) {
     // What was brought and became no agent is taken away at once: no command would find it there.
     const std::string state = shell_quote(state_);
     try {
-      try_shell("[ -e " + state + "/agent.json ] || { rm -f -- " + state + "/bin/rehome-*; rmdir -- " + state + "/bin " + state + " " + shell_quote(parent_path(state_)) + "; } 2>/dev/null");
+      try_shell("[ -e " + state + "/agent.json ] || { rm -f -- " + state + "/bin/rehome-*; rmdir -- " + state + "/bin " + state + (config_.state.empty() ? " " + shell_quote(parent_path(state_)) : "") + "; } 2>/dev/null");
     } catch (const Error&) {
       // Out of reach: the next begin uses what is there.
     }
@@ -237,7 +243,7 @@ void AgentSite::bring_agent(const Deployment& deployment) {
       connect(deadline);
       return;
     } catch (const Error& e) {
-      if (!e.retryable || deadline.passed())
+      if (!e.passes() || deadline.passed())
         throw Error(Code::unreachable, "the agent was started but does not answer: " + e.message,
                     "look at " + state_ + "/log/agent.log on that host");
       system_clock().sleep(Millis(50));
@@ -245,12 +251,15 @@ void AgentSite::bring_agent(const Deployment& deployment) {
   }
 }
 
-void AgentSite::uninstall(bool keep_start_condition) {
-  // A tree that is still mounted below STATE would be removed with it. mountinfo writes a space as \040. Asked while the agent is there,
-  // so that the command can be repeated.
+void AgentSite::require_nothing_mounted() {
+  // A tree that is still mounted below STATE would be removed with it. mountinfo writes a space as \040.
   shell("at=$(readlink -f " + shell_quote(state_) + " | sed 's/\\\\/\\\\134/g; s/ /\\\\040/g'); [ -z \"$at\" ] || "
       "while read -r _ _ _ _ p _; do case \"$p\" in \"$at\"/*) echo \"something is mounted at $p, in rehome's own directory, which is not removed: "
       "umount $p, then try again\" >&2; exit 1;; esac; done < /proc/self/mountinfo");
+}
+
+void AgentSite::uninstall(bool keep_start_condition) {
+  require_nothing_mounted();   // while the agent is there, so that the command can be repeated
   // The supervisor takes it all away when its children have ended, whatever becomes of us meanwhile; what it leaves we remove.
   call("shutdown", {{"remove", true}, {"keep_fence", keep_start_condition}});
   idle_.clear();
@@ -262,9 +271,31 @@ void AgentSite::uninstall(bool keep_start_condition) {
 }
 
 void AgentSite::remove_what_is_left(bool keep_start_condition) {
-  shell("i=0; while ls -A " + shell_quote(state_) + " 2>/dev/null | grep -qvx not-serving && [ $i -lt 200 ]; do sleep 0.05; i=$((i+1)); done; cd " +
-        shell_quote(state_) + " && for f in * .[!.]*; do [ \"$f\" = not-serving ] && " + (keep_start_condition ? "continue" : "true") +
-        "; rm -rf -- \"$f\"; done; cd / && rmdir " + shell_quote(state_) + " " + shell_quote(parent_path(state_)) + " 2>/dev/null; true");
+  // The names of rehome that are there, but for the start condition that stays; a case's action follows.
+  const std::string names = "for f in *; do [ -e \"$f\" ] || [ -L \"$f\" ] || continue; " + std::string(keep_start_condition ? "[ \"$f\" = not-serving ] && continue; " : "") + "case \"$f\" in " + state_name_pattern() + ") ";
+  const std::string state = shell_quote(state_), above = config_.state.empty() ? " " + shell_quote(parent_path(state_)) : "";
+  shell("if cd " + state + " 2>/dev/null; then i=0; while [ $i -lt 200 ]; do left=; " + names + "[ \"$f\" = not-serving ] || left=1;; esac; done; [ \"$left\" ] || break; sleep 0.05; i=$((i+1)); done; " +
+        names + "rm -rf -- \"$f\";; esac; done; fi; cd / && rmdir " + state + above + " 2>/dev/null; true");
+  require_gone(keep_start_condition);
+}
+
+void AgentSite::require_gone(bool keep_start_condition) {
+  const std::string boot = "rehome-" + name_ + "-" + std::string(side_name(side_));
+  std::string files = "/etc/systemd/system/" + boot + ".service /etc/systemd/system/multi-user.target.wants/" + boot + ".service";
+  if (config_.boot.starts_with("directory:")) files += " " + shell_quote(config_.boot.substr(10) + "/" + boot);
+  // A program whose file is removed is still named by its process: "/proc/7/exe -> STATE/bin/rehome-agent (deleted)".
+  Outcome o = try_shell(
+      "state=" + shell_quote(state_) + "; at=$(readlink -m \"$state\" || echo \"$state\"); left() { "
+      "for f in " + files + "; do [ ! -e \"$f\" ] && [ ! -h \"$f\" ] || echo \"$f\"; done; "
+      "for f in $(ls \"$state\" 2>/dev/null); do " + std::string(keep_start_condition ? "[ \"$f\" != not-serving ] || continue; " : "") + "case \"$f\" in " + state_name_pattern() + ") echo \"$state/$f\" ;; esac; done; " +
+      (config_.boot == "cron" ? "crontab -l 2>/dev/null | grep ' # " + boot + "$'; " : "") +
+      "ls -l /proc/[0-9]*/exe 2>/dev/null | grep -F \" -> $at/bin/\" | sed 's|.*/proc/|process /proc/|'; }; "
+      // The supervisor ends a moment after it has removed everything.
+      "i=0; while what=$(left); [ -n \"$what\" ] && [ $i -lt 40 ]; do sleep 0.05; i=$((i+1)); done; [ -z \"$what\" ] || { echo \"$what\"; exit 1; }");
+  if (o.ok()) return;
+  std::string what(trim(o.out.empty() ? o.err : o.out));
+  std::replace(what.begin(), what.end(), '\n', ',');
+  throw Error(Code::io, "of the run there is still: " + what, "take it away by hand; then repeat the command").in(label_);
 }
 
 Fd AgentSite::connect(Deadline deadline) const {

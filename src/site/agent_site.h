@@ -15,9 +15,10 @@ class AgentSite : public Site {
  public:
   // How to find or start the agent:
   //   ephemeral  one of our own in a temporary directory; gone with this object (check, plan before begin)
-  //   existing   the resident one; Error(state) when there is none
+  //   observe    the resident one; Error(state) when there is none
+  //   control    the same, and what an uninstall left whose host went down meanwhile is removed first
   //   install    upload and start the resident one if it is not there (begin)
-  enum class How { ephemeral, existing, install };
+  enum class How { ephemeral, observe, control, install };
   static std::unique_ptr<AgentSite> open(const Deployment& deployment, Side side, How how);
   ~AgentSite() override;
 
@@ -36,7 +37,7 @@ class AgentSite : public Site {
   // A connection of its own for a caller that must not wait for a pool (the lease).
   Fd connect(Deadline deadline) const;
   // complete and cancel: ends the resident agent and removes all of STATE; `keep_start_condition` leaves the one file that keeps the
-  // old side's services from starting.
+  // old side's services from starting. Throws Error(io) that names what of the run is then still on the host; its agent is gone.
   void uninstall(bool keep_start_condition);
   bool has_systemd() const { return systemd_; }
 
@@ -55,13 +56,15 @@ class AgentSite : public Site {
   Fd greet(Deadline deadline) const;
   void learn_host();
   void start_ephemeral();
-  void use_existing();
+  void use_existing(bool may_remove);
   void install(const Deployment& deployment);
   void bring_agent(const Deployment& deployment);
   void serve_door(Door& door, std::string address, std::string as_user, std::string keep);
   Outcome shell(const std::string& line, const std::string& input = {}, Deadline deadline = Deadline::in(Millis(60000)));
   Outcome try_shell(const std::string& line);
+  void require_nothing_mounted();                        // below STATE
   void remove_what_is_left(bool keep_start_condition);   // of STATE, when the supervisor has had ten seconds to do it
+  void require_gone(bool keep_start_condition);          // STATE, what starts the supervisor, and every program of STATE/bin
   std::string why_not(const std::string& program);
   std::string upload_program(const std::string& name, const std::string& directory);
   void attach();
@@ -77,7 +80,6 @@ class AgentSite : public Site {
   std::unique_ptr<SshMaster> ssh_;
   std::vector<std::string> places_;   // for an agent that is there for one command
   std::string ephemeral_directory_;
-  std::unique_ptr<Child> ephemeral_;
   Fd ephemeral_hold_;             // an ephemeral agent lives while somebody is connected
   std::mutex mutex_;
   std::vector<Fd> idle_;

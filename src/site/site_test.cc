@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <sys/mount.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <thread>
@@ -91,7 +92,7 @@ TEST(AgentSite, ConnectionsOfAnAgentThatWasStartedAgainAreNotUsed) {
   make_directories(dir.path() + "/run");
   const std::string socket = dir.path() + "/run/agent.sock";
   auto agent = std::make_unique<FakeAgent>(socket);
-  auto site = AgentSite::open(deployment(dir.path()), Side::source, AgentSite::How::existing);
+  auto site = AgentSite::open(deployment(dir.path()), Side::source, AgentSite::How::observe);
   // Several at once, so that several are pooled.
   std::vector<std::thread> callers;
   for (int i = 0; i < 4; i++) callers.emplace_back([&] { site->call("hello"); });
@@ -125,7 +126,7 @@ TEST(AgentSite, AConnectionOfSshThatWasKilledIsMadeAgain) {
   d.site.source.local = false;
   d.site.source.ssh = {.host = sshd.host(), .port = sshd.port(), .key = sshd.key(), .options = sshd.options()};
   ::setenv("TMPDIR", dir.path().c_str(), 1);
-  auto site = AgentSite::open(d, Side::source, AgentSite::How::existing);
+  auto site = AgentSite::open(d, Side::source, AgentSite::How::observe);
   ::unsetenv("TMPDIR");
   EXPECT_NO_THROW(site->call("hello"));
   kill_ssh(dir.path());
@@ -195,6 +196,32 @@ TEST(AgentSite, APlaceThatRunsNoProgramsIsPassedBy) {
   ::unsetenv("XDG_RUNTIME_DIR");
   ::umount2(dir.path().c_str(), MNT_DETACH);
   ::unlink(beside.c_str());
+}
+
+// A person's `state` may be a directory that was there before, and be given other files later.
+TEST(AgentSite, OnlyWhatRehomeMadeIsRemovedFromItsDirectory) {
+  for (const char* name : {"rehome-agent", "rehome-gate"}) {
+    const std::string beside = program_directory() + "/" + name;
+    ::unlink(beside.c_str());
+    ASSERT_EQ(::symlink(REHOME_AGENT_PROGRAM, beside.c_str()), 0);
+  }
+  TempDir dir;
+  const std::string state = dir.path() + "/state";
+  make_directories(state, 0755);
+  Deployment d = deployment(state);
+  d.site.source.boot = "none";
+  {
+    auto site = AgentSite::open(d, Side::source, AgentSite::How::install);
+    struct stat st;
+    ASSERT_EQ(::stat(state.c_str(), &st), 0);
+    EXPECT_EQ(st.st_mode & 07777, 0700u);
+    for (const char* f : {"/letters.txt", "/.profile"}) write_durably(state + f, "mine");
+    write_durably(state + "/record.new.17", "of a crash");
+    site->call("attempt.cancel");
+    site->uninstall(false);
+  }
+  EXPECT_EQ(list_directory(state), (std::vector<std::string>{".profile", "letters.txt"}));
+  for (const char* name : {"rehome-agent", "rehome-gate"}) ::unlink((program_directory() + "/" + name).c_str());
 }
 
 }  // namespace

@@ -63,6 +63,7 @@ struct Progress {
 
 struct FollowStatus {
   bool following = false;
+  bool coming = false;                 // not yet, and the agents bring it there by themselves
   std::int64_t lag_bytes = 0;          // known to be behind
   Millis lag{0};
   std::int64_t open_write_age_ms = 0;  // the oldest open writing transaction (postgres): a lag that lag does not show
@@ -168,7 +169,7 @@ class Store {
   // repeated one, was never finished there; what is whole but for some tables is said.
   virtual void make_up_for_cut(StoreContext&, Direction) {}
   virtual std::unique_ptr<Cut> open_cut(StoreContext&, Direction) = 0;
-  // Soft fence, marker, proof, let go: milliseconds it took.
+  // Soft fence, marker, proof, let go: milliseconds it took. A retryable Error(state): a follower is behind, and nothing was locked.
   virtual Millis micro_fence(StoreContext&, Direction, Deadline) = 0;
 
   // Removes all that rehome made at both sites, except Y's hard fence when the run is committed. Returns what it left

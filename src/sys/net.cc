@@ -5,7 +5,6 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
-#include <pwd.h>
 #include <sys/fsuid.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -19,6 +18,7 @@
 
 #include "base/error.h"
 #include "base/text.h"
+#include "sys/account.h"
 #include "sys/process.h"
 
 namespace rehome {
@@ -72,23 +72,12 @@ RawAddress raw(const Address& a) {
   return r;
 }
 
-uid_t uid_of(const std::string& name) {
-  FILE* f = std::fopen("/etc/passwd", "re");
-  if (!f) throw errno_error(errno, "open", "/etc/passwd");
-  std::optional<uid_t> uid;
-  while (passwd* p = ::fgetpwent(f))
-    if (name == p->pw_name) uid = p->pw_uid;
-  std::fclose(f);
-  if (!uid) throw Error(Code::config, "account '" + name + "' is not in /etc/passwd", "name an account of this host");
-  return *uid;
-}
-
 // Effective uid of this thread only: the raw call does not change the other threads, as the C library's would.
 class ThreadUser {
  public:
   explicit ThreadUser(const std::string& name) {
     if (name.empty()) return;
-    uid_t uid = uid_of(name);
+    uid_t uid = account_named(name).uid;
     if (uid == ::geteuid()) return;
     if (::syscall(SYS_setresuid, -1, uid, -1) != 0)
       throw errno_error(errno, "become account", name, "run the agent as root, or use a password");
@@ -146,6 +135,21 @@ bool reach_the_same(const Address& a, const Address& b) {
   return a.port == b.port && here(a.host) == here(b.host);
 }
 
+namespace {
+Error not_bound(int err, const Address& where) {
+  return errno_error(err, "listen on", where.text(), err == EADDRINUSE ? "another program has it: see ss -ltnp" : err == EADDRNOTAVAIL ? "no interface of this host has that address: see ip address" : "");
+}
+}  // namespace
+
+void try_bind(const Address& where) {
+  RawAddress r = raw(where);
+  Fd fd(::socket(r.get()->sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  if (!fd) throw errno_error(errno, "make a socket for", where.text());
+  int one = 1;
+  ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+  if (::bind(fd.get(), r.get(), r.size) != 0) throw not_bound(errno, where);
+}
+
 Fd listen_on(const Address& where, unsigned mode, int backlog) {
   Address bind_to = where;
   if (where.is_unix()) bind_to.path = where.path + ".new";
@@ -158,9 +162,7 @@ Fd listen_on(const Address& where, unsigned mode, int backlog) {
     int one = 1;
     ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
   }
-  if (::bind(fd.get(), r.get(), r.size) != 0)
-    throw errno_error(errno, "listen on", where.text(),
-                      errno == EADDRINUSE ? "another program has it: see ss -ltnp" : "");
+  if (::bind(fd.get(), r.get(), r.size) != 0) throw not_bound(errno, where);
   if (::listen(fd.get(), backlog) != 0) throw errno_error(errno, "listen on", where.text());
   if (where.is_unix()) {
     if (::chmod(bind_to.path.c_str(), mode) != 0) throw errno_error(errno, "chmod", bind_to.path);

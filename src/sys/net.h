@@ -26,6 +26,9 @@ struct Address {
 // Whether a program of one host that connects to either comes to the same listener: any address and the loopback's are one.
 bool reach_the_same(const Address& a, const Address& b);
 
+// Whether a program of this account could listen at that TCP address: takes it and lets it go, and no client sees it. Throws Error(io).
+void try_bind(const Address& where);
+
 // A listening socket, non-blocking accept not set. A unix path is made anew (a stale socket file is replaced by rename,
 // so that there is no moment without one) with `mode`. Port 0 picks a free one; see local_port().
 Fd listen_on(const Address& where, unsigned mode = 0600, int backlog = 1024);

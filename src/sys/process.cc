@@ -3,7 +3,6 @@
 #include <fcntl.h>
 #include <grp.h>
 #include <poll.h>
-#include <pwd.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -19,6 +18,7 @@
 #include "base/bytes.h"
 #include "base/error.h"
 #include "base/text.h"
+#include "sys/account.h"
 
 extern char** environ;
 
@@ -36,25 +36,6 @@ struct PipePair {
 };
 
 int decode(int status) { return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status); }
-
-// The uid and gid of an account, from /etc/passwd: static binaries must not load NSS modules.
-struct Account {
-  uid_t uid;
-  gid_t gid;
-  std::string home;
-};
-Account find_account(const std::string& name) {
-  FILE* f = std::fopen("/etc/passwd", "re");
-  if (!f) throw errno_error(errno, "open", "/etc/passwd");
-  while (passwd* p = ::fgetpwent(f)) {
-    if (name != p->pw_name) continue;
-    Account a{p->pw_uid, p->pw_gid, p->pw_dir};
-    std::fclose(f);
-    return a;
-  }
-  std::fclose(f);
-  throw Error(Code::config, "account '" + name + "' is not in /etc/passwd", "name an account of this host");
-}
 
 // PATH lookup before fork, so that a missing program is an error of the caller and not of a child.
 std::string find_program(const std::string& name, const std::map<std::string, std::string>& env) {
@@ -128,7 +109,7 @@ Child::Child(const Command& command, const Pipes& pipes) {
   }
   std::optional<Account> account;
   if (!command.user.empty()) {
-    account = find_account(command.user);
+    account = account_named(command.user);
     env["HOME"] = account->home;
     env["USER"] = env["LOGNAME"] = command.user;
     // Who is that account already needs no right to become it.
@@ -252,7 +233,7 @@ void Child::end(Millis grace) {
   wait();
 }
 
-Outcome run(const Command& command, Deadline deadline) {
+Outcome run(const Command& command, Deadline deadline, const std::atomic<bool>* stop) {
   constexpr std::size_t most = 16u << 20;
   Child child(command, {.in = !command.input.empty(), .out = true, .err = true});
   Outcome result;
@@ -262,8 +243,12 @@ Outcome run(const Command& command, Deadline deadline) {
     pollfd p[3] = {{child.out ? child.out.get() : -1, POLLIN, 0},
                    {child.err ? child.err.get() : -1, POLLIN, 0},
                    {child.in ? child.in.get() : -1, POLLOUT, 0}};
-    int r = ::poll(p, 3, static_cast<int>(deadline.left(Millis(60'000)).count()));
+    int r = ::poll(p, 3, static_cast<int>(deadline.left(Millis(stop ? 100 : 60'000)).count()));
     if (r < 0 && errno != EINTR) throw errno_error(errno, "poll", command.argv[0]);
+    if (stop && *stop) {
+      child.end(Millis(5000));
+      throw Error(Code::interrupted, command.argv[0] + " was stopped");
+    }
     if (deadline.passed()) {
       child.kill(SIGKILL);
       throw Error(Code::timeout, command.argv[0] + " did not end in time and was stopped");

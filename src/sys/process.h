@@ -3,6 +3,7 @@
 
 #include <sys/types.h>
 
+#include <atomic>
 #include <optional>
 #include <string>
 #include <utility>
@@ -36,8 +37,9 @@ Json outcome_to_json(const Outcome& o);
 Outcome outcome_from_json(const Json& j);  // throws Error(io) for anything else
 
 // Runs to the end and captures both outputs (each at most 16 MiB; of more it says `truncated`). At the deadline the
-// process group is killed and Error(timeout) thrown; a program that cannot be started is Error(io) with a hint.
-Outcome run(const Command& command, Deadline deadline = {});
+// process group is killed and Error(timeout) thrown; when `stop` becomes true the group is ended as Child::end does it, with 5 s of
+// grace, and Error(interrupted) thrown; a program that cannot be started is Error(io) with a hint.
+Outcome run(const Command& command, Deadline deadline = {}, const std::atomic<bool>* stop = nullptr);
 // The same, and a status other than 0 is an Error(code) with the last lines of standard error.
 Outcome run_ok(const Command& command, Deadline deadline = {}, const char* what = nullptr);
 

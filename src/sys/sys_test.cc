@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "base/error.h"
+#include "sys/account.h"
 #include "sys/fs.h"
 #include "sys/process.h"
 #include "sys/net.h"
@@ -93,6 +94,20 @@ TEST(Process, AnOutcomeCrossesTheWireWhole) {
   EXPECT_EQ(o.out.size(), 16u << 20);
   EXPECT_TRUE(o.truncated);
   EXPECT_THROW(outcome_from_json({{"status", 0}}), Error);
+}
+
+TEST(Accounts, AreFoundByManyThreadsAtOnce) {
+  std::atomic<int> wrong = 0;
+  {
+    std::vector<std::jthread> askers;
+    for (const char* name : {"root", "nobody", "root", "nobody"})
+      askers.emplace_back([&wrong, name] {
+        for (int i = 0; i < 500; i++)
+          if (account_named(name).name != name || find_account([&](const Account& a) { return a.uid == (*name == 'r' ? 0 : 65534); })->name != name) wrong++;
+      });
+  }
+  EXPECT_EQ(wrong, 0);
+  EXPECT_THROW(account_named("nobody-of-that-name"), Error);
 }
 
 TEST(Process, WhoIsTheAccountAlreadyNeedsNoRightToBecomeIt) {

@@ -353,6 +353,41 @@ TEST(Delta, ExcludedIsNeitherSentNorRemoved) {
   EXPECT_FALSE(exists(p.to() + "/c.tmp"));
 }
 
+// What was written through a name whose directory is gone when the event is looked at, and which was not its only name.
+TEST(Delta, AWriteThroughANameThatWentWithItsDirectoryIsSentByTheOther) {
+  Pair p;
+  p.start();
+  sh(p.from(), "echo 0 > kept; mkdir busy one; cd busy; touch {1..1000}");
+  p.flush();
+  for (int i = 1; i <= 10 && !HasFailure(); i++) {
+    const std::string d = p.from() + "/d", x = d + "/x";
+    ASSERT_EQ(::mkdir(d.c_str(), 0755), 0);
+    ASSERT_EQ(::link((p.from() + "/kept").c_str(), x.c_str()), 0);
+    p.flush();
+    // The watch has enough to look at to come late, and a directory that was moved lets it forget where it has seen the others.
+    for (int n = 1; n <= 1000; n++) ::chmod((p.from() + "/busy/" + std::to_string(n)).c_str(), static_cast<mode_t>(0600 + i));
+    ::rename((p.from() + "/one").c_str(), (p.from() + "/two").c_str());
+    ::rename((p.from() + "/two").c_str(), (p.from() + "/one").c_str());
+    {
+      Fd fd(::open(x.c_str(), O_WRONLY | O_CLOEXEC));
+      const std::string text = std::to_string(i);
+      ASSERT_EQ(::pwrite(fd.get(), text.data(), text.size(), 0), static_cast<ssize_t>(text.size()));
+    }
+    if (i % 2) {
+      ::unlink(x.c_str());
+      ::rmdir(d.c_str());
+    } else {
+      // Out of the tree, and gone from there.
+      const std::string out = p.dir.path() + "/out";
+      ::rename(d.c_str(), out.c_str());
+      ::unlink((out + "/x").c_str());
+      ::rmdir(out.c_str());
+    }
+    p.flush();
+    EXPECT_EQ(read_file(p.to() + "/kept"), read_file(p.from() + "/kept")) << "round " << i;
+  }
+}
+
 // Random operations with flushes between them. REHOME_SEED repeats one; REHOME_ROUNDS sets how many.
 class Random {
  public:

@@ -347,7 +347,37 @@ Flushed Follower::flush(bool final, Deadline deadline) {
     throw Error(Code::timeout, "an earlier pass over " + settings_.path + " has not ended", "see files.status", true);
   // The way is opened ahead of the pause, and who has files open is looked for: the less is left to be looked at in it.
   if (!final && watch_) channel(deadline);
-  return pass(final, deadline, 0, true);
+  // Without a watch a file that vanishes while the tree is read fails the pass, and where a service makes and removes them all the time
+  // one pass in a few does: outside the pause it is read again.
+  for (int again = 0;; again++) {
+    try {
+      return pass(final, deadline, 0, true);
+    } catch (const Error& e) {
+      if (final || watch_ || !e.retryable || again == 10 || deadline.passed() || stop_) throw;
+    }
+    system_clock().sleep(Millis(50));
+  }
+}
+
+// A file with several names that was changed through one of them, which is not the tree's: does it have another one here? A pass would
+// find out, and so does this, without sending anything.
+void Follower::drop_outside() {
+  std::lock_guard sending(sending_);
+  if (watch_) watch_->drain();
+  Dirty dirty = dirty_.take();
+  std::exception_ptr failed;
+  if (!dirty.rescan && !dirty.inodes.empty()) {
+    try {
+      links_->complete({dirty.inodes.begin(), dirty.inodes.end()});
+      std::erase_if(dirty.inodes, [&](const auto& one) { return links_->names(one.first).empty(); });
+    } catch (...) {
+      // Whatever it is: what was taken out goes back first.
+      failed = std::current_exception();
+    }
+  }
+  dirty_.put_back(std::move(dirty));
+  dirty_.confirm();
+  if (failed) std::rethrow_exception(failed);
 }
 
 Json Follower::status() {

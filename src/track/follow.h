@@ -58,6 +58,8 @@ class Follower {
   Json status();
   // The file system was mounted again, and what is watched here is not what the path shows now: another Follower is needed.
   bool stale() const { return stale_; }
+  // Outside a pass: what is dirty only because a name that is not the tree's was changed is dirty no more.
+  void drop_outside();
   std::string rescan_reason() const { return watch_trouble_.empty() ? dirty_.rescan_reason() : watch_trouble_; }
 
  private:

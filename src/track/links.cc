@@ -45,6 +45,8 @@ void LinkIndex::build(const std::atomic<bool>& stop) {
       add(st.st_ino, path);
     return !stop.load();
   });
+  std::lock_guard lock(mutex_);
+  built_ = true;
 }
 
 void LinkIndex::add(ino_t ino, const std::string& path) {
@@ -82,6 +84,11 @@ std::vector<std::string> LinkIndex::verified(ino_t ino) {
 std::vector<std::string> LinkIndex::names(ino_t ino) {
   std::lock_guard lock(mutex_);
   return verified(ino);
+}
+
+bool LinkIndex::knows(ino_t ino, bool unknown) const {
+  std::lock_guard lock(mutex_);
+  return names_.contains(ino) || (unknown && (bytes_ > most_ || !built_));
 }
 
 bool LinkIndex::is_outside(ino_t ino, nlink_t nlink) {

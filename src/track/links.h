@@ -34,6 +34,8 @@ class LinkIndex {
   void complete(const std::unordered_map<ino_t, nlink_t>& inodes);
   // The names of this inode in the tree, verified.
   std::vector<std::string> names(ino_t ino);
+  // Whether it had several names, one of them perhaps in the tree still. `unknown`: the answer where the index is full, or not built yet.
+  bool knows(ino_t ino, bool unknown) const;
   // Whether complete() has found none of these names in the tree.
   bool is_outside(ino_t ino, nlink_t nlink);
   // After a time in which changes were not noted: a name outside may have become one in the tree.
@@ -45,10 +47,11 @@ class LinkIndex {
   const Tree& tree_;
   const Filter& filter_;
   const std::size_t most_;
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::unordered_map<ino_t, std::vector<std::string>> names_;
   std::unordered_map<ino_t, std::pair<nlink_t, std::size_t>> outside_;  // nlink -> how many of them are in the tree
   std::size_t bytes_ = 0;
+  bool built_ = false;
   std::atomic<std::uint64_t> passes_{0};
 };
 

@@ -463,6 +463,7 @@ class TrackModule : public AgentModule {
       }
     }
     if (f) {
+      if (get_bool(request, "settle", false)) f->drop_outside();
       Json s = f->status();
       for (auto& [k, v] : s.items()) out[k] = v;
     }

@@ -45,6 +45,21 @@ TEST_F(Files, CopyFollowFlush) {
   EXPECT_EQ(differences(), "");
 }
 
+TEST_F(Files, FilesOfSeveralNamesOutsideAreNoChange) {
+  sh("echo 1 > 1; mkdir ../out; echo 1 > ../out/a; ln ../out/a ../out/b; ln 1 ../out/1");
+  begin();
+  flush();
+  auto settled = [&] { return source.call("files.status", {{"store", "files"}, {"settle", true}}); };
+  sh("echo 2 >> ../out/a");
+  // Others on this file system may have such files too.
+  EXPECT_GE(status()["dirty"], 1);
+  wait([&] { return settled()["dirty"] == 0; });
+  sh("echo 2 >> ../out/1");
+  EXPECT_GE(settled()["dirty"], 1) << "it has a name in the tree";
+  flush();
+  EXPECT_EQ(differences(), "");
+}
+
 TEST_F(Files, ChangesDuringTheCopyAreNotLost) {
   sh("mkdir d; for i in $(seq 2000); do echo $i > d/$i; done");
   source.call("files.track", settings(from));

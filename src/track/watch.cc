@@ -172,7 +172,7 @@ void Watch::take(const char* data, std::size_t size) {
   }
 }
 
-// What is at `handle`: its path in the tree, or "/" when it is proven to be none of the tree's. Nothing when it cannot be told
+// What is at `handle`: its path in the tree, "/" when it is proven to be none of the tree's, or "//" when it is no more. Nothing when it cannot be told
 // now, with the reason in *why.
 std::optional<std::string> Watch::find(std::string_view handle, std::string* why) const {
   auto unknown = [&](int err) {
@@ -184,7 +184,7 @@ std::optional<std::string> Watch::find(std::string_view handle, std::string* why
   for (int attempt = 0; attempt < 4; attempt++) {
     Fd fd = open_handle(tree_.root(), handle, O_PATH | O_DIRECTORY);
     // Removed: its own removal is another event, and where a new directory has its name by now, that one's names are listed.
-    if (!fd && errno == ESTALE) return "/";
+    if (!fd && errno == ESTALE) return "//";
     if (!fd) return unknown(errno);
     std::string root, at, root_after;
     struct stat st{}, seen{};
@@ -205,7 +205,7 @@ std::optional<std::string> Watch::find(std::string_view handle, std::string* why
       if (seen.st_ino == st.st_ino) return relative;
     } else {
       if (!says_gone(errno)) return unknown(errno);
-      if (at.ends_with(" (deleted)")) return "/";
+      if (at.ends_with(" (deleted)")) return "//";
     }
     // The text is none of the tree's: it was moved just now, or it is outside, which a mount of a part of the file system
     // shows as if it were below its root.
@@ -237,7 +237,7 @@ int Watch::is_below_root(const Fd& directory) const {
   }
 }
 
-bool Watch::place(std::string_view handle, std::string& path) {
+bool Watch::place(std::string_view handle, std::string& path, bool* removed) {
   std::string key(handle);
   auto it = places_.find(key);
   if (it == places_.end()) {
@@ -250,7 +250,8 @@ bool Watch::place(std::string_view handle, std::string& path) {
     if (places_.size() >= most_places) places_.clear();
     it = places_.emplace(std::move(key), std::move(*found)).first;
   }
-  if (it->second == "/") return false;
+  if (removed) *removed = it->second == "//";
+  if (it->second.starts_with("/")) return false;
   path = it->second;
   return true;
 }
@@ -288,9 +289,10 @@ void Watch::one(std::uint64_t mask, std::string_view handle, std::string_view na
   const bool directory = mask & FAN_ONDIR;
   if (directory && (mask & (FAN_MOVED_FROM | FAN_MOVED_TO))) places_.clear();
   std::string parent;
-  if (!place(handle, parent)) {
+  bool removed = false;
+  if (!place(handle, parent, &removed)) {
     // A file that was changed through a name outside, or one that went with its directory, may have another in the tree.
-    if ((mask & (FAN_MODIFY | FAN_CLOSE_WRITE | FAN_ATTRIB)) && !directory && name != "." && !object.empty()) changed(object, nullptr);
+    if ((mask & (FAN_MODIFY | FAN_CLOSE_WRITE | FAN_ATTRIB)) && !directory && name != "." && !object.empty()) changed(object, nullptr, removed);
     return;
   }
   if (name == ".") {
@@ -314,8 +316,8 @@ void Watch::one(std::uint64_t mask, std::string_view handle, std::string_view na
 }
 
 // A change through one name of a file changes its other names, which get no event of their own; and the name in the event, `path`,
-// may be gone, now or by the time that it is looked at. Without a path it is none of the tree's.
-void Watch::changed(std::string_view object, const std::string* path) {
+// may be gone, now or by the time that it is looked at. Without a path it is none of the tree's, or went with its directory (`removed`).
+void Watch::changed(std::string_view object, const std::string* path, bool removed) {
   Fd fd = open_handle(tree_.root(), object, O_PATH);
   struct stat st{}, named{};
   if (!fd && errno == ESTALE) return;
@@ -325,8 +327,10 @@ void Watch::changed(std::string_view object, const std::string* path) {
   }
   if (st.st_nlink == 0) return;
   if (!path) {
-    // Those that have no name here are looked for once: who writes one all the time must not keep this tree from ever being clean.
-    if (st.st_nlink > 1 && !(links_ && links_->is_outside(st.st_ino, st.st_nlink))) dirty_.add_inode(st.st_ino, st.st_nlink);
+    // It may be its last name that is the tree's. Those that have none here are looked for once: who writes one all the time must
+    // not keep this tree from ever being clean.
+    if (links_ && links_->knows(st.st_ino, removed)) dirty_.add_inode(st.st_ino);
+    else if (st.st_nlink > 1 && !(links_ && links_->is_outside(st.st_ino, st.st_nlink))) dirty_.add_inode(st.st_ino, st.st_nlink);
   } else if (st.st_nlink > 1 || ::fstatat(tree_.root(), path->c_str(), &named, AT_SYMLINK_NOFOLLOW) != 0 || named.st_ino != st.st_ino) {
     dirty_.add_inode(st.st_ino);
   }

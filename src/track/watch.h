@@ -42,8 +42,9 @@ class Watch {
              std::string_view new_name);
   std::optional<std::string> find(std::string_view handle, std::string* why) const;
   int is_below_root(const Fd& directory) const;
-  bool place(std::string_view handle, std::string& path);  // false: outside the tree, or a rescan is asked for
-  void changed(std::string_view object, const std::string* path);
+  // False: outside the tree, or a rescan is asked for, or, with *removed, it is no more.
+  bool place(std::string_view handle, std::string& path, bool* removed = nullptr);
+  void changed(std::string_view object, const std::string* path, bool removed = false);
   void added(const std::string& path, bool directory, std::uint8_t why);
   void gone(const std::string& path, bool directory);
 
@@ -53,7 +54,7 @@ class Watch {
   LinkIndex* links_;
   Fd fd_;
   std::mutex mutex_;  // of reading, and of what is below
-  std::unordered_map<std::string, std::string> places_;  // handle -> relative path; "/" for outside
+  std::unordered_map<std::string, std::string> places_;  // handle -> relative path; "/" for outside, "//" for removed
   std::string buffer_;
   std::atomic<std::uint64_t> events_{0};
   std::atomic<bool> stop_{false};

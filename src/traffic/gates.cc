@@ -1,5 +1,7 @@
 #include "traffic/gates.h"
 
+#include <algorithm>
+
 #include "base/text.h"
 
 namespace rehome {
@@ -56,7 +58,34 @@ void wait_for_gate(TrafficContext& ctx, Site& site, const std::string& name) {
 
 }  // namespace
 
+std::string why_no_application(Site& site, const TrafficConfig& traffic) {
+  const std::string& at = traffic.on[site.side()].application;
+  try {
+    site.open_relay(at);
+    return {};
+  } catch (const Error& e) {
+    return "nobody answers at " + at + ", where the application should listen: " + e.message;
+  }
+}
+
+void find_application(Site& site, const TrafficConfig& traffic, std::vector<Finding>& found) {
+  if (std::string why = why_no_application(site, traffic); !why.empty())
+    found.push_back({Finding::Level::error, "traffic.application", site.label() + ": traffic " + traffic.name, why, "start the application, or correct `application`"});
+}
+
+void require_application(Site& site, const TrafficConfig& traffic, Millis patience) {
+  if (traffic.take != TrafficConfig::Take::listen) return;
+  for (Deadline deadline = Deadline::in(patience);;) {
+    std::string why = why_no_application(site, traffic);
+    if (why.empty()) return;
+    if (deadline.passed()) throw Error(Code::state, "traffic " + traffic.name + ": " + why, "start the application there, or correct `application`").in(site.label());
+    system_clock().sleep(Millis(100));
+  }
+}
+
 void raise_gates(TrafficContext& ctx, const TrafficConfig& traffic, const BySide<GateSide>& sides) {
+  // Behind a gate that leads nowhere all clients would wait.
+  require_application(ctx.at(Side::source), traffic, Millis(1000));
   for (Side s : {Side::source, Side::target}) {
     Site& site = ctx.at(s);
     ctx.note("gate for " + traffic.name, {{"where", site.label()}, {"listens", sides[s].listen}, {"undone_by", "the end of the agents"}});
@@ -86,7 +115,8 @@ std::int64_t clients_at(TrafficContext& ctx, Side side, const std::string& name,
     stop_if_cancelled(ctx);
     Json status = gate_status(site);
     Json route = gate_route(status, name, site);
-    std::int64_t clients = get_int(route, "to_peer_last_minute") + get_int(route, "in_flight_to_peer");
+    // Who came in that minute and is still there is in both: so many at least.
+    std::int64_t clients = std::max(get_int(route, "to_peer_last_minute"), get_int(route, "in_flight_to_peer"));
     // A gate that has not led to the other side yet has nobody's count, and says 0.
     Millis watched(get_string(status, "state") == "OPEN_PEER" ? get_int(status, "state_ms") : 0);
     if (clients > 0 || watched >= watch) return clients;

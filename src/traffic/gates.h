@@ -17,8 +17,12 @@ struct GateSide {
 
 // Makes both gates and the way between them: each gate's route `traffic.name`, and a service and a listener of the
 // link, so that a gate whose side does not serve reaches the other one. Returns when both gates are open, whichever
-// way. Other routes stay. Idempotent. Throws Error(timeout) naming the gate that does not open, with what it says.
+// way. Other routes stay. Idempotent. Throws Error(timeout) naming the gate that does not open, with what it says, and
+// Error(state) before anything is made where require_application() does of the source.
 void raise_gates(TrafficContext&, const TrafficConfig& traffic, const BySide<GateSide>& sides);
+
+// A finding where nobody answers at the application's address of that site.
+void find_application(Site&, const TrafficConfig& traffic, std::vector<Finding>& found);
 
 // What the gate says about itself. Throws Error(unreachable) or what the agent answered.
 Json gate_status(Site&);

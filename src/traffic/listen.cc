@@ -16,12 +16,13 @@ class ListenTraffic : public Traffic {
         found.push_back({Finding::Level::error, "traffic.same_address", ctx.at(s).label() + ": traffic " + t_.name,
                          "the gate cannot listen at " + t_.on[s].listen + " where the application listens at " + t_.on[s].application,
                          "give the application another address"});
+    if (found.empty()) find_application(ctx.source, t_, found);
     return found;
   }
 
   std::vector<std::string> plan_notes() override {
     auto notes = common_notes(deployment_, t_, Front::none);
-    notes.push_back("clients must use the gate's address, " + t_.on.source.listen + ", from begin on, and nobody listens there after complete or cancel");
+    notes.push_back("clients must use the gate's address, " + t_.on.source.listen + " on the source or " + t_.on.target.listen + " on the target, from begin on; nobody listens at either after complete or cancel");
     return notes;
   }
 

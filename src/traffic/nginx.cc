@@ -67,6 +67,7 @@ class NginxTraffic : public Traffic {
         found.push_back({Finding::Level::error, "nginx", object, e.what(), e.hint});
       }
     }
+    find_application(ctx.source, t_, found);
     return found;
   }
 

@@ -275,6 +275,7 @@ TEST(NginxTraffic, IsReloadedWhateverBecameOfItsOtherFiles) {
 TEST(NginxTraffic, TwoEntriesInOneFileAreTakenBackTheOtherWayRound) {
   const std::uint16_t second = free_port();
   TwoSites t([&](const Ports& p) { return usual_site(p) + "upstream other { server " + text(second) + "; }\n"; });
+  Application other("other", loopback(second));
   std::string original = read_file(t.nginx.source->site());
   TrafficConfig more = t.world->deployment.traffic[0];
   more.name = "other";

@@ -17,8 +17,8 @@ Millis drain_time(const Deployment& d) {
 
 std::string long_connections(const Deployment& d, std::int64_t count) {
   std::string many = count == 1 ? "1 connection is" : std::to_string(count) + " connections are";
-  return many + " open for longer than requests have to finish (" + human_duration(drain_time(d)) + "): websockets, event streams, or long requests; " +
-         (cuts_longer(d) ? std::string(count == 1 ? "it is" : "they are") + " cut at the switch, and counted" : "a switch would back out");
+  return many + " open for longer than requests have to finish (" + human_duration(drain_time(d)) + "): websockets, event streams, long requests, or idle keep-alive clients; " +
+         (cuts_longer(d) ? std::string(count == 1 ? "it is" : "they are") + " cut at the switch, and counted" : "a switch would back out (longer_requests: cut cuts them instead)");
 }
 
 std::vector<std::string> common_notes(const Deployment& d, const TrafficConfig& t, Front front) {
@@ -45,6 +45,11 @@ std::vector<std::string> common_notes(const Deployment& d, const TrafficConfig& 
                                                                                      : "one that is open makes the switch refuse to begin, or back out; longer_requests: cut cuts them instead"));
   notes.push_back("websockets do not end by themselves either: " + std::string(cut ? "they are cut after " + time + ", and counted; the client's program must connect again"
                                                                                    : "one that is open makes the switch refuse to begin, or back out; longer_requests: cut cuts them instead"));
+  // Until the switch its address there leads through the gates to the side that serves.
+  if (t.take != TrafficConfig::Take::listen)
+    for (const auto& check : d.checks)
+      if (check.kind == CheckConfig::Kind::http && traffic_of(d, check, Side::target) == &t)
+        notes.push_back("check " + check.name + " cannot ask the application of the side that takes over before the switch: through the gates the side that serves answers; canary: write asks after it");
   notes.push_back("complete and cancel give connections through the gate " + human_duration(d.drain_deadline) + " (drain_deadline) to end, and then end them");
   return notes;
 }

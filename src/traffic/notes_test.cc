@@ -64,7 +64,7 @@ TEST(DrainTime, LeavesRoomForTheRestOfThePauseWhereItCuts) {
 
 TEST(LongConnections, SaysWhatASwitchDoesWithThem) {
   Deployment d = deployment(TrafficConfig::Kind::nginx, TrafficConfig::Longer::back_out);
-  EXPECT_EQ(long_connections(d, 2), "2 connections are open for longer than requests have to finish (2.0 s): websockets, event streams, or long requests; a switch would back out");
+  EXPECT_EQ(long_connections(d, 2), "2 connections are open for longer than requests have to finish (2.0 s): websockets, event streams, long requests, or idle keep-alive clients; a switch would back out (longer_requests: cut cuts them instead)");
   d.traffic[0].longer_requests = TrafficConfig::Longer::cut;
   EXPECT_NE(long_connections(d, 1).find("1 connection is open"), std::string::npos);
   EXPECT_NE(long_connections(d, 1).find("it is cut at the switch, and counted"), std::string::npos);

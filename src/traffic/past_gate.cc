@@ -51,12 +51,18 @@ std::int64_t counted(const Deployment& d, Site& site) {
   for (const auto& line : split(o.out.substr(first, second - first), '\n'))
     if (line.starts_with("socket:[")) owned.insert(line.substr(8, line.size() - 9));
   std::set<std::pair<std::string, Ends>> before;
-  for (const auto& s : parse_proc_net_tcp(o.out.substr(0, first))) before.insert({s.inode, {end(s.local, s.local_port), end(s.remote, s.remote_port)}});
-  // What the gate has connected, as the application sees it.
+  // What the gate has connected, as the application sees it. By both looks: one of its ends may have closed while the second was read.
+  // Number 0: closed by whoever had it, and the application has not closed its own end yet.
   std::set<Ends> through;
+  auto note_gates = [&](const TcpSocket& s) {
+    if (owned.contains(s.inode) || s.inode == "0") through.insert({end(s.remote, s.remote_port), end(s.local, s.local_port)});
+  };
+  for (const auto& s : parse_proc_net_tcp(o.out.substr(0, first))) {
+    before.insert({s.inode, {end(s.local, s.local_port), end(s.remote, s.remote_port)}});
+    note_gates(s);
+  }
   std::vector<TcpSocket> sockets = parse_proc_net_tcp(o.out.substr(second));
-  for (const auto& s : sockets)
-    if (owned.contains(s.inode)) through.insert({end(s.remote, s.remote_port), end(s.local, s.local_port)});
+  for (const auto& s : sockets) note_gates(s);
   std::int64_t count = 0;
   for (const auto& s : sockets) {
     Ends ends{end(s.local, s.local_port), end(s.remote, s.remote_port)};

@@ -51,6 +51,7 @@ class RedirectTraffic : public Traffic {
         add(Finding::Level::error, "redirect", e.what(), e.hint);
       }
     }
+    find_application(ctx.source, t_, found);
     return found;
   }
 

@@ -93,6 +93,23 @@ TEST_P(ListenTraffic, ClientsAtTheGateSeeNothingOfASwitch) {
   nothing_failed(load);
 }
 
+TEST(Gates, NobodyIsLedToAnAddressWhereNobodyAnswers) {
+  const std::string gate = "127.0.0.1:" + std::to_string(free_port()), app = "127.0.0.1:" + std::to_string(free_port());
+  World world(between(TrafficConfig::Take::listen, {gate, gate}, {app, app}));
+  const TrafficConfig& t = world.deployment.traffic[0];
+  auto traffic = std::move(make_traffic(world.deployment).at(0));
+  auto found = traffic->preflight(world.context());
+  ASSERT_EQ(found.size(), 1u);
+  EXPECT_EQ(found[0].id, "traffic.application");
+  EXPECT_NE(found[0].message.find(t.on.source.application), std::string::npos) << found[0].message;
+  EXPECT_THROW(traffic->prepare(world.context()), Error);
+  EXPECT_THROW(connect_to(Address::parse(gate), Deadline::in(Millis(500))), Error) << "a gate listens there";
+  EXPECT_THROW(require_application(world.target, t, Millis(0)), Error);
+  Application application("source", Address::parse(t.on.source.application));
+  EXPECT_TRUE(traffic->preflight(world.context()).empty());
+  EXPECT_NO_THROW(require_application(world.target, t, Millis(0)));
+}
+
 TEST(UnixSocketTraffic, TakesTheNameAndGivesItBackUnderLoad) {
   TempDir dir("rehome-app");
   BySide<std::string> at{"unix:" + dir.path() + "/source.sock", "unix:" + dir.path() + "/target.sock"};

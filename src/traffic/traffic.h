@@ -61,6 +61,10 @@ class Traffic {
   virtual std::vector<std::string> leftovers(TrafficContext&) = 0;
 };
 
+// Somebody answers at the application's address of that site within `patience`; else Error(state). Where that address is taken by the
+// gate nothing can be asked, and nothing is.
+void require_application(Site&, const TrafficConfig&, Millis patience);
+
 // Whether connections that outlast a switch's drain are cut. The gates know no routes then, so one entry that does not
 // allow it decides for all.
 bool cuts_longer(const Deployment&);

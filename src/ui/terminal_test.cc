@@ -255,8 +255,24 @@ TEST(TextView, StatusTellsOfTheGatesClients) {
   std::string all;
   for (const auto& line : status_lines(status)) all += line + "\n";
   EXPECT_NE(all.find("gate OPEN_PEER: 4 in flight, 0 waiting, 3 reset since it started\n"), std::string::npos) << all;
-  EXPECT_NE(all.find("4 connections came to this address in the last minute, or are open, and are led to the other side\n"), std::string::npos) << all;
+  EXPECT_NE(all.find("3 connections came to this address in the last minute, or are open, and are led to the other side\n"), std::string::npos) << all;
   EXPECT_NE(all.find("2 connections are open\n"), std::string::npos) << all;
+  // What was led away before a way back is led nowhere now.
+  status["source"]["gate"]["state"] = "OPEN_LOCAL";
+  for (const auto& line : status_lines(status)) EXPECT_EQ(line.find("led to the other side"), std::string::npos) << line;
+}
+
+TEST(TextView, StatusTellsOfADeadServiceAndOfWhatGoesOn) {
+  std::string all;
+  for (const auto& line : status_lines({{"name", "shop"}, {"phase", "begun"}, {"serves", "source"}, {"source", {{"gate", {{"none", true}}}}},
+                                        {"services", {{"web", {{"running", false}}}, {"worker", {{"running", true}}}}},
+                                        {"steps", {{{"title", "copy files"}, {"state", "failed"}, {"error", {{"code", "interrupted"}, {"message", "stopped"}}}}}}}))
+    all += line + "\n";
+  EXPECT_NE(all.find("service web does NOT run on the source, which serves\n"), std::string::npos) << all;
+  EXPECT_EQ(all.find("worker"), std::string::npos) << all;
+  EXPECT_NE(all.find("interrupted, rehome resume goes on: copy files\n"), std::string::npos) << all;
+  EXPECT_EQ(all.find("FAILED"), std::string::npos) << all;
+  EXPECT_NE(all.find("no gate yet\n"), std::string::npos) << all;
 }
 
 TEST(TextView, StatusSaysThatNobodyServesAndWhatIsLeftToDo) {

@@ -54,11 +54,11 @@ void gate_lines(const Json& gate, Lines& out) {
   std::int64_t resets = 0, old_address = 0;
   for (const auto& route : at(gate, "routes")) {
     resets += whole(route, "resets");
-    old_address += whole(route, "to_peer_last_minute") + whole(route, "in_flight_to_peer");
+    old_address += std::max(whole(route, "to_peer_last_minute"), whole(route, "in_flight_to_peer"));   // most are both
   }
   out.push_back("          gate " + str(gate, "state") + ": " + grouped(whole(gate, "in_flight")) + " in flight, " + grouped(whole(gate, "waiting")) + " waiting, " +
                 grouped(resets) + " reset since it started");
-  if (old_address > 0) out.push_back("          " + grouped(old_address) + " connections came to this address in the last minute, or are open, and are led to the other side");
+  if (old_address > 0 && str(gate, "state") == "OPEN_PEER") out.push_back("          " + grouped(old_address) + " connections came to this address in the last minute, or are open, and are led to the other side");
   for (const char* key : {"longer", "past"})
     if (std::string text = str(gate, key); !text.empty()) out.push_back("          " + text);
 }
@@ -81,7 +81,8 @@ void site_lines(const Json& s, const char* side, Lines& out) {
   }
   out.push_back(text);
   if (const Json& gate = at(site, "gate"); gate.is_object()) {
-    if (at(gate, "error").is_object()) out.push_back("          gate does not answer: " + said_of(at(gate, "error")));
+    if (yes(gate, "none")) out.push_back("          no gate yet");
+    else if (at(gate, "error").is_object()) out.push_back("          gate does not answer: " + said_of(at(gate, "error")));
     else
       gate_lines(gate, out);
   }
@@ -162,6 +163,11 @@ std::vector<std::string> status_lines(const Json& s) {
   if (std::string last = str(s, "last_journal"); !last.empty()) out.push_back("  the last run's journal: " + last);
   site_lines(s, "source", out);
   site_lines(s, "target", out);
+  if (const Json& services = at(s, "services"); services.is_object())
+    for (auto& [name, service] : services.items()) {
+      if (at(service, "error").is_object()) out.push_back("  service " + name + ": not known: " + said_of(at(service, "error")));
+      else if (!yes(service, "running")) out.push_back("  service " + name + " does NOT run on the " + serves + ", which serves");
+    }
   const Json& stores = at(s, "stores");
   std::size_t width = 6;
   if (stores.is_object())
@@ -189,7 +195,8 @@ std::vector<std::string> status_lines(const Json& s) {
   for (const auto& step : at(s, "steps")) {
     std::string state = str(step, "state");
     if (state == "started") out.push_back("  in progress, or interrupted: " + str(step, "title"));
-    if (state == "failed") out.push_back("  FAILED: " + str(step, "title") + ": " + said_of(at(step, "error")));
+    if (state == "failed" && str(at(step, "error"), "code") == "interrupted") out.push_back("  interrupted, rehome resume goes on: " + str(step, "title"));
+    else if (state == "failed") out.push_back("  FAILED: " + str(step, "title") + ": " + said_of(at(step, "error")));
   }
   for (auto& l : out) l = printable(l);
   return out;
@@ -207,7 +214,7 @@ std::vector<std::string> plan_lines(const Json& p) {
   if (at(p, "stores").is_object()) {
     out.push_back("  stores:");
     for (auto& [name, s] : p["stores"].items()) {
-      out.push_back("    " + name + ": " + human_bytes(whole(s, "bytes")) + " in " + grouped(whole(s, "objects")) + (str(s, "kind") == "files" ? " files" : " rows") +
+      out.push_back("    " + name + ": " + human_bytes(whole(s, "bytes")) + " in " + (whole(s, "objects") < 0 ? "an unknown number of" : grouped(whole(s, "objects"))) + (str(s, "kind") == "files" ? " files" : " rows") +
                     ", about " + human_duration(Millis(whole(s, "copy_ms"))) + " to copy");
       for (const auto& line : at(s, "again"))
         if (line.is_string()) out.push_back("      " + line.get<std::string>());
@@ -261,7 +268,7 @@ std::vector<std::string> entry_lines(const Json& e) {
   } else if (kind == "check" || kind == "canary") {
     std::string side = str(e, "side");
     std::string text = std::string("  ") + (yes(e, "ok") ? "✓ " : "✗ ") + kind + " " + str(e, "name") + (side.empty() ? "" : " on the " + side) + ", " + exact_ms(num(e, "ms"));
-    if (!yes(e, "ok")) text += ": " + str(e, "said");
+    if (std::string said = str(e, "said"); !said.empty()) text += ": " + said;
     out.push_back(text);
   } else if (kind == "serves") {
     out.push_back("  the " + str(e, "side") + " serves");

@@ -147,12 +147,27 @@ cat >"$world/shared/hook" <<H
 echo >>'$world/shared/pauses'
 [ \$(wc -l <'$world/shared/pauses') != 2 ] || kill -INT "\$(cat '$world/shared/canary.pid')"
 H
-REHOME_FAULT_HOOK=$world/shared/hook start canary switch
+sql old shop "ALTER TABLE bulk ADD COLUMN more int DEFAULT 7" >/dev/null
+rehome -q switch >"$world/shared/changed.out" 2>&1 && fail "a switch with a table that changed its columns"
+said changed "must be copied again before a switch"
+at=$(date -d '+20 seconds' +%s)
+REHOME_FAULT_HOOK=$world/shared/hook start canary switch --recopy --at "$(date -d "@$at" +%H:%M:%S)"
 ends canary 13
 said canary "write canary cart failed.* the way back failed too: .*target serves"
+said canary "waiting until 20"
+python3 - "$world/shared/canary.out" "$at" <<'P' || fail "switch --at did not begin at its time"
+import json, sys
+first = [e["from_us"] for e in map(json.loads, (l for l in open(sys.argv[1]) if l.startswith("{"))) if e.get("kind") == "phase"][0]
+late = first / 1e6 - int(sys.argv[2])
+sys.exit(f"{late} s late" if not 0 <= late < 60 else 0)
+P
 phase_is switched target
+[ "$(sql new shop "SELECT more FROM bulk WHERE id = 1")" = 7 ] || fail "switch --recopy copied nothing again"
+# From a third machine, which has seen nothing of it.
+sed -e 's/^target: {local: true/target: {ssh: root@new/' "$yaml" >"$world/shared/third.yaml"
+yaml=$world/shared/third.yaml
 status=0
-rehome -q resume >"$world/shared/canary.out" 2>&1 || status=$?
+CONTROLLER=admin rehome -q resume >"$world/shared/canary.out" 2>&1 || status=$?
 [ $status = 10 ] || { cat "$world/shared/canary.out"; fail "resume after a failing write canary ended with $status"; }
 said canary "write canary cart failed"
 said canary "reversed: the source serves, nothing is lost"
@@ -201,6 +216,7 @@ on old kill -CONT "$supervisor"
 touch "$world/shared/enough"
 wait $long
 ends ready 0
+said ready "predicted to be .*: micro-fence \(lock, marker, proof, let go\) took [0-9]"
 said ready "predicted to be .* takes [0-9]+\.[0-9] ms"
 said ready '"kind":"pause".*"result":"switched"|"result":"switched".*"kind":"pause"'
 phase_is switched target

@@ -8,7 +8,7 @@ RANDOM=$seed
 say "seed $seed"
 
 IFS=';' read -r -a phases <<<"${PHASES:-hold;drain;soft fence;freeze;marker;catch up;compare;arm reverse;read canary;seal;hard fence;open}"
-everything="kill_controller kill_agent_yields kill_agent_takes kill_ssh cut_link stop_controller second_controller stuck_controller lossy_link kill_pg_yields kill_pg_takes kill_gate power_yields power_takes"
+everything="kill_controller kill_agent_yields kill_agent_takes kill_ssh cut_link stop_controller second_controller stuck_controller lossy_link kill_pg_yields kill_pg_takes restart_pg_yields restart_pg_takes kill_gate power_yields power_takes"
 read -r -a faults <<<"${FAULTS:-$everything}"
 
 # Breaks things while a switch or a reverse is at the hook, and mends what does not mend itself. Runs beside it; fails when nothing
@@ -46,6 +46,9 @@ strike() {
     cut_link) hosts link "$world" down ;;
     kill_pg_yields) pg_kill "$2" ;;
     kill_pg_takes) pg_kill "$3" ;;
+    # There again before anybody has asked for it: nothing that was held in its memory is.
+    restart_pg_yields) pg_kill "$2" && pg start "$2" 15 5432 ;;
+    restart_pg_takes) pg_kill "$3" && pg start "$3" 15 5432 ;;
     kill_gate) kill_there "$2" "$(gate_pid "$2")" ;;
     power_yields) hosts power-cut "$world" "$2" ;;
     power_takes) hosts power-cut "$world" "$3" ;;
@@ -60,20 +63,6 @@ second() {
   [ $status -lt 100 ] && [ $status != 70 ] && [ -s "$world/shared/second" ]
 }
 
-settled() { # prints the side that serves when both agents have come to rest
-  rehome status --json 2>/dev/null | python3 -c '
-import json, sys
-s = json.loads(sys.stdin.readline())
-if "missing" in s["source"] or "missing" in s["target"]: sys.exit(1)
-for side in ("source", "target"):
-    a = s[side]
-    if "record" not in a or not a["link"].get("up"): sys.exit(1)
-    if a["attempt"].get("phase") not in ("serving", "closed", "refused", "prepared") or not a["attempt"].get("settled", True): sys.exit(1)
-    g = a.get("gate") or {}
-    if "state" in g and g["state"] not in ("OPEN_LOCAL", "OPEN_PEER"): sys.exit(1)
-if len(sys.argv) > 1 and any(v.get("trouble") or not v.get("following") for v in s["stores"].values()): sys.exit(1)
-print({"source": "old", "target": "new"}[s["serves"]])' "$@"
-}
 # A fault before may have left the shop that takes over with sessions that are dead, one for each of its threads.
 healthy() { # YIELDS TAKES
   local i
@@ -88,15 +77,7 @@ healthy() { # YIELDS TAKES
 }
 
 make_world
-cat >"$world/shared/hook" <<H
-#!/bin/sh
-[ "\$1 \$2" = "\$(cat '$world/shared/hook.at')" ] || exit 0
-[ ! -e '$world/shared/hook.asks' ] || exit 0
-touch '$world/shared/hook.asks'
-i=0
-while [ ! -e '$world/shared/hook.done' ] && [ \$i -lt 2000 ]; do sleep 0.01; i=\$((i+1)); done
-H
-chmod 755 "$world/shared/hook"
+make_hook
 both_sites -- --tables 10 --rows 1000
 MAX_PAUSE=8s DRAIN=5s write_yaml
 rehome -q begin
@@ -110,8 +91,8 @@ one_fault() { # FAULT WHEN PHASE
   n=$((n + 1))
   name=f$n
   healthy "$yields" "$takes"
-  rm -f "$world/shared/hook.asks" "$world/shared/hook.done" "$world/shared/ended"
-  echo "$when $phase" >"$world/shared/hook.at"
+  rm -f "$world/shared/ended"
+  hook_at "$when $phase"
   load "$name" 25 --keep-alive
   probe "$name"
   sleep 0.5
@@ -150,10 +131,16 @@ one_fault() { # FAULT WHEN PHASE
   [ "$serving" = "$yields" ] || sides=$yields:$takes
   # A request may fail only where the service's own server died, or the one whose proxy the clients talk to, which is old's; and
   # afterwards orders must be taken again.
-  case "$fault $takes" in kill_pg_yields* | kill_gate* | power_yields* | "power_takes old") may_fail=1 ;; esac
-  [ "$fault $serving" != "kill_pg_takes $takes" ] || may_fail=1
+  case "$fault $takes" in *_pg_yields* | kill_gate* | power_yields* | "power_takes old") may_fail=1 ;; esac
+  [[ "$fault $serving" != *"_pg_takes $takes" ]] || may_fail=1
   MAY_FAIL=$may_fail judge "$name" "$sides" "$name" -- "${histories[@]}" >"$world/shared/judged" 2>&1 || { cat "$world/shared/out" "$world/shared/judged"; fail "$fault $when $phase"; }
   histories+=("$name")
+  # Whoever held the attempt is gone, and its lease with it; what it takes to serve again comes on top.
+  # The clients' own way to new is the link.
+  case "$fault $yields" in
+    kill_controller* | stop_controller* | second_controller* | "cut_link old" | kill_agent_* | kill_gate*)
+      [ "$serving" != "$yields" ] || [ "$(number longest_wait_ms "$world/shared/$name.verdict")" -lt 6000 ] || { cat "$world/shared/judged"; fail "$fault $when $phase: the lease is 3 s, and a request waited longer than 6"; } ;;
+  esac
   on admin curl -sf -m 5 -o /dev/null http://10.77.0.1/health || fail "$fault $when $phase: the shop does not answer"
   say "ok  $fault $when $phase: $command ended with $status, $serving serves, settled in $((SECONDS - started)) s; $(tr '\n' ' ' <"$world/shared/judged" | tr -s ' ' | cut -c1-110)"
 }

@@ -22,8 +22,11 @@ new_world() {
 say "the target is lost in the fallback window"
 new_world
 load all 20 --keep-alive
-rehome -q begin
-rehome -q switch --when-ready
+# All in one command.
+rehome --json migrate >"$world/shared/out" 2>&1 || { tail -5 "$world/shared/out"; fail "migrate"; }
+grep -q '"kind":"verify"' "$world/shared/out" || fail "migrate compares nothing"
+rehome --json status | grep -q '"phase":"switched"' || fail "migrate does not end with the target serving"
+sql new shop "INSERT INTO probe(side, at_us) VALUES ('new', 1)" >/dev/null
 # The agents sample the lag every five seconds, and tell each other.
 sleep 8
 finish all

@@ -54,7 +54,7 @@ both_sites() {
   site shop old
   # The same account on the new server; its database comes with the move, so the shop is installed and not started.
   site account new 5432
-  on new bash -c 'mkdir -p /var/lib/shop'
+  on new sh -c 'mkdir -p /var/lib/shop; echo target >/var/lib/shop/side'
   hosts enter "$world" old cat /var/lib/shop/start >"$world/shared/start"
   hosts enter "$world" old cat /var/lib/shop/stop >"$world/shared/stop"
   on new sh -c "cp '$world/shared/start' '$world/shared/stop' /var/lib/shop/; chmod 755 /var/lib/shop/start /var/lib/shop/stop"
@@ -128,7 +128,15 @@ finish() { # NAME
     unset "background[$pid]"
     [ $status = 0 ] || { tail -n 3 "$world/shared/$1".*err >&2 || true; fail "$1: a program of the test ended with $status"; }
   done
+  [ ! -e "$world/shared/$1.probes" ] || collect_file_probes "$1"
   unset "running[$1]"
+}
+# What a host that lost its power has forgotten of them is missing; not what the other side wrote down.
+collect_file_probes() { # NAME
+  local h
+  for h in old new; do
+    ! is_on $h || on $h sh -c '[ ! -e /var/log/shop-probes ] || { mv /var/log/shop-probes /var/log/shop-probed; sleep 0.1; cat /var/log/shop-probed; rm /var/log/shop-probed; }' >>"$world/shared/$1.file-probes"
+  done
 }
 # Stops the program with that pid in a host and wakes it after SECONDS; OUTER is the `on HOST` that runs it, which stops with it.
 nap() { # HOST PID SECONDS OUTER
@@ -158,7 +166,11 @@ yaml_from_old() { # YAML
   yaml=$world/shared/from-old.yaml
 }
 
-probe() { # NAME: probe writers on both sides, from admin; their history is in $world/shared/NAME.probes
+# NAME: probe writers on both sides: to the databases from admin, to the files in the service itself; their histories are in
+# $world/shared/NAME.probes and NAME.file-probes
+probe() {
+  local h
+  for h in old new; do on $h install -D -o www-data -g www-data /dev/null /var/log/shop-probes; done
   # A host without power answers nothing: the probe's connection to it must end all the same.
   local quick="keepalives_idle=1 keepalives_interval=1 keepalives_count=3 tcp_user_timeout=4000"
   on admin "$bin/rehome-probe" --source "$(site conninfo old 5432) $quick" --target "$(site conninfo new 5432) $quick" --every-ms 20 \
@@ -166,10 +178,48 @@ probe() { # NAME: probe writers on both sides, from admin; their history is in $
   spawned "$1"
 }
 
+# Stops a command before or after a phase: `REHOME_FAULT_HOOK=$world/shared/hook rehome ...` waits there until shared/hook.done.
+make_hook() {
+  cat >"$world/shared/hook" <<H
+#!/bin/sh
+[ "\$1 \$2" = "\$(cat '$world/shared/hook.at')" ] || exit 0
+[ ! -e '$world/shared/hook.asks' ] || exit 0
+touch '$world/shared/hook.asks'
+i=0
+while [ ! -e '$world/shared/hook.done' ] && [ \$i -lt 2000 ]; do sleep 0.01; i=\$((i+1)); done
+H
+  chmod 755 "$world/shared/hook"
+}
+hook_at() { # "before|after PHASE": once
+  rm -f "$world/shared/hook.asks" "$world/shared/hook.done"
+  echo "$1" >"$world/shared/hook.at"
+}
+hook_asks() { # within 60 s
+  local i
+  for i in $(seq 6000); do [ ! -e "$world/shared/hook.asks" ] || return 0; sleep 0.01; done
+  return 1
+}
+number() { python3 -c 'import json, sys; print(round(json.load(open(sys.argv[2]))[sys.argv[1]]))' "$@"; } # KEY JSON-FILE
+
+settled() { # prints the side that serves when both agents have come to rest
+  rehome status --json 2>/dev/null | python3 -c '
+import json, sys
+s = json.loads(sys.stdin.readline())
+if "missing" in s["source"] or "missing" in s["target"]: sys.exit(1)
+for side in ("source", "target"):
+    a = s[side]
+    if "record" not in a or not a["link"].get("up"): sys.exit(1)
+    if a["attempt"].get("phase") not in ("serving", "closed", "refused", "prepared") or not a["attempt"].get("settled", True): sys.exit(1)
+    g = a.get("gate") or {}
+    if "state" in g and g["state"] not in ("OPEN_LOCAL", "OPEN_PEER"): sys.exit(1)
+if len(sys.argv) > 1 and any(v.get("trouble") or not v.get("following") for v in s["stores"].values()): sys.exit(1)
+print({"source": "old", "target": "new"}[s["serves"]])' "$@"
+}
+
 # judge NAME HOST [history names... [-- names of histories of before]]: the verdict on what the clients were told, when HOST serves.
 # HOST is old:new where old served first, and new took over. Some orders must have been acknowledged (AT_LEAST, 20), and none have
 # failed (but with MAY_FAIL): clients wait instead. The probes of that name are judged with it.
-judge() {
+judge() { 
   local name=$1 first=${2%:*} host=${2#*:} args=() h other=old which=--history
   shift 2
   for h in "$@"; do
@@ -183,7 +233,7 @@ judge() {
     [ "$first" = "$host" ] || sequences_ahead "$host" "$first"
   fi
   if [ -e "$world/shared/$name.probes" ]; then
-    args+=(--probes "$world/shared/$name.probes" --sides)
+    args+=(--probes "$world/shared/$name.probes" --file-probes "$world/shared/$name.file-probes" --sides)
     for h in $(printf '%s\n' "$first" "$host" | uniq); do args+=("$([ "$h" = old ] && echo source || echo target)"); done
   fi
   [ -n "${MAY_FAIL:-}" ] || args+=(--none-failed)

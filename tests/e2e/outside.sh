@@ -5,7 +5,7 @@
 seed=${SEED:-$RANDOM}
 RANDOM=$seed
 say "seed $seed"
-everything="kill_controller stop_controller kill_agent_source kill_agent_target cut_link kill_pg_source kill_pg_target power_source power_target"
+everything="kill_controller stop_controller kill_agent_source kill_agent_target kill_ssh cut_link lossy_link kill_pg_source kill_pg_target power_source power_target"
 read -r -a faults <<<"${FAULTS:-$everything}"
 read -r -a steps <<<"${STEPS:-copy follow complete}"
 pairs=()
@@ -24,6 +24,9 @@ strike() { # FAULT: fails when there was nothing to break
     stop_controller) nap new "$(cat "$world/shared/controller.pid")" 4 "$command_pid" ;;
     kill_agent_source) kill_there old "$(agent_pid old)" ;;
     kill_agent_target) kill_there new "$(agent_pid new)" ;;
+    # The link between the agents, and the controller's way to the source.
+    kill_ssh) on new sh -c 'pids=$(pgrep -x ssh) && kill -9 $pids' ;;
+    lossy_link) hosts wire "$world" 30 5 0 && sleep 8 && hosts wire "$world" off ;;
     cut_link) hosts link "$world" down && sleep 6 && hosts link "$world" up ;;
     kill_pg_source) pg_kill old && sleep 1 && pg start old 15 5432 ;;
     kill_pg_target) pg_kill new && sleep 1 && pg start new 15 5432 ;;

@@ -19,10 +19,10 @@ on new bash -c 'set -e
   mkdir -p /var/lib/postgresql; mount -t tmpfs -o size=110m,mode=755 tmpfs /var/lib/postgresql; chown postgres /var/lib/postgresql
   mkdir -p /srv/small; mount -t tmpfs -o size=4m,nr_inodes=5 tmpfs /srv/small
   # A file system without extended attributes and ACLs, one that is read-only, a file where a directory shall be.
-  mkdir -p /srv/bare /srv/sealed; mount -t ramfs ramfs /srv/bare; mount --bind -o ro /srv/sealed /srv/sealed; touch /srv/file
+  mkdir -p /srv/bare /srv/sealed; mount -t ramfs ramfs /srv/bare; mount --bind -o ro /srv/sealed /srv/sealed; touch /srv/file; mkdir /srv/letters; touch /srv/letters/one
   mount --bind /dev/null /usr/bin/rsync'
 
-pg init old 15 5432 max_prepared_transactions=4 max_connections=20 max_locks_per_transaction=10 \
+pg init old 15 5432 cron.database_name=bad max_prepared_transactions=4 max_connections=20 max_locks_per_transaction=10 \
   autovacuum_freeze_max_age=100000 autovacuum_naptime=1 autovacuum_vacuum_cost_delay=100 autovacuum_vacuum_cost_limit=1 \
   autovacuum_analyze_threshold=1000000000 autovacuum_vacuum_threshold=1000000000 autovacuum_vacuum_insert_threshold=-1 &
 servers=$!
@@ -45,6 +45,7 @@ sql old bad "
   SELECT lo_create(4711);
   INSERT INTO pg_extension(oid, extname, extowner, extnamespace, extrelocatable, extversion) VALUES
     (900001, 'pg_cron', 10, 'public'::regnamespace, false, '1.6'), (900002, 'nosuch', 10, 'public'::regnamespace, false, '1.0');
+  CREATE SCHEMA cron; CREATE TABLE cron.job(jobid int PRIMARY KEY, database text, active boolean); INSERT INTO cron.job VALUES (1, 'bad', true);
   CREATE ROLE weak LOGIN PASSWORD 'weak'" >/dev/null
 sql old bad "SELECT pg_create_logical_replication_slot('others', 'pgoutput')" >/dev/null
 sql old bad "CREATE SUBSCRIPTION inbound CONNECTION 'host=127.0.0.1 port=1 dbname=none' PUBLICATION none WITH (connect = false)" >/dev/null 2>&1
@@ -59,7 +60,7 @@ sql old bad "DO \$\$ BEGIN FOR i IN 1..101000 LOOP BEGIN INSERT INTO t2 VALUES (
 pg psql old 5432 -q -d bad -c "BEGIN; INSERT INTO t1 VALUES (1); PREPARE TRANSACTION 'left over'" >/dev/null
 sql new postgres "CREATE ROLE weak LOGIN PASSWORD 'weak'" >/dev/null
 sql new postgres "CREATE DATABASE bad TEMPLATE template0 ENCODING 'LATIN1' LOCALE 'C'" >/dev/null
-sql new bad "CREATE TABLE mine(a int);
+sql new bad "CREATE TABLE mine(a int); CREATE SCHEMA cron; CREATE TABLE cron.job(jobid int PRIMARY KEY, database text, active boolean); INSERT INTO cron.job VALUES (1, 'bad', true);
   INSERT INTO pg_extension(oid, extname, extowner, extnamespace, extrelocatable, extversion) VALUES (900001, 'pg_cron', 10, 'public'::regnamespace, false, '1.6')" >/dev/null
 
 on old bash -c 'set -e
@@ -118,7 +119,7 @@ yaml=$world/shared/rehome.yaml
 cat >"$yaml" <<'E'
 name: bad
 source: {ssh: root@old, boot: none}
-target: {local: true, boot: none, psql: /usr/bin/no-psql}
+target: {local: true, boot: none, psql: /usr/bin/no-psql, state: /srv/letters}
 link: {from: target, to: root@old}
 stores:
   - name: db
@@ -152,7 +153,7 @@ error${T}postgres.max_replication_slots${T}target.*is 1${T}ALTER SYSTEM SET max_
 error${T}postgres.max_wal_senders${T}target.*is 0${T}ALTER SYSTEM SET max_wal_senders
 error${T}postgres.max_logical_replication_workers${T}target${T}ALTER SYSTEM SET max_logical
 error${T}postgres.max_worker_processes${T}target${T}ALTER SYSTEM SET max_worker
-error${T}postgres.max_locks_per_transaction${T}source: database bad${T}max_locks_per_transaction = [0-9]+, then restart
+error${T}postgres.max_locks_per_transaction${T}source${T}max_locks_per_transaction = [0-9]+, then restart
 error${T}postgres.prepared${T}source.*left over${T}ROLLBACK PREPARED
 warning${T}postgres.wraparound${T}source: an anti-wraparound autovacuum runs${T}wait for its end
 warning${T}postgres.wraparound${T}source: database bad.*due.*public.big${T}VACUUM .FREEZE.
@@ -165,8 +166,8 @@ error${T}postgres.replica_triggers${T}database bad.*public.t3: other${T}ALTER TA
 error${T}postgres.all_tables${T}database bad.*publication everything, slot others${T}its tables by name
 warning${T}postgres.foreign_slots${T}database bad.*others${T}target
 error${T}postgres.subscriptions${T}database bad.*inbound${T}DISABLE
-warning${T}postgres.pg_cron${T}source: database bad.*pg_cron${T}disable
-warning${T}postgres.pg_cron${T}target.*pg_cron${T}disable
+warning${T}postgres.pg_cron${T}source: database bad.*pg_cron${T}cron.unschedule
+warning${T}postgres.pg_cron${T}target.*pg_cron${T}cron.unschedule
 note${T}postgres.foreign_tables${T}database bad.*far${T}
 error${T}postgres.extension${T}target.*nosuch${T}install
 error${T}postgres.collation${T}target.*locale xx_XX.UTF-8 of database bad${T}locale-gen
@@ -191,6 +192,8 @@ error${T}files.rsync${T}target${T}install
 error${T}agent.supervisor${T}source${T}boot: to cron
 error${T}agent.supervisor${T}target${T}directory:
 error${T}traffic.port_in_use${T}target: traffic web.*127.0.0.1:8100.*python3${T}another port
+error${T}traffic.application${T}source.*traffic web.*127.0.0.1:8000${T}start the application
+error${T}site.state${T}target: state /srv/letters.*: one${T}empty, or not there
 E
 grep -q other.service "$world/shared/findings" && fail "a unit that only has a similar word was named"
 
@@ -201,7 +204,7 @@ on new bash -c 'echo "upstream lone { server 127.0.0.1:8500; } server { listen 1
 cat >"$yaml" <<'E'
 name: bad
 source: {ssh: plain@old, boot: systemd}
-target: {local: true, boot: "directory:/var/lib/boot.d"}
+target: {local: true, boot: "directory:/no/boot.d"}
 link: {from: target, to: nobody@old}
 stores:
   - name: db
@@ -222,6 +225,8 @@ traffic:
     gate: {take: unix_socket, listen: "unix:/srv/gate.sock", application: "unix:/srv/app.sock"}
   - name: far
     gate: {take: unix_socket, listen: "unix:/srv/data/inner/gate.sock", application: "unix:/srv/data/app.sock"}
+  - name: strange
+    gate: {listen: "192.0.2.1:8100", application: "127.0.0.1:8000"}
   - name: same
     gate: {listen: "127.0.0.1:8400", application: "0.0.0.0:8400"}
   - name: lone
@@ -233,6 +238,8 @@ WEAK=weak checked 4
 found "$world/shared/findings" <<E
 error${T}link.ssh${T}target to nobody@old${T}key
 error${T}agent.supervisor${T}source.*cannot write into /etc/systemd/system${T}boot: to cron
+error${T}agent.supervisor${T}target.*there is no directory /no/boot.d${T}at boot
+error${T}traffic.port${T}target: traffic strange.*192.0.2.1:8100${T}no interface
 error${T}service.rights${T}source: service app.*another account${T}root, or that account
 error${T}traffic.port_rights${T}source: traffic low.*127.0.0.1:81${T}port from 1024
 error${T}unix_socket.rights${T}source.*traffic socket.*/srv/app.sock${T}root

@@ -122,6 +122,9 @@ sed 's/root@old/plain@old/' "$yaml" >"$world/shared/plain.yaml"
 for id in service.rights agent.supervisor; do
   grep -q "\"id\":\"$id\",.*\"message\":\"this account cannot write into /etc/systemd/system" "$world/shared/plain" || { cat "$world/shared/plain"; fail "check does not say $id"; }
 done
+sed 's/^source: {/source: {boot: cron, /' "$yaml" >"$world/shared/cron.yaml"
+(yaml=$world/shared/cron.yaml; rehome --json check) >"$world/shared/cron" 2>&1 || true
+grep -q '"id":"agent.order"' "$world/shared/cron" || { cat "$world/shared/cron"; fail "check does not say that the units start before the agent"; }
 on old bash -c 'umount /etc/passwd; rm -r /var/lib/plain'
 load all 25 --keep-alive
 probe first
@@ -183,8 +186,19 @@ not_started old
 finish first
 MAY_FAIL=1 judge first old:new all
 
-say "reversed"
+say "reversed, since the application crashes on new whenever it is started"
+on new sh -c 'cat >/etc/systemd/system/shop.service.d/60-broken.conf; systemctl daemon-reload; kill -9 "$(cat /run/shop/pid)"' <<'U'
+[Unit]
+StartLimitIntervalSec=0
+[Service]
+ExecStart=
+ExecStart=/bin/false
+Restart=always
+RestartSec=100ms
+U
+sleep 1
 rehome -q reverse
+on new sh -c 'rm /etc/systemd/system/shop.service.d/60-broken.conf; systemctl daemon-reload'
 settled old
 serves old
 not_started new

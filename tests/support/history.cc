@@ -43,13 +43,14 @@ void judge_order(const std::string& key, bool acknowledged, const Stored& servin
   if (!twice.empty()) ++v.doubled, say("doubled", twice);
 }
 
-// What the databases themselves said to writers that go past the gate.
+// What the stores of one `kind` themselves said to writers that go past the gate.
 template <class Unmet>
-void judge_probes(const Told& told, const Stored& serving, Verdict& v, const Unmet& unmet) {
-  const std::string& last = told.sides.back();
+void judge_probes(const std::string& kind, const std::vector<std::string>& sides, const std::vector<ProbeSeen>& probes,
+                  const std::map<std::pair<std::string, std::int64_t>, std::int64_t>& held, Verdict& v, const Unmet& unmet) {
+  const std::string& last = sides.back();
   auto taken = [](const ProbeSeen& p) { return p.outcome == ProbeOutcome::accepted || p.outcome == ProbeOutcome::found; };
   std::optional<std::int64_t> handed_over;  // by when the last side had taken its first write
-  for (auto& p : told.probes)
+  for (auto& p : probes)
     if (p.side == last && taken(p)) handed_over = std::min(handed_over.value_or(p.end_us), p.end_us);
   // Two of a side may have begun in the same microsecond: then they share their rows.
   struct Rows {
@@ -57,11 +58,11 @@ void judge_probes(const Told& told, const Stored& serving, Verdict& v, const Unm
   };
   std::map<std::pair<std::string, std::int64_t>, Rows> expected;
   std::map<std::string, std::int64_t> accepted;
-  for (auto& p : told.probes) {
-    if (p.side != last && taken(p) && (told.sides.size() < 2 || (handed_over && p.start_us > *handed_over))) {
+  for (auto& p : probes) {
+    if (p.side != last && taken(p) && (sides.size() < 2 || (handed_over && p.start_us > *handed_over))) {
       ++v.both_accepting;
-      v.findings.push_back("both accepting: " + p.side + " took a write" +
-                           (told.sides.size() < 2 ? ", and never served"
+      v.findings.push_back("both accepting: " + p.side + " took a " + kind + " write" +
+                           (sides.size() < 2 ? ", and never served"
                                                   : " " + std::to_string((p.start_us - *handed_over) / 1000) +
                                                         " ms after the other side's first"));
       continue;
@@ -71,15 +72,15 @@ void judge_probes(const Told& told, const Stored& serving, Verdict& v, const Unm
     if (p.outcome != ProbeOutcome::refused) ++rows.most;
   }
   for (auto& [probe, rows] : expected) {
-    auto it = serving.probes.find(probe);
-    const std::int64_t n = it == serving.probes.end() ? 0 : it->second;
+    auto it = held.find(probe);
+    const std::int64_t n = it == held.end() ? 0 : it->second;
     if (n >= rows.least && n <= rows.most) continue;
     (n < rows.least ? v.lost : v.doubled) += n < rows.least ? rows.least - n : n - rows.most;
-    v.findings.push_back((n < rows.least ? "lost: " : "doubled: ") + probe.first + "'s direct write of " +
+    v.findings.push_back((n < rows.least ? "lost: " : "doubled: ") + probe.first + "'s direct " + kind + " write of " +
                          std::to_string(probe.second) + " is there " + std::to_string(n) + " times");
   }
-  for (auto& side : told.sides)
-    if (accepted[side] == 0) unmet("the " + side + " accepted no direct write");
+  for (auto& side : sides)
+    if (accepted[side] == 0) unmet("the " + side + " accepted no direct " + kind + " write");
 }
 
 }  // namespace
@@ -141,7 +142,9 @@ Verdict judge(const Told& told, const Stored& serving, const std::optional<Store
     v.findings.push_back((serving.booked < serving.sold ? "lost" : "doubled") + std::string(": stock is booked for ") +
                          std::to_string(serving.booked) + ", the lines say " + std::to_string(serving.sold));
   }
-  if (!told.sides.empty()) judge_probes(told, serving, v, unmet);
+  if (told.sides.empty()) return v;
+  judge_probes("database", told.sides, told.probes, serving.probes, v, unmet);
+  if (!told.file_probes.empty()) judge_probes("file", told.sides, told.file_probes, serving.file_probes, v, unmet);
   return v;
 }
 

@@ -48,6 +48,7 @@ struct Stored {
   std::map<std::string, OrderStored> orders;
   std::map<std::string, std::int64_t> receipts;  // key to the order number inside; -1 for an unreadable one
   std::map<std::pair<std::string, std::int64_t>, std::int64_t> probes;  // side and start of a probe to its rows
+  std::map<std::pair<std::string, std::int64_t>, std::int64_t> file_probes;  // the same, of lines in the tree
   std::int64_t sold = 0;    // quantities in the lines of orders that came in over HTTP
   std::int64_t booked = 0;  // what the products' stock is short of its start
 };
@@ -65,7 +66,7 @@ struct Verdict {
 struct Told {
   std::vector<OrderSeen> orders;
   std::vector<OrderSeen> earlier;  // must be there as well; how long they waited, and whether they failed, was judged before
-  std::vector<ProbeSeen> probes;
+  std::vector<ProbeSeen> probes, file_probes;  // of the databases, and of the trees
   std::vector<std::string> sides;  // who served while the probes ran: one side, or first the one and then the other
   std::int64_t at_least = 0;       // acknowledged orders
   bool none_failed = false;

@@ -60,6 +60,12 @@ Stored read_side(Session& db, const std::string& files, const std::vector<OrderS
     s.probes[{value(probes, i, 0), std::stoll(value(probes, i, 1))}] = std::stoll(value(probes, i, 2));
   db.commit();
   if (files.empty()) return s;
+  for (const char* side : {"source", "target"}) {
+    const std::string path = files + "/probe/" + side;
+    if (!exists(path)) continue;
+    for (const auto& line : split(read_file(path), '\n'))
+      if (!line.empty()) ++s.file_probes[{side, std::stoll(line)}];
+  }
   for (auto& o : orders) {
     const std::string path = receipt_path(files, o.key);
     if (!exists(path)) continue;
@@ -82,7 +88,7 @@ void settle_probes(std::vector<ProbeSeen>& probes, bool of_last, const std::stri
 
 int run_check(int argc, char** argv) {
   Options o(argc, argv,
-            {"history", "earlier", "probes", "serving", "files", "sides", "other", "other-files", "json", "findings", "at-least"},
+            {"history", "earlier", "probes", "file-probes", "serving", "files", "sides", "other", "other-files", "json", "findings", "at-least"},
             {"none-failed"});
   Told told;
   told.sides = o.all("sides");
@@ -97,6 +103,8 @@ int run_check(int argc, char** argv) {
   told.orders = read_lines(o.all("history"), parse_order);
   told.earlier = read_lines(o.all("earlier"), parse_order);
   told.probes = read_lines(o.all("probes"), parse_probe);
+  told.file_probes = read_lines(o.all("file-probes"), parse_probe);
+  if (o.has("file-probes") && told.file_probes.empty()) throw Error(Code::usage, "no probe has written into the files: nothing is shown");
   auto orders = told.earlier;
   orders.insert(orders.end(), told.orders.begin(), told.orders.end());
   Session serving(o.need("serving"));

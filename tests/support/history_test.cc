@@ -153,6 +153,25 @@ TEST(History, AWriteAfterTheHandoverIsFound) {
   EXPECT_EQ(judge({.probes = {first, later, probe("source", 50, 60)}, .sides = {"target", "source"}}, Stored()).both_accepting, 2);
 }
 
+// Each kind of store has its own first write, and its own rows or lines.
+TEST(History, FilesAreJudgedBesideTheDatabases) {
+  const std::vector<ProbeSeen> rows = {probe("source", 10, 20), probe("target", 100, 110)};
+  auto with = [&](std::vector<ProbeSeen> lines) {
+    Stored held = holding(rows);
+    held.file_probes = holding(lines).probes;
+    return judge({.probes = rows, .file_probes = lines, .sides = {"source", "target"}}, held);
+  };
+  EXPECT_TRUE(with({probe("source", 120, 125), probe("target", 130, 140)}).clean());
+  EXPECT_EQ(with({probe("source", 50, 60), probe("target", 100, 110), probe("source", 120, 125)}).both_accepting, 1);
+  EXPECT_EQ(with({probe("source", 50, 60), probe("target", 0, 1, ProbeOutcome::refused)}).unmet, 1);
+  Stored held = holding(rows);
+  const std::vector<ProbeSeen> lines = {probe("source", 50, 60), probe("target", 100, 110)};
+  held.file_probes = {{{"source", 50}, 2}};
+  const Verdict v = judge({.probes = rows, .file_probes = lines, .sides = {"source", "target"}}, held);
+  EXPECT_EQ(v.doubled, 1);
+  EXPECT_EQ(v.lost, 1);
+}
+
 TEST(History, ASideThatNeverServedTakesNothing) {
   const ProbeSeen ours = probe("source", 100, 110);
   auto with = [&](ProbeSeen other) { return judge({.probes = {ours, other}, .sides = {"source"}}, holding({ours})); };

@@ -302,9 +302,40 @@ class Shop {
   Ticks last_complaint_ = -1'000'000'000;
 };
 
+// While `log` exists: appends to the side's own file in the tree, over and over, and writes down what came of it. It is frozen, closed
+// out and moved with the service, as its receipts are; what two sides have written down shows whether both could write at once.
+void probe_files(const std::string& files, const std::string& side, const std::string& log, const std::atomic<bool>& stop) {
+  for (; !stop; system_clock().sleep(Millis(20))) {
+    Fd out(::open(log.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC));
+    if (!out) continue;
+    const std::int64_t start = system_clock().now() / 1000;
+    Json line = {{"side", side}, {"start_us", start}};
+    std::string outcome = "refused";
+    try {
+      make_directories(files + "/probe", 0755);
+      const std::string path = files + "/probe/" + side;
+      Fd fd(::open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644));
+      if (!fd) throw errno_error(errno, "open", path);
+      outcome = "unknown";
+      write_all(fd.get(), "\n" + std::to_string(start) + "\n", path);  // a full disk may have left half a line
+      if (::fdatasync(fd.get()) != 0) throw errno_error(errno, "fsync", path);
+      outcome = "accepted";
+    } catch (const Error& e) {
+      line["reason"] = e.message;
+    }
+    line["end_us"] = system_clock().now() / 1000;
+    line["outcome"] = outcome;
+    try {
+      write_all(out.get(), dump_line(line) + "\n", log);
+    } catch (const Error& e) {
+      std::fprintf(stderr, "rehome-shop: %s\n", e.what());
+    }
+  }
+}
+
 int run_shop(int argc, char** argv) {
   Options o(argc, argv,
-            {"listen", "db", "files", "threads", "pid-file", "tables", "rows", "large-objects"},
+            {"listen", "db", "files", "threads", "pid-file", "tables", "rows", "large-objects", "probe-side", "probe-log"},
             {"init", "unlogged", "keyless"});
   if (o.has("init")) {
     Session db(o.need("db"));
@@ -333,8 +364,13 @@ int run_shop(int argc, char** argv) {
   if (o.has("pid-file")) write_durably(o.need("pid-file"), std::to_string(::getpid()) + "\n", 0644);
   std::printf("listening on %s\n", where.text().c_str());
   std::fflush(stdout);
+  std::atomic<bool> stop{false};
+  std::jthread prober;
+  if (o.has("probe-side"))
+    prober = std::jthread([&stop, files, side = o.need("probe-side"), log = o.need("probe-log")] { probe_files(files, side, log, stop); });
   int signal = 0;
   ::sigwait(&signals, &signal);
+  stop = true;
   shop.stop();
   if (o.has("pid-file")) ::unlink(o.need("pid-file").c_str());
   return 0;

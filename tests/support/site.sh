@@ -47,13 +47,15 @@ E
     listen=${1:-127.0.0.1:8000}
     enter bash -s <<E
 set -e
+[ -e /var/lib/shop/side ] || echo source >/var/lib/shop/side
 cat >/var/lib/shop/start <<'S'
 #!/bin/sh
 install -d -o www-data -g www-data /run/shop
 [ ! -e /run/shop/pid ] || ! kill -0 "\$(cat /run/shop/pid)" 2>/dev/null || exit 0
 rm -f /run/shop/pid
 setsid runuser -u www-data -- "$bin/rehome-shop" --listen $listen --db "\$(cat /var/lib/shop/conninfo)" \\
-  --files /srv/shop --threads 16 --pid-file /run/shop/pid </dev/null >>/var/log/shop.log 2>&1 &
+  --files /srv/shop --threads 16 --pid-file /run/shop/pid \\
+  --probe-side \$(cat /var/lib/shop/side) --probe-log /var/log/shop-probes </dev/null >>/var/log/shop.log 2>&1 &
 for i in \$(seq 200); do [ ! -s /run/shop/pid ] || exit 0; sleep 0.05; done
 echo "the shop did not start: \$(tail -1 /var/log/shop.log)" >&2
 exit 1
@@ -78,7 +80,7 @@ cat >/etc/nginx/nginx.conf <<'N'
 user www-data;
 worker_processes 1;
 pid /run/nginx.pid;
-error_log /var/log/nginx/error.log;
+error_log /var/log/nginx/error.log notice;
 events { worker_connections 4096; }
 http {
   access_log /var/log/nginx/access.log;

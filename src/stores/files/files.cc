@@ -52,6 +52,12 @@ class FilesCut : public Cut {
  private:
   void require_clean(Deadline deadline) {
     Json s = yields_.call("files.status", store_.named(), deadline);
+    // It may be a file outside, of several names, that somebody else writes: whether one of them is here takes a look at all names.
+    for (int again = 0; get_int(s, "dirty") > 0 && again < 5; again++) {
+      Json settle = store_.named();
+      settle["settle"] = true;
+      s = yields_.call("files.status", settle, deadline);
+    }
     if (get_string(s, "state") == "waiting" || get_string(s, "state") == "none")
       throw Error(Code::verify, "store " + store_.name() + " is not followed now: " + get_string(s, "trouble", "its agent does not know it"),
                   "see status, then switch again", true);
@@ -96,7 +102,7 @@ Action ask_agent(Site& site, const std::string& name, const Json& request, const
 
 }  // namespace
 
-FilesStore::FilesStore(const StoreConfig& config, const Deployment& deployment) : config_(config), limits_(deployment.limits) {}
+FilesStore::FilesStore(const StoreConfig& config, const Deployment& deployment) : config_(config), limits_(deployment.limits), bandwidth_(deployment.store_bandwidth()) {}
 
 std::unique_ptr<Store> make_files_store(const StoreConfig& config, const Deployment& deployment) {
   return std::make_unique<FilesStore>(config, deployment);
@@ -145,7 +151,7 @@ void FilesStore::prepare(StoreContext& c) {
 
 void FilesStore::copy(StoreContext& c) {
   Json args = named();
-  args["bwlimit"] = limits_.bandwidth;
+  args["bwlimit"] = bandwidth_;
   c.source.call("files.copy", args);
   while (true) {
     if (c.cancelled) throw Error(Code::interrupted, "the copy of " + name() + " goes on without us", "rehome resume waits for it");
@@ -166,16 +172,19 @@ void FilesStore::copy(StoreContext& c) {
 void FilesStore::follow(StoreContext& c) {
   Json args = named();
   args["interval_ms"] = follow_interval.count();
-  args["bwlimit"] = limits_.bandwidth;
+  args["bwlimit"] = bandwidth_;
   c.source.call("files.follow", args);
 }
 
 FollowStatus FilesStore::follow_status(StoreContext& c) {
   Json s = status(c, tracking_side(c));
   FollowStatus f;
-  f.following = get_bool(s, "following", false) && get_bool(s, "copied", false);
+  // After its agent was started again a tree is read as a whole before it follows as before.
+  f.coming = get_bool(s, "following", false) && !get_bool(s, "copied", false);
+  f.following = get_bool(s, "following", false) && !f.coming;
   f.detail = s;
   f.trouble = get_string(s, "trouble", "");
+  if (f.coming && f.trouble.empty()) f.trouble = "its whole tree is read again since its agent was started again";
   if (f.trouble.empty() && get_string(s, "state") == "rescan" && get_bool(s, "tracking", false))
     f.trouble = "the whole tree is read again: " + get_string(s, "reason", "");
   // What the last pass took is what the next one will take; without a watch that is a reading of the whole tree.
@@ -238,7 +247,7 @@ ActionSets FilesStore::actions(StoreContext& c, Direction d) {
   status["op"] = "files.status";
   follow["op"] = "files.follow";
   follow["interval_ms"] = follow_interval.count();
-  follow["bwlimit"] = limits_.bandwidth;
+  follow["bwlimit"] = bandwidth_;
   untrack["op"] = "files.untrack";
   close["op"] = "files.close";
   close["best_effort"] = true;

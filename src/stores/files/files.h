@@ -51,6 +51,7 @@ class FilesStore : public Store {
   void take_down(StoreContext&, Side side);
   const StoreConfig config_;
   const Limits limits_;
+  const std::int64_t bandwidth_;   // this store's part of limits.bandwidth
   std::int64_t bytes_ = 0;   // of the source's tree, as preflight counted it: what a copy's progress is measured by
 };
 

@@ -140,7 +140,7 @@ Estimate FilesStore::estimate(StoreContext& c) {
   Estimate e;
   e.bytes = get_int(p, "bytes");
   e.objects = get_int(p, "files");
-  std::int64_t rate = limits_.bandwidth > 0 ? std::min(limits_.bandwidth, bytes_per_second) : bytes_per_second;
+  std::int64_t rate = bandwidth_ > 0 ? std::min(bandwidth_, bytes_per_second) : bytes_per_second;
   e.copy = Millis(1000 * (e.bytes / rate + e.objects / files_per_second));
   e.reasons.push_back(std::to_string(e.objects) + " files and directories, " + human_bytes(e.bytes) + ", by rsync");
   std::string obstacle = get_string(p, "watch_obstacle", "");

@@ -38,7 +38,7 @@ std::vector<Part> parts(int major, bool roles) {
   add("column defaults", 4, "d.adrelid, d.adnum, d.adbin", "pg_attrdef d" + relation + "c.oid = d.adrelid");
   add("sequences", 2, "q.*", "pg_sequence q" + relation + "c.oid = q.seqrelid");
   add("triggers", 3, "t.tgrelid, t.tgname, t.tgfoid, t.tgtype, t.tgenabled, t.tgdeferrable, t.tginitdeferred, t.tgnargs, t.tgattr, t.tgargs, t.tgqual, t.tgoldtable, t.tgnewtable",
-      "pg_trigger t WHERE NOT t.tgisinternal AND t.tgname NOT IN ('rehome_fence', 'rehome_fence_t')");
+      "pg_trigger t" + relation + "c.oid = t.tgrelid AND NOT t.tgisinternal AND t.tgname NOT IN ('rehome_fence', 'rehome_fence_t')");
   add("functions", 2, std::string("p.oid, p.proname, p.pronamespace, p.proowner, p.prolang, p.procost, p.prorows, p.provariadic, p.prosupport, p.prokind, p.prosecdef, p.proleakproof, p.proisstrict, p.proretset, p.provolatile, p.proparallel, "
       "p.prorettype, p.proargtypes, p.proallargtypes, p.proargmodes, p.proargnames, p.proargdefaults, p.protrftypes, p.prosrc, p.probin, p.proconfig, p.proacl") + (major >= 14 ? ", p.prosqlbody" : ""),
       "pg_proc p WHERE p.oid" OURS " AND p.pronamespace" + space);
@@ -47,16 +47,16 @@ std::vector<Part> parts(int major, bool roles) {
       "pg_type y WHERE y.oid" OURS " AND y.typrelid = 0 AND NOT (y.typelem <> 0 AND y.typlen = -1) AND y.typnamespace" + space);
   add("enums", 1, "e.enumtypid, e.enumsortorder, e.enumlabel", "pg_enum e");
   add("ranges", 1, "r.rngtypid, r.rngsubtype, r.rngcollation, r.rngsubopc, r.rngcanonical, r.rngsubdiff", "pg_range r WHERE r.rngtypid" OURS);
-  add("views and rules", 2, "r.rulename, r.ev_class, r.ev_type, r.ev_enabled, r.is_instead, r.ev_qual, r.ev_action", "pg_rewrite r WHERE r.oid" OURS);
-  add("policies", 1, "p.polname, p.polrelid, p.polcmd, p.polpermissive, p.polroles, p.polqual, p.polwithcheck", "pg_policy p");
+  add("views and rules", 2, "r.rulename, r.ev_class, r.ev_type, r.ev_enabled, r.is_instead, r.ev_qual, r.ev_action", "pg_rewrite r" + relation + "c.oid = r.ev_class");
+  add("policies", 1, "p.polname, p.polrelid, p.polcmd, p.polpermissive, p.polroles, p.polqual, p.polwithcheck", "pg_policy p" + relation + "c.oid = p.polrelid");
   add("inheritance", 1, "h.inhrelid, h.inhparent, h.inhseqno", "pg_inherits h" + relation + "c.oid = h.inhrelid");
-  add("partitioning", 1, "p.partrelid, p.partstrat, p.partattrs, p.partclass, p.partcollation, p.partexprs", "pg_partitioned_table p");
+  add("partitioning", 1, "p.partrelid, p.partstrat, p.partattrs, p.partclass, p.partcollation, p.partexprs", "pg_partitioned_table p" + relation + "c.oid = p.partrelid");
   add("schemas", 1, "n.oid, n.nspname, n.nspowner, n.nspacl", "pg_namespace n WHERE n.oid" + space);
   add("extensions", 1, "x.oid, x.extname, x.extowner, x.extnamespace, x.extversion, x.extcondition", "pg_extension x");
   add("default rights", 1, "d.defaclrole, d.defaclnamespace, d.defaclobjtype, d.defaclacl", "pg_default_acl d");
   add("event triggers", 1, "e.evtname, e.evtevent, e.evtowner, e.evtfoid, e.evtenabled, e.evttags", "pg_event_trigger e WHERE e.evtname NOT LIKE 'rehome\\_%'");
-  add("extended statistics", 1, "s.stxrelid, s.stxname, s.stxnamespace, s.stxowner, s.stxkeys, s.stxkind", "pg_statistic_ext s");
-  add("comments", 2, "d.classoid, d.objsubid, d.description", "pg_description d WHERE d.objoid" OURS);
+  add("extended statistics", 1, "s.stxrelid, s.stxname, s.stxnamespace, s.stxowner, s.stxkeys, s.stxkind", "pg_statistic_ext s" + relation + "c.oid = s.stxrelid");
+  add("comments", 2, "d.classoid, d.objsubid, d.description", "pg_description d WHERE d.objoid" OURS " AND NOT (d.classoid = 'pg_class'::regclass AND EXISTS (SELECT 1 FROM pg_class c WHERE c.oid = d.objoid AND c.relpersistence = 't'))");
   add("security labels", 1, "l.classoid, l.objsubid, l.provider, l.label", "pg_seclabel l WHERE l.objoid" OURS);
   // What few have: whole rows.
   for (const char* rare : {"pg_cast", "pg_operator", "pg_opclass", "pg_opfamily", "pg_amop", "pg_amproc", "pg_collation", "pg_conversion", "pg_transform", "pg_language", "pg_am",
@@ -156,6 +156,18 @@ std::vector<TriggerObstacle> triggers_on_replicated_rows(PgSession& session) {
       all.push_back({"replica_triggers", "triggers that are ENABLE REPLICA fire for replicated rows alone: on the side that follows they would change what comes from here, or add to it: " + few,
                      table + " DISABLE TRIGGER " + *rows[0][1] + likewise + ": nothing that applications write fires it; ENABLE REPLICA again after rehome complete"});
   }
+  auto fires = [&](const std::string& which) {
+    std::vector<std::string> names;
+    for (auto& r : session.query("SELECT quote_ident(evtname) FROM pg_event_trigger WHERE evtname NOT LIKE 'rehome\\_%' AND " + which + " ORDER BY 1")) names.push_back(*r[0]);
+    return names;
+  };
+  if (auto names = fires("evtevent <> 'login' AND evtenabled IN ('A', 'R')"); !names.empty())
+    all.push_back({"event_triggers", "event triggers that are ENABLE ALWAYS or ENABLE REPLICA fire for the changes that rehome makes itself: what they write would be more rows on one side, and is refused on the side that does not serve: " + first_few(names),
+                   "ALTER EVENT TRIGGER " + names[0] + " ENABLE: it fires for all that applications change, as ALWAYS does; or DISABLE, where it was REPLICA; as it was again after rehome complete"});
+  // Before a session can say that it is none of the application's; a walsender is one too.
+  if (auto names = fires("evtevent = 'login' AND evtenabled <> 'D'"); !names.empty())
+    all.push_back({"login_triggers", "event triggers on login fire for the sessions of rehome and of the followers too; where one writes it is refused on the side that does not serve, and nobody can connect there: " + first_few(names),
+                   "ALTER EVENT TRIGGER " + names[0] + " DISABLE, and ENABLE after rehome complete"});
   return all;
 }
 

@@ -38,7 +38,8 @@ class CatalogueQuestion {
 // What differs, in words: "columns, functions"; empty: nothing. A missing fingerprint differs in everything.
 std::string catalogue_difference(const Json& before, const Json& now);
 
-// What an apply worker writes is written in the replica role: triggers that fire there would add to what comes from the other side.
+// What an apply worker writes is written in the replica role, and what we change ourselves is changed in it: triggers and event triggers
+// that fire there would add to what comes from the other side.
 struct TriggerObstacle {
   const char* id;   // of its finding
   std::string what, mend;

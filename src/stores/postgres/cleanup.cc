@@ -25,9 +25,14 @@ std::string PostgresStore::synchronising_slots(PgSession& subscriber, const PgFl
   return rows.empty() ? "" : "slot_name LIKE 'pg\\_" + *rows[0][0] + "\\_sync\\_%\\_" + *rows[0][1] + "'";
 }
 
+// A database that somebody dropped took with it what was made there.
+bool PostgresStore::has_database(StoreContext& c, Side side, const std::string& database) {
+  return c.has(side) && session(c, side, server(side).admin_database)->number("SELECT count(*) FROM pg_database WHERE datname = " + pg_literal(database)) > 0;
+}
+
 void PostgresStore::remove_flow(StoreContext& c, const std::string& database, const PgFlow& f) {
-  std::unique_ptr<PgSession> pub = c.has(f.publisher) ? session(c, f.publisher, database) : nullptr;
-  if (c.has(f.subscriber())) {
+  std::unique_ptr<PgSession> pub = has_database(c, f.publisher, database) ? session(c, f.publisher, database) : nullptr;
+  if (has_database(c, f.subscriber(), database)) {
     auto sub = session(c, f.subscriber(), database);
     std::string name = pg_identifier(f.subscription);
     if (std::string syncing = synchronising_slots(*sub, f); !syncing.empty()) {
@@ -47,6 +52,7 @@ void PostgresStore::remove_publisher(StoreContext& c, PgSession& publisher, cons
 }
 
 void PostgresStore::remove_objects(StoreContext& c, Side side, const std::string& database, bool keep_fence) {
+  if (!has_database(c, side, database)) return;
   auto s = session(c, side, database);
   s->exec("SET client_min_messages = 'error'");
   s->exec("DROP EVENT TRIGGER IF EXISTS rehome_ddl; DROP EVENT TRIGGER IF EXISTS rehome_drop; DROP EVENT TRIGGER IF EXISTS rehome_rewrite");
@@ -71,14 +77,14 @@ void PostgresStore::remove_objects(StoreContext& c, Side side, const std::string
   if (keep_fence) {
     // What refuses must not depend on what goes.
     s->exec("DROP FUNCTION IF EXISTS rehome.ddl(); DROP FUNCTION IF EXISTS rehome.rewritten(); DROP TABLE IF EXISTS rehome.ddl_log; DROP TABLE IF EXISTS rehome.marker");
-    // A database without a table has no fence.
-    if (s->number("SELECT count(*) FROM pg_trigger WHERE tgname IN ('rehome_fence', 'rehome_fence_t')") == 0) s->exec("DROP SCHEMA IF EXISTS rehome CASCADE");
+    // A database without a table and a large object has no fence.
+    if (s->number("SELECT count(*) FROM pg_trigger WHERE tgname IN ('rehome_fence', 'rehome_fence_t')") + s->number("SELECT count(*) FROM pg_largeobject_metadata") == 0) s->exec(pgsql::open_large_objects() + "; DROP SCHEMA IF EXISTS rehome CASCADE");
     return;
   }
   for (auto& r : s->query("SELECT DISTINCT quote_ident(n.nspname) || '.' || quote_ident(c.relname) FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace "
                           "WHERE t.tgname IN ('rehome_fence', 'rehome_fence_t')"))
     bounded("DROP TRIGGER IF EXISTS rehome_fence ON " + *r[0] + "; DROP TRIGGER IF EXISTS rehome_fence_t ON " + *r[0]);
-  s->exec("DROP SCHEMA IF EXISTS rehome CASCADE");
+  s->exec(pgsql::open_large_objects() + "; DROP SCHEMA IF EXISTS rehome CASCADE");
 }
 
 std::vector<std::string> PostgresStore::finish(StoreContext& c, Side serves) {
@@ -86,11 +92,11 @@ std::vector<std::string> PostgresStore::finish(StoreContext& c, Side serves) {
   for (const auto& database : databases(c)) {
     for (Side publisher : {Side::source, Side::target}) remove_flow(c, database, flow(database, publisher));
     remove_objects(c, serves, database, false);
-    if (!c.has(other(serves))) continue;
+    if (!has_database(c, other(serves), database)) continue;
     remove_objects(c, other(serves), database, true);
     auto s = session(c, other(serves), database);
     left.push_back(s->address().label + ": refusing trigger on " +
-                   s->value("SELECT count(DISTINCT tgrelid) FROM pg_trigger WHERE tgname IN ('rehome_fence', 'rehome_fence_t')") + " tables (the fence)");
+                   counted(s->number("SELECT count(DISTINCT tgrelid) FROM pg_trigger WHERE tgname IN ('rehome_fence', 'rehome_fence_t')"), "table") + " (the fence)");
   }
   take_helpers(c);
   return left;
@@ -122,7 +128,7 @@ std::vector<std::string> PostgresStore::abandon(StoreContext& c) {
     bool there = admin->number("SELECT count(*) FROM pg_database WHERE datname = " + pg_literal(database)) > 0;
     if (there) {
       for (Side publisher : {Side::source, Side::target}) remove_flow(c, database, flow(database, publisher));
-    } else {
+    } else if (has_database(c, Side::source, database)) {
       remove_publisher(c, *session(c, Side::source, database), flow(database, Side::source));
     }
     remove_objects(c, Side::source, database, false);
@@ -157,6 +163,7 @@ std::vector<std::string> PostgresStore::abandon(StoreContext& c) {
 void PostgresStore::unfence_source(StoreContext& c) {
   for (const auto& database : databases(c)) {
     for (Side side : {Side::source, Side::target}) {
+      if (!has_database(c, side, database)) continue;
       auto s = session(c, side, database);
       if (s->value("SELECT EXISTS (SELECT 1 FROM pg_namespace WHERE nspname = 'rehome')") != "t") continue;
       remove_objects(c, side, database, false);
@@ -172,14 +179,34 @@ std::vector<std::string> PostgresStore::leftovers(StoreContext& c) {
     std::string where(side_name(side));
     for (auto& r : admin->query("SELECT slot_name FROM pg_replication_slots WHERE slot_name LIKE 'rehome\\_" + tag_ + "%'")) all.push_back(where + ": slot " + *r[0]);
     for (auto& r : admin->query("SELECT subname FROM pg_subscription WHERE subname LIKE 'rehome\\_" + tag_ + "%'")) all.push_back(where + ": subscription " + *r[0]);
+    if (Json was = c.recall(key("tuned." + where)); was.is_string())
+      for (auto& r : admin->query("SELECT setting FROM pg_file_settings WHERE name = 'wal_retrieve_retry_interval' AND sourcefile LIKE '%auto.conf' AND setting <> $1", {was.get<std::string>()}))
+        all.push_back(where + ": wal_retrieve_retry_interval = " + *r[0]);
+    const Json children = c.at(side).call("child.status");
+    for (const auto& child : children.at("children"))
+      if (get_string(child, "name") == "wal-limit-" + config_.name) all.push_back(where + ": the agent's " + get_string(child, "name"));
+    // Of a table synchronisation whose subscription is gone: its slot is named after both, and after the subscriber's cluster.
+    if (c.has(other(side))) {
+      auto subscriber = session(c, other(side), server(other(side)).admin_database);
+      const std::string cluster = subscriber->value("SELECT system_identifier FROM pg_control_system()"),
+                        theirs = subscriber->value("SELECT coalesce(string_agg(oid::text, ','), '0') FROM pg_subscription");
+      for (auto& r : admin->query("SELECT slot_name, database FROM pg_replication_slots WHERE slot_name ~ ('^pg_[0-9]+_sync_[0-9]+_' || $1 || '$') AND split_part(slot_name, '_', 2) <> ALL (string_to_array($2, ','))", {cluster, theirs}))
+        for (const auto& database : databases(c))
+          if (database == *r[1]) all.push_back(where + ": slot " + *r[0]);
+    }
     for (const auto& database : databases(c)) {
       if (admin->number("SELECT count(*) FROM pg_database WHERE datname = " + pg_literal(database)) == 0) continue;
       auto s = session(c, side, database);
       for (auto& r : s->query("SELECT pubname FROM pg_publication WHERE pubname LIKE 'rehome\\_" + tag_ + "%'")) all.push_back(where + ": " + database + ": publication " + *r[0]);
       for (auto& r : s->query("SELECT evtname FROM pg_event_trigger WHERE evtname LIKE 'rehome\\_%'")) all.push_back(where + ": " + database + ": event trigger " + *r[0]);
       auto fence = s->number("SELECT count(DISTINCT tgrelid) FROM pg_trigger WHERE tgname IN ('rehome_fence', 'rehome_fence_t')");
+      const Json identities = c.recall(key("identity", database));
+      for (const auto& [table, was] : identities.items())
+        for (auto& r : s->query("SELECT oid::regclass::text FROM pg_class WHERE oid = coalesce((SELECT oid FROM pg_class WHERE oid = $1::oid), to_regclass($2)) AND relreplident = 'f'",
+                                {std::to_string(was.value(where, std::int64_t{0})), table}))
+          all.push_back(where + ": " + database + ": replica identity full of " + *r[0]);
       if (fence)
-        all.push_back(where + ": " + database + ": refusing trigger on " + std::to_string(fence) + " tables (the fence)");
+        all.push_back(where + ": " + database + ": refusing trigger on " + counted(fence, "table") + " (the fence)");
       else if (s->number("SELECT count(*) FROM pg_namespace WHERE nspname = 'rehome'") > 0)
         all.push_back(where + ": " + database + ": schema rehome");
     }

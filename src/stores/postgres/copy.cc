@@ -4,6 +4,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <deque>
+#include <map>
 #include <set>
 #include <thread>
 
@@ -11,6 +12,7 @@
 #include "base/text.h"
 #include "stores/postgres/catalogue.h"
 #include "stores/postgres/large_objects.h"
+#include "stores/postgres/lock.h"
 #include "stores/postgres/postgres.h"
 #include "stores/postgres/schema_change.h"
 #include "sys/fs.h"
@@ -147,9 +149,8 @@ std::string PostgresStore::hold_snapshot(StoreContext& c, const std::string& dat
     c.remember(key("sections", database), Json::array());
     c.remember(key("postdata_begun", database), Json());
     // A subscription, and the prepared way back's slot, would keep the target's database from being made anew.
+    // Its fence stays until nobody but superusers can connect any more, and goes with its tables.
     for (Side publisher : {Side::source, Side::target}) remove_flow(c, database, this->flow(database, publisher));
-    auto t = session(c, Side::target, database);
-    t->exec("DROP SCHEMA IF EXISTS rehome CASCADE");
   }
   for (int tries = 1;; tries++) {
     c.source.call("keep.drop", {{"name", keep}});
@@ -195,11 +196,17 @@ const PgPrograms& PostgresStore::programs(StoreContext& c) {
   return *programs_;
 }
 
-void PostgresStore::restore_section(StoreContext& c, const std::string& database, const std::string& section, const std::string& snapshot, bool foreign_keys) {
+std::unique_ptr<SchemaDump> PostgresStore::dump_section(StoreContext& c, const std::string& database, const std::string& section, const std::string& snapshot) {
+  const Json done = c.recall(key("sections", database));
+  if (done.is_array() && std::find(done.begin(), done.end(), Json(section)) != done.end()) return {};
+  return std::make_unique<SchemaDump>(c, *this, programs(c), Side::source, database, snapshot, std::vector<std::string>{"--section=" + section});
+}
+
+void PostgresStore::restore_section(StoreContext& c, const std::string& database, const std::string& section, const SchemaDump* dumped, bool foreign_keys) {
+  if (!dumped) return;
+  const SchemaDump& dump = *dumped;
   Json done = c.recall(key("sections", database));
   if (!done.is_array()) done = Json::array();
-  if (std::find(done.begin(), done.end(), Json(section)) != done.end()) return;
-  SchemaDump dump(c, *this, programs(c), Side::source, database, snapshot, {"--section=" + section});
   auto target = session(c, Side::target, database, "rehome copy");
   std::set<int> wanted;
   for (const auto& e : dump.entries())
@@ -215,7 +222,9 @@ void PostgresStore::restore_section(StoreContext& c, const std::string& database
         create_database(c, database);
         target = session(c, Side::target, database, "rehome copy");
       } else {
-        for (auto& r : target->query("SELECT nspname FROM pg_namespace WHERE nspname NOT LIKE 'pg\\_%' AND nspname NOT IN ('information_schema', 'public')"))
+        // What the fence took from the catalogue is written down in schema rehome alone.
+        target->exec(pgsql::open_large_objects());
+        for (auto& r : target->query("SELECT nspname FROM pg_namespace WHERE nspname NOT LIKE 'pg\\_%' AND nspname NOT IN ('information_schema', 'public') ORDER BY nspname = 'rehome'"))
           target->exec("DROP SCHEMA " + pg_identifier(*r[0]) + " CASCADE");
         std::string owner = target->value("SELECT quote_ident(pg_get_userbyid(nspowner)) FROM pg_namespace WHERE nspname = 'public'");
         target->exec("DROP SCHEMA public CASCADE; CREATE SCHEMA public AUTHORIZATION " + owner + "; GRANT USAGE ON SCHEMA public TO public; COMMENT ON SCHEMA public IS 'standard public schema'");
@@ -237,17 +246,19 @@ void PostgresStore::restore_section(StoreContext& c, const std::string& database
     TempDir dir("rehome-list");
     write_durably(dir.path() + "/list", dump.list(wanted));
     auto env = client_environment(address(c, Side::target, database));
-    env.emplace_back("PGOPTIONS", "-c maintenance_work_mem=256MB -c synchronous_commit=off -c statement_timeout=0 -c lock_timeout=0 -c idle_in_transaction_session_timeout=0 -c default_transaction_read_only=off" +
-                                       std::string(target->major() >= 17 ? " -c transaction_timeout=0" : ""));
+    env.emplace_back("PGOPTIONS", "-c maintenance_work_mem=256MB -c synchronous_commit=off -c statement_timeout=0 -c lock_timeout=0 -c idle_in_transaction_session_timeout=0 -c default_transaction_read_only=off -c session_replication_role=replica" +
+                                       std::string(target->major() >= 17 ? " -c transaction_timeout=0" : "") + pg_say_nothing_options());
     if (wanted.empty()) env.clear();
     Outcome o = wanted.empty() ? Outcome{} : run({.argv = {dump.programs().directory + "pg_restore", "--exit-on-error", "-L", dir.path() + "/list", "-d", "dbname=" + pg_conninfo_value(database), "-j", std::to_string(std::max(1, c.deployment.limits.jobs)), dump.archive()}, .env = env},
-                                                 Deadline::in(std::chrono::hours(48)));
-    if (!o.ok()) failed = trim(o.err);
+                                                 Deadline::in(std::chrono::hours(48)), &c.cancelled);
+    if (!o.ok()) failed = "pg_restore ended with status " + std::to_string(o.status) + ": " + std::string(trim(o.err));
     // By a new session: this one has waited long.
     if (o.ok()) make_durable(*session(c, Side::target, database, "rehome copy"));
   } else {
     try {
-      target->exec("SET maintenance_work_mem = '256MB'");
+      // A user mapping holds a password, and the whole is one statement.
+      target->exec("SET maintenance_work_mem = '256MB'; " + pg_say_nothing());
+      target->stop_on(c.cancelled);
       // As one transaction: all of it, or nothing.
       target->exec("BEGIN");
       target->exec(dump.script(wanted, *target));
@@ -267,6 +278,8 @@ void PostgresStore::restore_section(StoreContext& c, const std::string& database
 
 void PostgresStore::copy_database(StoreContext& c, const std::string& database) {
   PgFlow f = flow(database, Side::source);
+  // A statement of a controller that died goes on: an index that it builds is there a while after somebody looked for it.
+  session(c, Side::target, database)->exec(pgsql::end_sessions("application_name = 'rehome copy'"));
   std::string snapshot = hold_snapshot(c, database, f);
   // As they are now or as the snapshot has them, never older: what changes later, the fingerprint tells.
   restore_roles(c);
@@ -282,7 +295,24 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
   else
     c.note("connection limit 0", {{"where", "target: database " + database}, {"was", limit}, {"undo", "put back"}});
   admin->exec("ALTER DATABASE " + pg_identifier(database) + " CONNECTION LIMIT 0");
-  restore_section(c, database, "pre-data", snapshot);
+  // The limit is asked of who comes. Where an earlier copy's tables are, the fence goes with them.
+  session(c, Side::target, database)->exec(pgsql::end_sessions("backend_type = 'client backend' AND application_name NOT LIKE 'rehome%' AND NOT (SELECT rolsuper FROM pg_roles WHERE oid = usesysid)"));
+  // All of it before the rows: what is dropped while they are copied can be locked, or named, no more.
+  std::unique_ptr<SchemaDump> pre_data, post_data;
+  std::vector<SchemaEntry> copied_schema;
+  try {
+    pre_data = dump_section(c, database, "pre-data", snapshot);
+    post_data = dump_section(c, database, "post-data", snapshot);
+    copied_schema = read_copied_schema(c, database, snapshot);
+  } catch (const Error& e) {
+    // Words that pg_dump has from the server, asked for in C: of an object that the snapshot names and nobody finds any more.
+    const bool missing = e.code == Code::store && (e.message.find("does not exist") != std::string::npos || e.message.find("could not open relation") != std::string::npos || e.message.find("cache lookup failed") != std::string::npos);
+    std::string changed = missing ? schema_change(c, database, Side::source) : "";
+    if (changed.empty()) throw;
+    c.remember(key("snapshot", database), "lost");
+    throw Error(Code::store, "source: database " + database + ": its schema has changed since its snapshot, which cannot be read any more: " + join(split(changed, '\n'), "; ") + ": " + e.message, "rehome resume begins this database's copy anew");
+  }
+  restore_section(c, database, "pre-data", pre_data.get());
   // From its first table on the target refuses its application, and everybody but the copy's own sessions, until the commit opens it.
   const std::string elsewhere = pgsql::who_serves(Side::source);
   {
@@ -293,11 +323,13 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
   admin->exec("ALTER DATABASE " + pg_identifier(database) + " CONNECTION LIMIT " + std::to_string(limit.get<std::int64_t>()));
 
   std::vector<PgTable> all;
+  std::map<std::string, std::int64_t> files;
   {
     auto s = session(c, Side::source, database, "rehome copy");
     s->exec("BEGIN ISOLATION LEVEL REPEATABLE READ");
     s->exec("SET TRANSACTION SNAPSHOT " + pg_literal(snapshot));
     all = tables(*s);
+    files = files_in_snapshot(*s);
     if (std::string bare = not_followed(*s, f, all); !bare.empty())
       throw Error(Code::store, "source: database " + database + ": nothing follows these tables, which are in its snapshot: " + bare, "rehome cancel, then begin again");
   }
@@ -363,8 +395,20 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
   std::mutex mutex;
   std::deque<Piece> queue(pieces.begin(), pieces.end());
   std::atomic<std::int64_t> moved{before};
-  Throttle throttle(c.deployment.limits.bandwidth);
-  Ticks reported = 0;
+  Throttle throttle(c.deployment.store_bandwidth());
+  Ticks reported = 0, remembered = system_clock().now();
+  std::set<std::size_t> left_out;
+  // Of a table that is not as the snapshot has it nothing is copied: recopy brings it, for the log has it as written anew.
+  auto leave_out = [&](std::size_t table, PgSession& to) {
+    {
+      std::lock_guard lock(mutex);
+      if (!left_out.insert(table).second) return;
+    }
+    const PgTable& t = all[table];
+    to.exec(pgsql::empty_table(t));
+    session(c, Side::source, database)->query("INSERT INTO rehome.ddl_log(tag, object, rewritten) VALUES ('changed while it was copied:', $1, $2)", {t.full(), std::to_string(t.oid)});
+    c.log(config_.name + ": " + database + ": " + t.full() + " has changed since the copy began, and is left out: rehome resume --recopy brings it");
+  };
   auto require_slot = [&](PgSession& source) {
     if (!slot_stands(source, f))
       throw Error(Code::store, "source: the slot of " + database + " went while it was copied: it kept more WAL than limits: wal_kept allows (" + human_bytes(c.deployment.limits.wal_kept) + "), or somebody dropped it",
@@ -379,8 +423,6 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
   try {
     in_parallel(workers, [&](const std::atomic<bool>& failed) {
       auto from = session(c, Side::source, database, "rehome copy");
-      from->exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
-      from->exec("SET TRANSACTION SNAPSHOT " + pg_literal(snapshot));
       auto to = session(c, Side::target, database, "rehome copy");
       to->exec("SET synchronous_commit = off; SET lock_timeout = 0; SET session_replication_role = replica");
       bool same_major = from->major() == to->major();
@@ -397,11 +439,25 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
         const PgTable& t = all[piece.table];
         std::string format = t.binary && same_major ? "FORMAT binary" : "FORMAT text";
         std::string columns = t.columns.empty() ? "" : " (" + t.columns + ")";
-        std::string out = "COPY (SELECT " + t.columns + " FROM ONLY " + t.full() + " " + t.condition + piece.range + ") TO STDOUT (" + format + ")";
+        const std::string select = "SELECT " + t.columns + " FROM ONLY " + t.full() + " " + t.condition + piece.range;
+        std::string out = "COPY (" + select + ") TO STDOUT (" + format + ")";
         std::string in = "COPY " + t.full() + columns + " FROM STDIN (" + format + (piece.whole && t.extension.empty() ? ", FREEZE" : "") + ")";
+        // Each piece in a transaction of its own: a lock that is kept lets ALTER TABLE wait for the end of the copy, and everybody behind it.
+        bool as_it_was = true;
+        try {
+          ReadLocked now = lock_to_read(*from, snapshot, t, select, c.cancelled);
+          // Its rows have gone, or other ones stand where a range says. One that is copied whole reads as what it was, or as empty: that the
+          // log or the follower tells, but keys that point to its rows would not be true.
+          const auto then = files.find(t.full());
+          as_it_was = now.oid == t.oid && ((then != files.end() && now.file == then->second) || (piece.whole && !now.referenced));
+        } catch (const PgError& e) {
+          if (e.sqlstate != "42P01" && e.sqlstate != "42703" && e.sqlstate != "3F000") throw;
+          as_it_was = false;
+        }
+        if (!as_it_was) leave_out(piece.table, *to);
         to->exec("BEGIN");
         if (piece.whole) to->exec(pgsql::empty_table(t));
-        from->copy_to(out, *to, in, [&](std::int64_t bytes) {
+        if (as_it_was) from->copy_to(out, *to, in, [&](std::int64_t bytes) {
           throttle.spend(bytes);
           std::int64_t now_moved = moved += bytes;
           if (c.cancelled) throw Error(Code::interrupted, "stopped while copying " + t.full());
@@ -413,11 +469,16 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
           }
         });
         to->exec("COMMIT");
+        // After it: what is left out later is emptied with all its pieces.
+        from->exec("ROLLBACK");
         std::lock_guard lock(mutex);
         if (--open_pieces[piece.table] == 0) {
           finished.insert(t.full());
           // Small tables together: a durable journal line for each of 2,000 would cost seconds.
-          if (t.bytes > (8 << 20) || finished.size() % 50 == 0) remember_finished(*to);
+          if (t.bytes > (8 << 20) || ms_between(remembered, system_clock().now()) >= 1000) {
+            remember_finished(*to);
+            remembered = system_clock().now();
+          }
         }
       }
     });
@@ -432,11 +493,19 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
   remember_finished(*session(c, Side::target, database, "rehome copy"));
 
   c.progress({.store = config_.name, .phase = "indexes and constraints", .detail = database, .done = total, .total = total});
-  restore_section(c, database, "post-data", snapshot);
+  // Keys would find their rows missing where a table is to be copied again, and come with that.
+  const bool all_there = rewritten_since(c, database, Side::source).empty();
+  restore_section(c, database, "post-data", post_data.get(), all_there);
+  if (!all_there) std::erase_if(copied_schema, [](const SchemaEntry& e) { return e.kind == "FK CONSTRAINT"; });
   auto target = session(c, Side::target, database);
   c.progress({.store = config_.name, .phase = "analyze", .detail = database, .done = total, .total = total});
   analyze(c, database);
-  record_copied_schema(c, database, snapshot);
+  {
+    auto t = session(c, Side::target, database, "rehome copy");
+    t->exec("BEGIN");
+    write_copied_schema(*t, copied_schema, {});
+    t->exec("COMMIT");
+  }
   target->exec(pgsql::fence_function_before_switch(elsewhere));
   require_slot(*session(c, Side::source, database));
   // The snapshot has done its work; what holds it back would keep vacuum from the source's dead rows.
@@ -465,7 +534,7 @@ void PostgresStore::copy_rest(StoreContext& c, const std::string& database) {
         t->exec(empty_to_synchronise(*s, *t, table));
     }
     if (!names.empty()) t->exec("TRUNCATE ONLY " + join(names, ", ONLY "));
-    restore_section(c, database, "post-data", "", false);
+    restore_section(c, database, "post-data", dump_section(c, database, "post-data", "").get(), false);
     // Only the finished tables are known to the subscription when it is made.
     publish(c, *s, f, rest.stay);
     subscribe(c, database, f, true);
@@ -487,7 +556,7 @@ void PostgresStore::copy_large_objects(StoreContext& c, const std::string& datab
   to->exec("SET synchronous_commit = off");
   const std::int64_t total = from->number("SELECT pg_relation_size('pg_catalog.pg_largeobject')");
   std::int64_t moved = 0;
-  Throttle throttle(c.deployment.limits.bandwidth);
+  Throttle throttle(c.deployment.store_bandwidth());
   carry_large_objects(*from, *to, {}, [&](std::int64_t bytes) {
     throttle.spend(bytes);
     moved += bytes;
@@ -506,6 +575,7 @@ void PostgresStore::analyze(StoreContext& c, const std::string& database) {
   std::atomic<std::size_t> next{0};
   in_parallel(c.deployment.limits.jobs, [&](const std::atomic<bool>& failed) {
     auto s = session(c, Side::target, database);
+    s->stop_on(c.cancelled);
     for (std::size_t i; !failed && (i = next++) < names.size();) s->exec("ANALYZE " + names[i]);
   });
 }

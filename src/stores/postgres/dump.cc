@@ -8,6 +8,7 @@
 #include <map>
 
 #include "base/text.h"
+#include "stores/postgres/lock.h"
 #include "sys/fs.h"
 #include "sys/process.h"
 
@@ -92,11 +93,25 @@ SchemaDump::SchemaDump(StoreContext& c, PostgresStore& store, const PgPrograms& 
   directory_ = std::string(trim(run_there({"mktemp", "-d", store.dump_place() + ".XXXXXX"}, {}, "mktemp")));
   std::vector<std::pair<std::string, std::string>> env{{"PGHOST", a.host}, {"PGPORT", std::to_string(a.port)}, {"PGUSER", a.user}, {"PGDATABASE", a.database}, {"PGAPPNAME", "rehome copy"}};
   if (!a.password.empty()) env.emplace_back("PGPASSWORD", a.password);
-  std::vector<std::string> argv{programs.directory + "pg_dump", "-Fc", "--exclude-schema=rehome", "--no-publications", "--no-subscriptions", "-f", directory_ + "/dump"};
+  // pg_dump says no SQLSTATE: its words are the server's, and must be the ones that are looked for.
+  env.emplace_back("PGOPTIONS", "-c lc_messages=C");
+  // All names quoted: what is a reserved word is the other side's to say, and it may be newer.
+  std::vector<std::string> argv{programs.directory + "pg_dump", "-Fc", "--quote-all-identifiers", "--exclude-schema=rehome", "--lock-wait-timeout=100", "--no-publications", "--no-subscriptions", "-f", directory_ + "/dump"};
   argv.insert(argv.end(), options.begin(), options.end());
   if (!snapshot.empty()) argv.push_back("--snapshot=" + snapshot);
   try {
-    run_there(argv, env, "pg_dump");
+    // It holds the locks that it has while it waits for more, and others wait for it: never for long.
+    for (Deadline deadline = Deadline::in(kPatience);; pg_random_wait(Millis(100))) {
+      try {
+        run_there(argv, env, "pg_dump");
+        break;
+      } catch (const Error& e) {
+        if (e.message.find("canceling statement due to statement timeout") == std::string::npos) throw;
+        if (c.cancelled) throw Error(Code::interrupted, "stopped while pg_dump waits for locks in " + database);
+        if (deadline.passed())
+          throw Error(Code::timeout, a.label + ": pg_dump cannot lock all tables, which it does not let others wait for: " + who_locks(*store.session(c, side, database), 0), "let that session end, then resume", true);
+      }
+    }
     // -v writes each entry's number, which is what tells entries apart; the text between them is never interpreted.
     parse(restore({"-v"}), restore({"-l"}));
   } catch (...) {

@@ -85,7 +85,7 @@ class SequenceQuestion {
 
   std::vector<Sequence> list(Deadline deadline) const {
     std::vector<Sequence> all;
-    for (auto& r : session_.query("SELECT quote_ident(schemaname) || '.' || quote_ident(sequencename), last_value, increment_by, min_value, max_value FROM pg_sequences "
+    for (auto& r : session_.query("SELECT '\"' || replace(schemaname, '\"', '\"\"') || '\".\"' || replace(sequencename, '\"', '\"\"') || '\"' COLLATE \"C\", last_value, increment_by, min_value, max_value FROM pg_sequences "
                                   "WHERE schemaname <> 'rehome' ORDER BY 1", deadline)) {
       Sequence q;
       q.name = *r[0];
@@ -127,6 +127,7 @@ class PostgresCut : public Cut {
       one->forward = store.flow(database, d.yields);
       one->reverse = store.flow(database, d.takes());
       one->fence = store.session(c, d.yields, database, pgsql::kFenceApplication);
+      if (!measuring) one->large = store.session(c, d.yields, database, pgsql::kFenceApplication);
       one->marker = store.session(c, d.yields, database, "rehome marker");
       one->target = store.session(c, d.takes(), database, "rehome cut");
       for (auto& look : one->look) look = store.session(c, d.yields, database, "rehome compare");
@@ -149,7 +150,7 @@ class PostgresCut : public Cut {
     each("soft fence", [&](Database& db) {
       if (db.looking.valid()) db.looking.wait();   // of a try before
       std::lock_guard alive(db.fence_mutex);
-      db.lock->take(db.refuse, deadline);
+      lock_writers(db, deadline);
       db.fenced = true;
       // Answered while the marker travels: 2,000 tables take longer than that.
       db.looking = std::async(std::launch::async, [&db, deadline] { return db.question->ask(deadline); });
@@ -189,6 +190,7 @@ class PostgresCut : public Cut {
   }
 
   void compare(Deadline deadline) override {
+    refuse_other_databases(deadline);
     each("compare", [&](Database& db) {
       // What the event trigger did not see.
       REHOME_CHECK(db.looking.valid());
@@ -198,7 +200,10 @@ class PostgresCut : public Cut {
       // Under the fence nobody can add to the log: pg_class is locked.
       if (db.marker->number("SELECT count(*) FROM " + db.logged) > 0)
         throw Error(Code::verify, db.name + ": the schema was changed, and the change is not on the " + std::string(side_name(d_.takes())), "rehome resume --recopy, then switch");
-      std::string missing = db.target->value("SELECT coalesce(string_agg(n, ', '), '') FROM unnest($1::text[]) n WHERE to_regclass(n) IS NULL", {db.table_array}, deadline);
+      auto there = db.target->query("SELECT coalesce((SELECT string_agg(n, ', ') FROM unnest($1::text[]) n WHERE to_regclass(n) IS NULL), ''), coalesce((SELECT string_agg(srrelid::regclass::text, ', ') FROM pg_subscription_rel r "
+                                    "JOIN pg_subscription s ON s.oid = srsubid WHERE srsubstate <> 'r' AND subname = $2 AND subdbid = (SELECT oid FROM pg_database WHERE datname = current_database())), '')", {db.table_array, db.forward.subscription}, deadline).at(0);
+      if (!there[1]->empty()) throw Error(Code::verify, db.name + ": not yet synchronised on the " + std::string(side_name(d_.takes())) + ": " + *there[1], "see status, then switch", true);
+      const std::string& missing = *there[0];
       if (!missing.empty()) throw Error(Code::verify, db.name + ": missing on the " + std::string(side_name(d_.takes())) + ": " + missing, "copy again");
     });
   }
@@ -222,6 +227,7 @@ class PostgresCut : public Cut {
       // COMMIT of a transaction that failed in between reports success with another tag.
       if (db.fence->command_tag() != "COMMIT")
         throw Error(Code::store, db.name + ": the fence's transaction had failed, its commit was a rollback", "try again", true);
+      end_large_object_writers(db, deadline);
     });
   }
 
@@ -231,6 +237,7 @@ class PostgresCut : public Cut {
     for (auto& db : all_) {
       try {
         if (db->fenced && !db->fence->broken()) db->fence->exec("ROLLBACK", Deadline::in(Millis(2000)));
+        if (db->large && !db->large->broken()) db->large->exec("ROLLBACK", Deadline::in(Millis(2000)));
       } catch (const Error& e) {
         // Its session goes with this object; the other databases must be let go now.
         failure = e;
@@ -247,17 +254,17 @@ class PostgresCut : public Cut {
     std::string name;
     PgFlow forward, reverse;
     std::unique_ptr<PgSession> fence, marker, target, look[2];
+    std::unique_ptr<PgSession> large;   // holds the writers of large objects back, longer than the fence's COMMIT
     std::unique_ptr<WriterLock> lock;
     std::mutex fence_mutex;   // the pulse and the phases share that session
     std::unique_ptr<CatalogueQuestion> question;
-    std::unique_ptr<SequenceQuestion> positions;
+    std::unique_ptr<SequenceQuestion> positions, reached;   // of the yielding side, and of the other
     Json fingerprint;   // what the yielding side's schema must be
     std::string refuse, token, position, table_array;
     std::string logged;                // where its log holds what is not on the other side
     std::vector<PgTable> unlogged;
     std::atomic<bool> fenced{false};
     Millis quick{100};
-    std::vector<Sequence> sequences;   // as they are on the taking-over side
     std::future<Json> looking;         // last: it ends before its sessions do
   };
 
@@ -268,7 +275,9 @@ class PostgresCut : public Cut {
       throw Error(Code::verify, db.name + ": nothing follows these tables, or they have no fence: " + bare, "rehome resume --recopy, then switch");
     for (const auto& t : tables)
       if (t.unlogged && !t.partitioned) db.unlogged.push_back(t);
-    db.lock = std::make_unique<WriterLock>(store_, d_.yields, s, tables);
+    db.lock = std::make_unique<WriterLock>(store_, d_.yields, s, tables, !db.large);
+    s.exec("SET client_min_messages = 'error'; " + pgsql::large_object_rights_table());
+    if (db.large) db.large->exec("SET deadlock_timeout = '10ms'; SET idle_in_transaction_session_timeout = '4s'; SET client_min_messages = 'error'");
     db.refuse = pgsql::fence_function(true, std::string("the ") + std::string(side_name(d_.takes())) + " serves now") + "; " + pgsql::ddl_function(true);
     db.table_array = "{";
     for (const auto& t : tables) {
@@ -295,10 +304,59 @@ class PostgresCut : public Cut {
       if (c_.cancelled) throw Error(Code::interrupted, "stopped while carrying large objects of " + db.name);
       c_.progress({.store = store_.name(), .phase = "large objects", .detail = db.name, .done = brought += bytes});
     });
-    db.sequences = SequenceQuestion(*db.target).ask({});
+    db.reached = std::make_unique<SequenceQuestion>(*db.target);
     db.positions = std::make_unique<SequenceQuestion>(*db.marker);
     carry_sequences(db, {});
     db.target->query("SELECT end_lsn FROM pg_replication_slot_advance($1, pg_current_wal_flush_lsn())", std::vector<std::string>{db.reverse.slot});
+  }
+
+  void lock_writers(Database& db, Deadline deadline) {
+    for (int tries = 1;; tries++) {
+      db.lock->take(db.refuse, deadline);
+      if (!db.large) return;
+      try {
+        // After the tables, and let go with them: who holds one and waits here must get on.
+        db.large->exec("BEGIN; SET LOCAL lock_timeout = '100ms'; SET LOCAL statement_timeout = '100ms'; LOCK TABLE pg_catalog.pg_largeobject, pg_catalog.pg_largeobject_metadata IN SHARE MODE; SET LOCAL statement_timeout = 0", deadline);
+        return;
+      } catch (const Error& e) {
+        for (PgSession* s : {db.large.get(), db.fence.get()})
+          if (!s->broken()) s->exec("ROLLBACK");
+        const auto* said = dynamic_cast<const PgError*>(&e);
+        if (!said || !pg_is_lock_failure(said->sqlstate)) throw;
+        if (deadline.passed())
+          throw Error(Code::timeout, db.name + ": writers did not let the large objects be locked in " + std::to_string(tries) + " tries: " + e.message, "a long transaction that writes large objects is open: wait, or hold the traffic longer", true);
+      }
+      pg_random_wait(Millis(20));
+    }
+  }
+
+  // The fence's COMMIT has taken the rights to write large objects, which a statement looks at before it waits for the lock, and a
+  // transaction that is open may know as they were: those end while the lock still holds them back. Where there is no large object, only
+  // those that wait to make the first.
+  void end_large_object_writers(Database& db, Deadline deadline) {
+    auto end = [](const std::string& since) {
+      return "SELECT pg_stat_clear_snapshot(); SELECT count(pg_terminate_backend(pid)), statement_timestamp() FROM pg_stat_activity WHERE datname = current_database() AND application_name NOT LIKE 'rehome%' AND "
+             "backend_type NOT LIKE 'logical replication%' AND backend_type NOT IN ('walsender', 'autovacuum worker', 'parallel worker') AND (EXISTS (SELECT 1 FROM pg_catalog.pg_largeobject_metadata) AND xact_start <= " + since + " OR "
+             "pid IN (SELECT pid FROM pg_locks WHERE NOT granted AND relation IN ('pg_catalog.pg_largeobject'::regclass, 'pg_catalog.pg_largeobject_metadata'::regclass)))";
+    };
+    auto ended = db.large->query(end("statement_timestamp()"), deadline).at(0);
+    const std::string since = pg_literal(*ended[1]);
+    while (*ended[0] != "0") {
+      if (deadline.passed()) throw Error(Code::timeout, db.name + ": sessions that may write large objects do not end", "try again", true);
+      system_clock().sleep(Millis(1));
+      ended = db.large->query(end(since), deadline).at(0);
+    }
+    // The lock goes with its session: on this side nobody waits for it any more.
+  }
+
+  // CREATE DATABASE waits for the fence's end, or makes this wait for its own: then the lock's timeout ends the attempt.
+  void refuse_other_databases(Deadline deadline) {
+    if (!store_.config().postgres.databases.empty() || all_.empty()) return;
+    Database& db = *all_[0];
+    std::lock_guard alive(db.fence_mutex);
+    db.fence->exec("LOCK TABLE pg_catalog.pg_database IN SHARE MODE", deadline);
+    if (std::string changed = store_.database_change(c_, *db.fence, d_.yields).says(d_.yields); !changed.empty())
+      throw Error(Code::verify, store_.name() + ": " + changed, d_.yields == Side::source ? "rehome resume --recopy, then switch; or drop it, or rehome cancel and begin again" : "drop it or rename it back, then reverse again");
   }
 
   // A fence that its holder has forgotten falls by the idle timeout; one that only waits for slower stores must not.
@@ -311,6 +369,7 @@ class PostgresCut : public Cut {
           if (!alive || !db->fenced || stop.stop_requested()) continue;
           try {
             db->fence->exec("SELECT 1", Deadline::in(Millis(1000)));
+            if (db->large) db->large->exec("SELECT 1", Deadline::in(Millis(1000)));
           } catch (const Error&) {
             // The COMMIT will fail, and say why.
           }
@@ -347,16 +406,18 @@ class PostgresCut : public Cut {
   void carry_sequences(Database& db, Deadline deadline) {
     std::string values;
     int changed = 0;
-    for (const auto& q : db.positions->ask(deadline)) {
-      auto at = std::lower_bound(db.sequences.begin(), db.sequences.end(), q, [](const Sequence& a, const Sequence& b) { return a.name < b.name; });
+    // Asked anew on the other side too: the follower, which carries TRUNCATE ... RESTART IDENTITY, may have set one back.
+    auto asked = std::async(std::launch::async, [&] { return db.reached->ask(deadline); });
+    const auto yields = db.positions->ask(deadline);
+    const auto there = asked.get();
+    for (const auto& q : yields) {
+      auto at = std::lower_bound(there.begin(), there.end(), q, [](const Sequence& a, const Sequence& b) { return a.name < b.name; });
       // Of one that was only positioned nobody holds a number: the other side gives the very same next.
       std::int64_t wanted = q.called ? with_margin(q) : q.last;
-      if (at == db.sequences.end() || at->name != q.name)
+      if (at == there.end() || at->name != q.name)
         throw Error(Code::verify, db.name + ": sequence " + q.name + " is missing on the " + std::string(side_name(d_.takes())), "copy again");
       bool enough = !q.called ? !at->called && at->last == wanted : at->called && (q.increment > 0 ? at->last >= q.last + 1 && at->last <= wanted : at->last <= q.last - 1 && at->last >= wanted);
       if (enough) continue;
-      at->last = wanted;
-      at->called = q.called;
       values += (changed++ ? ", (" : "(") + pg_literal(q.name) + "::regclass, " + std::to_string(wanted) + "::bigint, " + (q.called ? "true)" : "false)");
     }
     if (changed) db.target->query("SELECT setval(s, v, c) FROM (VALUES " + values + ") x(s, v, c)", deadline);
@@ -406,7 +467,13 @@ Millis PostgresStore::micro_fence(StoreContext& c, Direction d, Deadline deadlin
   PostgresCut cut(c, *this, d, true);
   double took = 0;
   for (int tries = 1;; tries++) {
-    cut.await_followers(deadline);
+    try {
+      cut.await_followers(deadline);
+    } catch (Error& e) {
+      // Nothing has been locked yet.
+      if (tries == 1 && e.code == Code::timeout && e.retryable) e.code = Code::state;
+      throw;
+    }
     Ticks from = system_clock().now();
     try {
       cut.soft_fence(deadline);

@@ -6,19 +6,23 @@
 
 namespace rehome {
 
+void PostgresStore::follow_database(StoreContext& c, const std::string& database) {
+  PgFlow f = flow(database, Side::source);
+  // A new subscription takes every table for a whole one.
+  if (c.recall(key("copied", database)) != true) throw Error(Code::state, "database " + database + " cannot be followed: its copy is not finished", "rehome resume");
+  auto s = session(c, Side::source, database);
+  if (!slot_stands(*s, f))
+    throw Error(Code::state, "database " + database + " cannot be followed: slot " + f.slot + " is gone (it passed the limit of WAL kept, or somebody dropped it)", "rehome resume --recopy copies it again");
+  // kill -9 of the copy's walsender leaves the slot active for a moment.
+  Deadline deadline = Deadline::in(Millis(15000));
+  while (s->value("SELECT coalesce(bool_or(active), false) FROM pg_replication_slots WHERE slot_name = " + pg_literal(f.slot)) == "t" &&
+         s->number("SELECT count(*) FROM pg_stat_replication WHERE application_name = " + pg_literal(f.subscription)) == 0 && !deadline.passed())
+    system_clock().sleep(Millis(20));
+  subscribe(c, database, f, true);
+}
+
 void PostgresStore::follow(StoreContext& c) {
-  for (const auto& database : databases(c)) {
-    PgFlow f = flow(database, Side::source);
-    // A new subscription takes every table for a whole one.
-    if (c.recall(key("copied", database)) != true) throw Error(Code::state, "database " + database + " cannot be followed: its copy is not finished", "rehome resume");
-    // kill -9 of the copy's walsender leaves the slot active for a moment.
-    auto s = session(c, Side::source, database);
-    Deadline deadline = Deadline::in(Millis(15000));
-    while (s->value("SELECT coalesce(bool_or(active), false) FROM pg_replication_slots WHERE slot_name = " + pg_literal(f.slot)) == "t" &&
-           s->number("SELECT count(*) FROM pg_stat_replication WHERE application_name = " + pg_literal(f.subscription)) == 0 && !deadline.passed())
-      system_clock().sleep(Millis(20));
-    subscribe(c, database, f, true);
-  }
+  for (const auto& database : databases(c)) follow_database(c, database);
   for (Side side : {Side::source, Side::target}) watch_wal(c, side);
 }
 
@@ -32,7 +36,7 @@ void PostgresStore::watch_wal(StoreContext& c, Side side) {
     PgFlow f = flow(database, side);
     if (std::string syncing = synchronising_slots(*session(c, f.subscriber(), database), f); !syncing.empty()) limited += " OR " + syncing;
   }
-  std::string script = "\\set QUIET on\n\\pset tuples_only on\n\\pset format unaligned\n"
+  std::string script = "\\set QUIET on\n\\pset tuples_only on\n\\pset format unaligned\nSET search_path = pg_catalog;\n"
                        // A follower is back within 0.1 s of its end: dropped in the moment between.
                        "DO $rehome$ DECLARE r record; BEGIN FOR r IN SELECT slot_name, pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) AS kept FROM pg_replication_slots "
                        "WHERE (" + limited + ") AND pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) > " + std::to_string(c.deployment.limits.wal_kept) +

@@ -1,6 +1,7 @@
 // The whole life of the driver between real servers, under write load, judged by pg_dump and by the clients' history.
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <future>
@@ -31,11 +32,14 @@ TEST_P(PostgresLife, SwitchAndReverseUnderLoad) {
   for (const auto& f : store.preflight(w.context())) EXPECT_NE(f.level, Finding::Level::error) << f.id << " " << f.object << ": " << f.message << " / " << f.mend;
   Load load({&source, &target}, "shop", 4);
   begin(w, store);
+  // Views of a session's own are no change of the schema.
+  auto reports = source.session("shop");
+  reports->exec("CREATE TEMP TABLE chosen(id int PRIMARY KEY); CREATE TEMP VIEW report AS SELECT * FROM chosen; COMMENT ON VIEW report IS 'mine';");
   EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
   EXPECT_THROW(target.session("shop")->exec("INSERT INTO public.account VALUES (-1, 0)"), PgError);
   EXPECT_THROW(target.session("shop")->exec("TRUNCATE public.log"), PgError);
   source.session("shop")->exec("INSERT INTO stock.cache VALUES ('late', '2'); SELECT lo_put(424242, 0, 'FIRST'); INSERT INTO stock.event VALUES ('2026-02-10', 9999, 'late'); "
-                               "TRUNCATE stock.base CASCADE; UPDATE stock.part SET f = f + 1 WHERE id < 10; DELETE FROM stock.part WHERE id = 50");
+                               "TRUNCATE stock.base CASCADE; INSERT INTO stock.tenant VALUES (2, 'late'); UPDATE stock.part SET f = f + 1 WHERE id < 10; DELETE FROM stock.part WHERE id = 50");
   Verdict verdict = store.verify(w.context());
   EXPECT_TRUE(verdict.equal) << (verdict.differences.empty() ? "" : verdict.differences[0].object + " " + verdict.differences[0].what);
   EXPECT_GT(verdict.compared, 500);
@@ -279,6 +283,15 @@ TEST(PostgresCutTest, TheWayBackBeginsAtTheCutAfterACrash) {
   Shop shop("SET search_path = public; CREATE TABLE line(at int); CREATE TABLE item(id int PRIMARY KEY); INSERT INTO line VALUES (0)");
   auto& [source, target, s, w, store] = shop;
   begin(w, store);
+  // Followed again after somebody has disabled the follower: from where it was, not from what the slot has heard of.
+  s->exec("INSERT INTO public.line SELECT generate_series(1, 1000)");
+  auto t = target.session("shop");
+  for (Deadline deadline = Deadline::in(Millis(20000)); t->number("SELECT count(*) FROM public.line") < 1001; system_clock().sleep(Millis(1))) ASSERT_FALSE(deadline.passed());
+  t->exec("ALTER SUBSCRIPTION " + store.flow("shop", Side::source).subscription + " DISABLE");
+  store.follow(w.context());
+  wait_until_following(w, store);
+  s->exec("INSERT INTO public.line VALUES (0)");
+  quiesced_equal(source, target);
   for (Direction d : {Direction{Side::source}, Direction{Side::target}}) {
     PgServer &yields = d.yields == Side::source ? source : target, &takes = d.yields == Side::source ? target : source;
     store.prepare_reverse(w.context(), d);
@@ -336,9 +349,24 @@ TEST(PostgresCopy, ATargetThatCrashesLosesNothingThatIsWrittenDownAsDone) {
 // TRUNCATE minds foreign keys even where nothing fires them.
 TEST(PostgresCutTest, UnloggedTablesWithForeignKeysBetweenThem) {
   Shop shop("SET search_path = public; CREATE TABLE customer(id int PRIMARY KEY); INSERT INTO customer VALUES (1); CREATE UNLOGGED TABLE basket(id int PRIMARY KEY, of int REFERENCES customer); "
-                               "CREATE UNLOGGED TABLE a_line(basket int REFERENCES basket, n int PRIMARY KEY, before int REFERENCES a_line); INSERT INTO basket VALUES (1, 1), (2, 1); INSERT INTO a_line VALUES (1, 1, NULL), (2, 2, 1)", 15, 17);
+                               "CREATE UNLOGGED TABLE a_line(basket int REFERENCES basket, n int PRIMARY KEY, before int REFERENCES a_line); INSERT INTO basket VALUES (1, 1), (2, 1); INSERT INTO a_line VALUES (1, 1, NULL), (2, 2, 1); CREATE TABLE staging(id serial PRIMARY KEY)", 15, 17);
   auto& [source, target, s, w, store] = shop;
   begin(w, store);
+  // A sequence that the follower sets back after the cut has looked.
+  auto staged = [&] { s->exec("TRUNCATE public.staging RESTART IDENTITY; INSERT INTO public.staging SELECT FROM generate_series(1, 1000)"); };
+  staged();
+  wait_until_following(w, store);
+  store.prepare_reverse(w.context(), {Side::source});
+  {
+    auto cut = store.open_cut(w.context(), {Side::source});
+    staged();
+    Deadline deadline = Deadline::in(Millis(20000));
+    cut->soft_fence(deadline);
+    cut->marker(deadline);
+    cut->catch_up(deadline);
+    EXPECT_GT(target.session("shop")->number("SELECT coalesce(last_value, 0) FROM pg_sequences WHERE sequencename = 'staging_id_seq'"), 1000);
+    cut->release();
+  }
   switch_over(w, store, {Side::source});
   quiesced_equal(source, target);
   auto t = target.session("shop");
@@ -364,6 +392,7 @@ TEST(PostgresVerify, WritersDoNotWaitForAFollowerThatIsBehind) {
     ADD_FAILURE() << "measured";
   } catch (const Error& e) {
     EXPECT_TRUE(e.retryable);
+    EXPECT_EQ(e.code, Code::state);
     EXPECT_NE(e.message.find("its follower is "), std::string::npos) << e.message;
     EXPECT_NE(e.message.find("B behind"), std::string::npos) << e.message;
   }
@@ -433,6 +462,133 @@ TEST(PostgresWindow, SchemaChangesAfterTheSwitch) {
   EXPECT_EQ(serving->value("SELECT note FROM public.account WHERE id = 1"), "kept");
   serving->exec("INSERT INTO public.made VALUES (3000, 'at home')");
   EXPECT_THROW(target.session("shop")->exec("INSERT INTO public.made VALUES (-1, 'x')"), PgError) << "the table that was made in the window is not fenced";
+}
+
+// Databases that nobody named: what is made and dropped while the run follows.
+TEST(PostgresAll, DatabasesThatComeAndGo) {
+  PgServer source(15), target(15);
+  source.session("postgres")->exec("CREATE DATABASE shop");
+  source.session("postgres")->exec("CREATE DATABASE gone");
+  const std::string table = "CREATE TABLE public.item(id int PRIMARY KEY); INSERT INTO public.item SELECT generate_series(1, 100)";
+  source.session("shop")->exec(table);
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {}));
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  begin(w, store);
+  EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
+  source.session("postgres")->exec("CREATE DATABASE late");
+  source.session("late")->exec(table);
+  auto again = store.needs_recopy(w.context());
+  ASSERT_EQ(again.size(), 1u) << join(again, "\n");
+  EXPECT_NE(again[0].find("database late was made on the source"), std::string::npos) << again[0];
+  store.recopy(w.context());
+  EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
+  source.session("late")->exec("INSERT INTO public.item VALUES (0)");
+  wait_until_following(w, store);
+  quiesced_equal(source, target, "late");
+  // One that comes when everybody has looked.
+  refused_under_the_fence(w, store, [&] { source.session("postgres")->exec("CREATE DATABASE last"); }, "database last was made on the source");
+  source.session("postgres")->exec("DROP DATABASE last");
+  switch_over(w, store, {Side::source});
+  // In the window the target's other databases are nobody's business, but those that come then have no way back.
+  EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
+  target.session("postgres")->exec("CREATE DATABASE made");
+  EXPECT_EQ(store.needs_recopy(w.context()).size(), 1u);
+  EXPECT_THROW(store.recopy(w.context()), Error);
+  target.session("postgres")->exec("DROP DATABASE made");
+  switch_over(w, store, {Side::target});
+  EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
+  // A follower that is off lets its database go.
+  w.source.run_actions(store.actions(w.context(), {Side::source}).undo);
+  target.session("gone")->exec("ALTER SUBSCRIPTION " + store.flow("gone", Side::source).subscription + " DISABLE");
+  Deadline deadline = Deadline::in(Millis(10000));
+  while (true) {
+    try {
+      source.session("postgres")->exec("DROP DATABASE gone WITH (FORCE)");
+      break;
+    } catch (const PgError&) {
+      if (deadline.passed()) throw;
+    }
+    system_clock().sleep(Millis(50));
+  }
+  again = store.needs_recopy(w.context());
+  ASSERT_FALSE(again.empty());
+  EXPECT_NE(again[0].find("database gone is gone from the source"), std::string::npos) << again[0];
+  EXPECT_THROW(store.recopy(w.context()), Error);
+  store.abandon(w.context());
+  EXPECT_EQ(store.leftovers(w.context()), std::vector<std::string>{});
+}
+
+// A plain role that does nothing but write large objects: what it was told is acknowledged is on the other side.
+TEST(PostgresCutTest, LargeObjectsAreWrittenByNobodyBehindTheFence) {
+  Shop shop("CREATE TABLE public.item(id int PRIMARY KEY); CREATE ROLE clerk LOGIN; SELECT lo_create(i) FROM generate_series(1001, 1005) i; "
+            "DO $$ BEGIN FOR i IN 1001..1005 LOOP EXECUTE format('ALTER LARGE OBJECT %s OWNER TO clerk', i); END LOOP; END $$; GRANT EXECUTE ON FUNCTION lo_import(text) TO clerk");
+  auto& [source, target, s, w, store] = shop;
+  begin(w, store);
+  const std::string rights = "SELECT string_agg(oid::regprocedure || ' ' || coalesce(proacl::text, 'NULL'), ', ' ORDER BY oid) FROM pg_proc WHERE pronamespace = 'pg_catalog'::regnamespace AND proname ~ '^lo(_|w?r)' AND proname <> 'lower'";
+  const std::string before = s->value(rights);
+  const std::string write = "SELECT lo_put($1::oid, 0, convert_to(lpad($2, 8), 'UTF8'))";
+  auto clerk = [](const PgServer& server) {
+    auto own = server.session("shop");
+    own->exec("SET SESSION AUTHORIZATION clerk");
+    return own;
+  };
+  EXPECT_THROW(clerk(target)->query(write, {"1005", "0"}), PgError) << "it does not serve yet";
+  std::atomic<bool> stop{false};
+  std::int64_t acknowledged[5] = {};
+  std::vector<std::jthread> writers;
+  for (int i = 1; i <= 4; i++)
+    writers.emplace_back([&, i] {
+      auto own = clerk(source);
+      for (std::int64_t n = 1; !stop; n++) {
+        try {
+          own->query(write, {std::to_string(1000 + i), std::to_string(n)});
+          acknowledged[i] = n;
+        } catch (const Error&) {
+          if (own->broken()) own = clerk(source);
+          system_clock().sleep(Millis(1));
+        }
+      }
+    });
+  // Its session has called the function, and its transaction is older than the fence.
+  auto old = clerk(source);
+  old->query(write, {"1005", "1"});
+  old->exec("BEGIN; SELECT 1");
+  switch_over(w, store, {Side::source}, [&] { system_clock().sleep(Millis(100)); }, [&] {
+    EXPECT_THROW(old->query(write, {"1005", "2"}), Error);
+    EXPECT_THROW(clerk(source)->query(write, {"1005", "2"}), PgError);
+  });
+  stop = true;
+  writers.clear();
+  for (int i = 1; i <= 4; i++) {
+    EXPECT_GT(acknowledged[i], 10);
+    EXPECT_GE(target.session("shop")->number("SELECT convert_from(lo_get(" + std::to_string(1000 + i) + "), 'UTF8')"), acknowledged[i]);
+  }
+  EXPECT_EQ(target.session("shop")->value(rights), before);
+  source.stop("immediate");
+  source.start();
+  for (const char* sql : {"SELECT lo_create(0)", "SELECT lo_from_bytea(0, 'x')", "SELECT lo_unlink(1005)", "SELECT lowrite(lo_open(1005, 131072), 'x')"}) EXPECT_THROW(clerk(source)->exec(sql), PgError) << sql;
+  EXPECT_NE(source.session("shop")->value(rights), before);
+  wait_until_following(w, store);
+  switch_over(w, store, {Side::target});
+  EXPECT_EQ(source.session("shop")->value(rights), before);
+  clerk(source)->query(write, {"1005", "3"});
+  EXPECT_THROW(clerk(target)->query(write, {"1005", "4"}), PgError);
+  // Backed out: as if nothing had been.
+  store.prepare_reverse(w.context(), {Side::source});
+  {
+    auto cut = store.open_cut(w.context(), {Side::source});
+    Deadline deadline = Deadline::in(Millis(10000));
+    for (auto phase : {&Cut::soft_fence, &Cut::marker, &Cut::catch_up, &Cut::compare, &Cut::arm_reverse, &Cut::hard_fence}) ((*cut).*phase)(deadline);
+  }
+  EXPECT_THROW(clerk(source)->query(write, {"1005", "5"}), PgError);
+  w.source.run_actions(store.actions(w.context(), {Side::source}).undo);
+  clerk(source)->query(write, {"1005", "6"});
+  EXPECT_EQ(source.session("shop")->value(rights), before);
+  store.finish(w.context(), Side::source);
+  EXPECT_THROW(clerk(target)->query(write, {"1005", "7"}), PgError);
+  store.unfence_source(w.context());
+  EXPECT_EQ(target.session("shop")->value(rights), before);
+  clerk(target)->query(write, {"1005", "8"});
 }
 
 INSTANTIATE_TEST_SUITE_P(Majors, PostgresLife, ::testing::Values(std::pair{15, 15}, std::pair{13, 15}, std::pair{15, 17}, std::pair{15, 18}),

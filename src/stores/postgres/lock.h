@@ -1,7 +1,9 @@
 // The lock that holds every writer of a database back: what the cut, the micro-fence and the comparison share.
 #pragma once
 
+#include <atomic>
 #include <functional>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -20,7 +22,8 @@ class WriterLock {
  public:
   // `s` is the session that will hold the lock. Sets its deadlock_timeout, and an idle timeout after which a stopped
   // holder lets go by itself.
-  WriterLock(PostgresStore& store, Side side, PgSession& s, const std::vector<PgTable>& tables);
+  // `large_objects` false: their catalogues are locked by somebody else.
+  WriterLock(PostgresStore& store, Side side, PgSession& s, const std::vector<PgTable>& tables, bool large_objects = true);
 
   // BEGIN, the locks, and `then` in one round trip. Each try is bounded by 100 ms as a whole (lock_timeout counts each lock
   // for itself), then everybody goes on, and after a random wait it is tried again until the deadline, `most` times at most
@@ -34,8 +37,24 @@ class WriterLock {
   Side side_;
   PgSession& session_;
   std::vector<std::pair<std::int64_t, std::string>> tables_;   // oid, "ONLY name"
+  bool large_objects_;
   int tries_ = 0;
 };
+
+// A table as a transaction that reads it has found it under its name: not the one of the snapshot where the oid is another, and not its
+// rows where the file is. TRUNCATE and what writes a table anew take rows away from older snapshots, or move them.
+struct ReadLocked {
+  std::int64_t oid = 0, file = 0;
+  bool referenced = false;     // by a foreign key
+};
+// Begins a transaction of `s` that reads as of `snapshot` and holds the locks that `select` needs, for the caller to end. Waits 100 ms at
+// most for all of them, with no other lock held, and after a random wait tries again, for an hour. Throws Error(timeout), which names who
+// holds the table, Error(interrupted) when cancelled, PgError where it cannot be read any more; then no transaction is open.
+ReadLocked lock_to_read(PgSession& s, const std::string& snapshot, const PgTable&, const std::string& select, const std::atomic<bool>& cancelled);
+// PgTable::full() -> file of all tables as the transaction's snapshot has them.
+std::map<std::string, std::int64_t> files_in_snapshot(PgSession&);
+// Who holds that table (0: any) of the session's database in ACCESS EXCLUSIVE mode, for an error's text.
+std::string who_locks(PgSession&, std::int64_t oid);
 
 // Before writers are held for a marker: sends one and waits for it without any lock, then another, until one is quick. Throws
 // Error(timeout), which says how far behind the follower is, at the deadline and when it makes no progress for ten minutes.

@@ -2,12 +2,25 @@
 
 #include <xxhash.h>
 
+#include <algorithm>
 #include <cstdio>
+#include <iterator>
 
 #include "base/text.h"
 #include "config/config.h"
 
 namespace rehome {
+
+namespace {
+
+// In one order, whatever the server's is.
+std::vector<std::string> all_databases(PgSession& s) {
+  std::vector<std::string> names;
+  for (auto& row : s.query("SELECT datname FROM pg_database WHERE NOT datistemplate AND datallowconn ORDER BY datname COLLATE \"C\"")) names.push_back(*row[0]);
+  return names;
+}
+
+}  // namespace
 
 PostgresStore::PostgresStore(const StoreConfig& config, const Deployment& deployment) : config_(config) {
   std::string seed = deployment.name + "/" + config.name;
@@ -38,6 +51,7 @@ std::string PostgresStore::server_address(Side side) const {
 PgAddress PostgresStore::address(StoreContext& c, Side side, const std::string& database, const std::string& keep) {
   const PostgresServer& s = server(side);
   return {.label = std::string(side_name(side)) + ": database " + database,
+          .server = server_address(side),
           .host = c.at(side).local_socket_for(server_address(side), s.os_user, keep),
           .port = 5432,
           .user = s.user,
@@ -65,10 +79,29 @@ std::vector<std::string> PostgresStore::databases(StoreContext& c) {
   if (!config_.postgres.databases.empty()) return config_.postgres.databases;
   Json known = c.recall(key("databases"));
   if (known.is_array()) return known.get<std::vector<std::string>>();
-  auto s = session(c, Side::source, server(Side::source).admin_database);
-  std::vector<std::string> names;
-  for (auto& row : s->query("SELECT datname FROM pg_database WHERE NOT datistemplate AND datallowconn ORDER BY 1")) names.push_back(*row[0]);
-  return names;
+  return all_databases(*session(c, Side::source, server(Side::source).admin_database));
+}
+
+// No event trigger tells of CREATE DATABASE. At the target there may be others' databases: there those of the switch's moment are known.
+PostgresStore::DatabaseChange PostgresStore::database_change(StoreContext& c, PgSession& serving, Side serves) {
+  DatabaseChange change;
+  if (!config_.postgres.databases.empty()) return change;
+  const Json known = c.recall(key(serves == Side::source ? "databases" : "databases_target"));
+  if (!known.is_array()) return change;
+  auto now = all_databases(serving), then = known.get<std::vector<std::string>>();
+  std::set_difference(now.begin(), now.end(), then.begin(), then.end(), std::back_inserter(change.come));
+  if (serves == Side::target) then = databases(c);
+  std::set_difference(then.begin(), then.end(), now.begin(), now.end(), std::back_inserter(change.gone));
+  return change;
+}
+
+void PostgresStore::remember_target_databases(StoreContext& c) { c.remember(key("databases_target"), all_databases(*session(c, Side::target, server(Side::target).admin_database))); }
+
+std::string PostgresStore::DatabaseChange::says(Side serves) const {
+  std::vector<std::string> lines;
+  for (const auto& name : come) lines.push_back("database " + name + " was made on the " + std::string(side_name(serves)) + " since, and is not on the other side");
+  for (const auto& name : gone) lines.push_back("database " + name + " is gone from the " + std::string(side_name(serves)) + " (dropped, renamed, or closed to connections)");
+  return join(lines, "\n");
 }
 
 PgFlow PostgresStore::flow(const std::string& database, Side publisher) const {
@@ -87,14 +120,15 @@ PgFlow PostgresStore::flow(const std::string& database, Side publisher) const {
 std::vector<PgTable> PostgresStore::tables(PgSession& s) {
   // A deferrable key identifies no row, and an identity whose index is gone is none (and cannot be said again). Extension
   // members are made by CREATE EXTENSION, and only those that it calls configuration hold what people wrote. Binary COPY only for
-  // types whose wire form has not changed since 13 and that hold no oid of a catalogue row.
+  // types whose wire form has not changed since 13 and that hold no oid of a catalogue row. Names are quoted all of them: what is a
+  // reserved word depends on the major (system_user since 16), and the other side reads the list too.
   auto rows = s.query(R"(
     SELECT n.nspname, c.relname, c.oid, pg_table_size(c.oid), c.relkind = 'p', c.relpersistence = 'u',
            EXISTS (SELECT 1 FROM pg_index i WHERE i.indrelid = c.oid AND (i.indisprimary OR i.indisreplident) AND i.indisvalid AND i.indimmediate),
            CASE WHEN c.relreplident = 'f' OR EXISTS (SELECT 1 FROM pg_index i WHERE i.indrelid = c.oid AND i.indisvalid AND i.indimmediate
                AND (c.relreplident = 'd' AND i.indisprimary OR c.relreplident = 'i' AND i.indisreplident)) THEN ''
              WHEN c.relreplident = 'd' THEN 'DEFAULT' ELSE 'NOTHING' END,
-           (SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) FROM pg_attribute a
+           (SELECT string_agg('"' || replace(a.attname, '"', '""') || '"', ', ' ORDER BY a.attnum) FROM pg_attribute a
              WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''),
            NOT EXISTS (SELECT 1 FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
              WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND t.oid NOT IN
@@ -168,8 +202,25 @@ static std::string refusing_body(const std::string& exception, const std::string
 std::string fence_function(bool refusing, const std::string& where) {
   if (!refusing)
     return "CREATE OR REPLACE FUNCTION rehome.fence() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog AS "
-           "$rehome$ BEGIN RETURN NULL; END $rehome$";
-  return refusing_body("", where);
+           "$rehome$ BEGIN RETURN NULL; END $rehome$; " + open_large_objects();
+  return refusing_body("", where) + "; " + close_large_objects();
+}
+
+// No trigger fires for them. Rights on the functions are what every way to write them passes, a client's fastpath too. The
+// catalogue's rows are changed themselves, since REVOKE and GRANT leave a list where there was none. Where there is no large object they
+// stay: who makes the first writes its number into a table, which refuses.
+std::string large_object_rights_table() { return "CREATE TABLE IF NOT EXISTS rehome.large_object_rights(function oid PRIMARY KEY, rights aclitem[])"; }
+
+std::string close_large_objects() {
+  return large_object_rights_table() +
+         "; INSERT INTO rehome.large_object_rights SELECT oid, proacl FROM pg_catalog.pg_proc WHERE pronamespace = 'pg_catalog'::regnamespace AND proname IN "
+         "('lo_creat', 'lo_create', 'lo_from_bytea', 'lo_import', 'lo_put', 'lo_truncate', 'lo_truncate64', 'lo_unlink', 'lowrite') AND EXISTS (SELECT 1 FROM pg_catalog.pg_largeobject_metadata) ON CONFLICT DO NOTHING; "
+         "UPDATE pg_catalog.pg_proc SET proacl = ARRAY[makeaclitem(proowner, proowner, 'EXECUTE', false)] WHERE oid IN (SELECT function FROM rehome.large_object_rights)";
+}
+
+std::string open_large_objects() {
+  return "DO $rehome$ BEGIN IF to_regclass('rehome.large_object_rights') IS NOT NULL THEN "
+         "UPDATE pg_catalog.pg_proc p SET proacl = r.rights FROM rehome.large_object_rights r WHERE p.oid = r.function; DELETE FROM rehome.large_object_rights; END IF; END $rehome$";
 }
 
 // A table's first synchronisation is a COPY by a worker of the server's own. A worker is told by its backend type, which only
@@ -217,12 +268,14 @@ std::string rewrite_function() {
          "WHERE c.oid = pg_event_trigger_table_rewrite_oid() AND c.relpersistence <> 't'; END $rehome$";
 }
 
-std::string end_fence_sessions() {
+std::string end_sessions(const std::string& which) {
   return "DO $rehome$ DECLARE n int; BEGIN FOR i IN 1..500 LOOP "
-         "SELECT count(pg_terminate_backend(pid)) INTO n FROM pg_stat_activity WHERE application_name = 'rehome fence' "
+         "SELECT count(pg_terminate_backend(pid)) INTO n FROM pg_stat_activity WHERE " + which + " "
          "AND datname = current_database() AND pid <> pg_backend_pid(); EXIT WHEN n = 0; PERFORM pg_sleep(0.01); "
-         "PERFORM pg_stat_clear_snapshot(); END LOOP; IF n > 0 THEN RAISE EXCEPTION 'sessions that hold a fence do not end'; END IF; END $rehome$";
+         "PERFORM pg_stat_clear_snapshot(); END LOOP; IF n > 0 THEN RAISE EXCEPTION '% sessions do not end', n; END IF; END $rehome$";
 }
+
+std::string end_fence_sessions() { return end_sessions("application_name = '" + std::string(kFenceApplication) + "'"); }
 
 }  // namespace pgsql
 

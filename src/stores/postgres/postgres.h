@@ -16,6 +16,8 @@
 namespace rehome {
 
 struct PgPrograms;
+struct SchemaEntry;
+class SchemaDump;
 
 struct PgTable {
   std::string schema, name;
@@ -74,6 +76,8 @@ class PostgresStore : public Store {
   // worker has to copy. Tests make both small.
   std::int64_t split_bytes = 256 << 20;
   double split_share = 1.25;
+  // When a switch that waits refreshes the materialized views of the side that takes over once more.
+  Deadline views_again_;
 
   // For the phases and the Cut.
   // Where a schema dump lies while it is read, on whichever host pg_dump runs: a name with a random end behind it.
@@ -82,6 +86,13 @@ class PostgresStore : public Store {
   PgAddress address(StoreContext&, Side, const std::string& database, const std::string& keep = {});
   std::unique_ptr<PgSession> session(StoreContext&, Side, const std::string& database, const std::string& application = "rehome");
   std::vector<std::string> databases(StoreContext&);
+  // Of `databases: all`: which have come to the side that serves since the run knows them, and which have gone, a line each. Empty
+  // where they are named. Reads the admin database.
+  struct DatabaseChange {
+    std::vector<std::string> come, gone;
+    std::string says(Side serves) const;   // empty: none
+  };
+  DatabaseChange database_change(StoreContext&, PgSession& serving, Side serves);
   PgFlow flow(const std::string& database, Side publisher) const;
   std::vector<PgTable> tables(PgSession&);
   // Which of the publisher's `tables` its publication or its fence lacks, as this session's snapshot has it: their rows would be copied
@@ -89,6 +100,8 @@ class PostgresStore : public Store {
   std::string not_followed(PgSession& publisher, const PgFlow&, const std::vector<PgTable>& tables);
   // The flow's slot is there, and the server still has the WAL that it asks for.
   static bool slot_stands(PgSession& publisher, const PgFlow&);
+  // The timeouts that server, database and role set for a follower of the session's user, "statement_timeout = 60000 ms, ...". Empty: none.
+  static std::string follower_timeouts(PgSession&);
   // Where that side's server finds the socket that leads to the other's, and the passfile for it: a directory of the agent's
   // account that the server's account may enter (the agent's state is closed to it), kept over a reboot where it can be,
   // since the listener comes back with the agent. Its name is told by the agent's state: two runs never share one.
@@ -108,7 +121,13 @@ class PostgresStore : public Store {
   void locks_first(Side side, const std::string& database, std::int64_t oid);
 
  private:
+  void check_cron(StoreContext&, Side, PgSession& admin, const std::vector<std::string>& databases, std::vector<Finding>&);
   void prepare_source(StoreContext&, const std::string& database);
+  void prepare_database(StoreContext&, const std::string& database);
+  void remember_target_databases(StoreContext&);
+  // Prepares databases that have come to the source since the list of all of them was made.
+  void take_in_databases(StoreContext&);
+  void follow_database(StoreContext&, const std::string& database);
   void install_fence(StoreContext&, PgSession&, Side, const std::vector<PgTable>&, bool refusing);
   // Those without both triggers.
   std::vector<PgTable> unfenced(PgSession&, const std::vector<PgTable>&);
@@ -134,8 +153,10 @@ class PostgresStore : public Store {
   bool is_made(StoreContext&, const std::string& database);
   // How many may connect to the target's database as it was before the run, which closes it for a while; null where this run made it.
   Json connection_limit(StoreContext&, const std::string& database);
-  // `foreign_keys` false: post-data without them, while tables that they point to are still empty.
-  void restore_section(StoreContext&, const std::string& database, const std::string& section, const std::string& snapshot, bool foreign_keys = true);
+  // As of `snapshot` (empty: now). Null where the section is restored already.
+  std::unique_ptr<SchemaDump> dump_section(StoreContext&, const std::string& database, const std::string& section, const std::string& snapshot);
+  // `foreign_keys` false: post-data without them, while tables that they point to are still empty. Nothing where `dump` is null.
+  void restore_section(StoreContext&, const std::string& database, const std::string& section, const SchemaDump* dump, bool foreign_keys = true);
   void copy_database(StoreContext&, const std::string& database);
   void watch_wal(StoreContext&, Side);
   // What has become of a first copy's snapshot. `rest`: it is lost, but the slot holds all that has happened since, and the
@@ -167,7 +188,8 @@ class PostgresStore : public Store {
   std::string copy_changed(StoreContext&, const std::string& database);
   struct SourceSchema;
   SourceSchema read_source_schema(StoreContext&, const std::string& database);
-  void record_copied_schema(StoreContext&, const std::string& database, const std::string& snapshot);
+  // What a first copy writes down as copied, for recopy to compare with. Empty where an object has gone since the snapshot.
+  std::vector<SchemaEntry> read_copied_schema(StoreContext&, const std::string& database, const std::string& snapshot);
   // A side's schema as the other one has it: the source's since it was copied, the target's since the switch.
   // `seen`: a snapshot, for the log's numbers come in another order than their commits.
   void remember_schema(StoreContext&, const std::string& database, Side, const std::string& seen, const Json& fingerprint);
@@ -185,6 +207,8 @@ class PostgresStore : public Store {
   void accept_schema(StoreContext&, const std::string& database);
   // Empties the target's `rewritten` tables on the source, unsubscribed. The next synchronise() brings their rows; until then they lack.
   void copy_back(StoreContext&, const std::string& database, const std::set<std::int64_t>& rewritten);
+  // Which side serves, as the followers stand.
+  Side serving(StoreContext&);
   static bool follows(PgSession& subscriber, const PgFlow&);   // its subscription is on
   // What has become of the source's extensions since they were copied.
   struct ExtensionUpdate {
@@ -206,6 +230,7 @@ class PostgresStore : public Store {
   void take_helpers(StoreContext&);   // what finish and abandon have in common: settings, watchers, sockets
   void tune(StoreContext&, Side);
   void untune(StoreContext&, Side);
+  bool has_database(StoreContext&, Side, const std::string& database);   // false where the host is gone too
   void remove_flow(StoreContext&, const std::string& database, const PgFlow&);
   // Which slots at the publisher are those of tables that the subscription is just synchronising, as SQL; empty: there is no such
   // subscription. Their names hold its oid and its cluster's number, nothing of ours.
@@ -213,6 +238,7 @@ class PostgresStore : public Store {
   void remove_publisher(StoreContext&, PgSession& publisher, const PgFlow&);
   // The slots of which `which` (SQL) is true go, and who uses them is ended.
   void drop_slots(PgSession& publisher, const std::string& which);
+  void make_reverse_slot(StoreContext&, PgSession& publisher, const PgFlow&);
   void remove_objects(StoreContext&, Side, const std::string& database, bool keep_fence);
   std::string secret(Side, const std::string& database);
   std::string compare_rows(StoreContext&, const std::string& database, const PgTable&, const std::string& snap_s,
@@ -232,8 +258,14 @@ inline Millis pause_for_unlogged(std::int64_t bytes) { return Millis(bytes / 50'
 
 // SQL that several phases share.
 namespace pgsql {
-// The trigger functions' bodies. The open one lets everything through, the refusing one nothing but replication.
+// The trigger functions' bodies, and the rights on what writes large objects. The open one lets everything through, the refusing one
+// nothing but replication. Several statements.
 std::string fence_function(bool refusing, const std::string& where);
+// Takes from everybody but superusers the right to call the functions that write large objects, and keeps what it was; gives it back
+// as it was. Idempotent. A transaction that is open then may not have heard of it.
+std::string large_object_rights_table();
+std::string close_large_objects();
+std::string open_large_objects();
 // The refusing body while the first copy runs: it lets through a superuser's session that calls itself "rehome copy", and nobody else.
 std::string fence_function_while_copying(const std::string& where);
 // The refusing body from the copy's end to the switch: lets the server's own first copy of a table through.
@@ -249,8 +281,10 @@ std::string ddl_function(bool refusing);
 // Records a table whose rows ALTER TABLE or ALTER TYPE writes anew: neither a dump nor the follower tells. By its oid, for it may get
 // another name in the same transaction.
 std::string rewrite_function();
-// Terminates our earlier sessions that could still commit a fence, and waits until they are gone. A statement sent by a
-// dead agent's life may land late; docs/model has the run in which that loses a write.
+// Terminates the other sessions in this database of which that is true, in columns of pg_stat_activity, and waits until they are gone (5 s).
+std::string end_sessions(const std::string& which);
+// Those of our earlier sessions that could still commit a fence. A statement sent by a dead agent's life may land late; docs/model has
+// the run in which that loses a write.
 std::string end_fence_sessions();
 extern const char* const kFenceApplication;
 }  // namespace pgsql

@@ -36,6 +36,36 @@ std::string names(const std::vector<PgRow>& rows) {
   return first_few(std::move(all));
 }
 
+// WITH RECURSIVE part(col, of, type): the columns of the tables with these oids, and what types their values are made of: a domain has its
+// base type's, an array its elements', a row its columns'.
+std::string parts_of_columns(const std::string& oids) {
+  return R"(
+      WITH RECURSIVE part(col, of, type) AS (
+        SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) || '.' || quote_ident(a.attname), a.atttypid, a.atttypid FROM pg_class c
+          JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped WHERE c.oid IN ()" + oids + R"()
+        UNION SELECT part.col, part.of, more.type FROM part JOIN pg_type t ON t.oid = part.type, LATERAL (
+          SELECT t.typbasetype WHERE t.typtype = 'd' UNION ALL SELECT t.typelem WHERE t.typelem <> 0 AND t.typlen = -1
+          UNION ALL SELECT a.atttypid FROM pg_attribute a WHERE t.typtype = 'c' AND a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped) more(type))
+      )";
+}
+
+// Ours are set in each session; a follower's walsender and workers have what server, database and role say.
+std::string followers_setting(const char* name) { return std::string("(SELECT reset_val FROM pg_settings WHERE name = '") + name + "')"; }
+
+// A sum as this server's followers write it. `setting`: of a database that is still to be made; empty: the session's own.
+std::string money_as_written(PgSession& s, const std::string& setting) {
+  try {
+    s.exec("BEGIN; SELECT set_config('lc_monetary', " + (setting.empty() ? followers_setting("lc_monetary") : pg_literal(setting)) + ", true)");
+    std::string said = s.value("SELECT (-1234567.89::numeric)::money");
+    s.exec("ROLLBACK");
+    return said;
+  } catch (const PgError& e) {
+    if (s.broken()) throw;
+    s.exec("ROLLBACK");
+    return e.message;
+  }
+}
+
 bool known_version(PgSession& s, Side side, Findings& f) {
   std::string here(side_name(side)), version = "PostgreSQL " + s.value("SHOW server_version");
   if (s.major() < 13) f.error("version", here, version + " is older than 13", "update it to 13 or later first (pg_upgrade), or move it by dump and restore");
@@ -43,7 +73,7 @@ bool known_version(PgSession& s, Side side, Findings& f) {
   return s.major() >= 13 && s.major() <= 18;
 }
 
-void check_server(PgSession& s, Side side, std::size_t databases, Findings& f) {
+void check_server(PgSession& s, Side side, std::size_t databases, std::int64_t wal_kept, Findings& f) {
   std::string here(side_name(side));
   if (s.value("SELECT rolsuper FROM pg_roles WHERE rolname = current_user") != "t")
     f.error("superuser", here, s.address().user + " is not a superuser", "connect as one: fences, event triggers and origins need it (ALTER ROLE ... SUPERUSER)");
@@ -60,11 +90,29 @@ void check_server(PgSession& s, Side side, std::size_t databases, Findings& f) {
   limit("max_wal_senders", s.number("SELECT count(*) FROM pg_stat_replication"), n + 1);
   limit("max_logical_replication_workers", s.number("SELECT count(*) FROM pg_stat_subscription WHERE pid IS NOT NULL"), n);
   limit("max_worker_processes", s.number("SELECT count(*) FROM pg_stat_subscription WHERE pid IS NOT NULL"), n + 1);
+  // Until 17 the slots' limit was this one's too.
+  if (s.major() >= 18) limit("max_active_replication_origins", s.number("SELECT count(*) FROM pg_replication_origin_status"), n + 1);
+  // Ours has a limit of its own (limits: wal_kept), which says what it does; a slot that waits for its follower is nobody's forgotten one.
+  if (std::int64_t kept = s.number("SELECT setting FROM pg_settings WHERE name = 'max_slot_wal_keep_size'"); kept >= 0 && kept << 20 < wal_kept)
+    f.warn("max_slot_wal_keep_size", here, "max_slot_wal_keep_size is " + s.value("SHOW max_slot_wal_keep_size") + ", less than limits: wal_kept (" + human_bytes(wal_kept) + "): the server gives the run's slots up before, and the database must be copied again or has no way back",
+           "ALTER SYSTEM SET max_slot_wal_keep_size = -1 for the run (wal_kept is the limit then), SELECT pg_reload_conf()");
+  if (s.major() >= 18 && s.value("SELECT setting FROM pg_settings WHERE name = 'idle_replication_slot_timeout'") != "0")
+    f.warn("idle_replication_slot_timeout", here, "idle_replication_slot_timeout is " + s.value("SHOW idle_replication_slot_timeout") + ": the server gives up a slot that no follower has used for that long, as during the copy, before the switch, and while the other host is away",
+           "ALTER SYSTEM SET idle_replication_slot_timeout = 0 for the run, SELECT pg_reload_conf()");
   auto prepared = s.query("SELECT gid FROM pg_prepared_xacts");
   if (!prepared.empty())
     f.error("prepared", here, "pending prepared transactions: " + names(prepared) + "; the fence waits for them for ever", "COMMIT PREPARED or ROLLBACK PREPARED them");
   auto vacuum = s.query("SELECT datname || ': ' || query FROM pg_stat_activity WHERE backend_type = 'autovacuum worker' AND query LIKE '%to prevent wraparound%'");
   if (!vacuum.empty()) f.warn("wraparound", here, "an anti-wraparound autovacuum runs and never yields to a lock: " + names(vacuum), "wait for its end before the switch");
+}
+
+// Of all databases at once: the cut locks every table, and what comes before a table's rows is made at the target in one transaction a database.
+void check_locks(PgSession& s, Side side, std::int64_t needed, const char* why, Findings& f) {
+  auto have = s.number("SELECT current_setting('max_locks_per_transaction')::bigint * (current_setting('max_connections')::bigint + current_setting('max_prepared_transactions')::bigint)");
+  if (needed <= have) return;
+  const std::int64_t each = s.number("SHOW max_locks_per_transaction");
+  f.error("max_locks_per_transaction", std::string(side_name(side)), std::string(why) + " take " + std::to_string(needed) + " locks at once, and the lock table holds " + std::to_string(have),
+          "ALTER SYSTEM SET max_locks_per_transaction = " + std::to_string(each * needed / std::max<std::int64_t>(1, have) + each + 1) + ", then restart that server", true);
 }
 
 void check_database(PgSession& s, const std::vector<PgTable>& tables, Findings& f) {
@@ -77,12 +125,13 @@ void check_database(PgSession& s, const std::vector<PgTable>& tables, Findings& 
     if (!t.has_key) ids += (ids.empty() ? "" : ",") + std::to_string(t.oid);
   }
   if (unidentified)
-    f.note("keyless", where, std::to_string(unidentified) + " tables without a usable replica identity (no primary key, a deferrable one, or REPLICA IDENTITY NOTHING): they get FULL for the run; updates of large ones are slow to follow");
+    f.note("keyless", where, counted(unidentified, "table") + " without a usable replica identity (no primary key, a deferrable one, or REPLICA IDENTITY NOTHING): they get FULL for the run; updates of large ones are slow to follow");
   if (!ids.empty()) {
-    auto bad = s.query("SELECT DISTINCT quote_ident(n.nspname) || '.' || quote_ident(c.relname) || '.' || quote_ident(a.attname) || ' (' || format_type(t.oid, NULL) || ')' FROM pg_class c "
-                       "JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped JOIN pg_type t ON t.oid = a.atttypid "
-                       "WHERE c.oid IN (" + ids + ") AND t.typtype = 'b' AND NOT EXISTS (SELECT 1 FROM pg_opclass o JOIN pg_am m ON m.oid = o.opcmethod WHERE m.amname IN ('btree', 'hash') AND o.opcdefault "
-                       "AND (o.opcintype = t.oid OR o.opcintype = 'anyarray'::regtype AND t.typelem <> 0 AND t.typlen = -1 OR EXISTS (SELECT 1 FROM pg_cast k WHERE k.castsource = t.oid AND k.casttarget = o.opcintype AND k.castmethod = 'b')))");
+    // Rows are compared by the equality of their columns' types.
+    auto bad = s.query(parts_of_columns(ids) + R"(SELECT DISTINCT part.col || ' (' || format_type(part.of, NULL) || ')' FROM part JOIN pg_type t ON t.oid = part.type
+       WHERE t.typtype = 'b' AND NOT (t.typelem <> 0 AND t.typlen = -1)
+         AND NOT EXISTS (SELECT 1 FROM pg_opclass o JOIN pg_am m ON m.oid = o.opcmethod WHERE m.amname IN ('btree', 'hash') AND o.opcdefault
+           AND (o.opcintype = t.oid OR EXISTS (SELECT 1 FROM pg_cast k WHERE k.castsource = t.oid AND k.casttarget = o.opcintype AND k.castmethod = 'b' AND k.castcontext = 'i'))) ORDER BY 1)");
     if (!bad.empty())
       f.error("identity_full", where, "without a key, and with a column that has no equality operator, so that a changed row cannot be found: " + names(bad),
               "add a primary key to these tables");
@@ -97,14 +146,15 @@ void check_database(PgSession& s, const std::vector<PgTable>& tables, Findings& 
   for (const auto& t : tables)
     if (t.unlogged && !t.partitioned) unlogged++, unlogged_bytes += t.bytes;
   if (unlogged) f.warn("unlogged", where, std::to_string(unlogged) + " unlogged tables, " + human_bytes(unlogged_bytes) + ": replication does not carry them, they are copied inside the pause", "make them logged, or empty, or accept the time");
+  auto children = s.query("SELECT DISTINCT c.oid::regclass::text || ' (to ' || p.oid::regclass::text || ')' FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid JOIN pg_class p ON p.oid = k.confrelid "
+                          "WHERE k.contype = 'f' AND c.relpersistence = 'u' AND p.relpersistence = 'p' ORDER BY 1");
+  if (!children.empty())
+    f.warn("unlogged_children", where, "unlogged tables with a foreign key to a logged one: " + names(children) + "; where that one is emptied by TRUNCATE ... CASCADE, the follower, which is told of the logged table alone, is refused at the other side and stands still",
+           "make them logged (ALTER TABLE ... SET LOGGED), or drop these foreign keys until rehome complete, or use no TRUNCATE ... CASCADE there");
   auto lo = s.query("SELECT count(*), " + large_object_bytes() + " FROM pg_largeobject_metadata");
   if (*lo[0][0] != "0")
-    f.warn("large_objects", where, *lo[0][0] + " large objects, about " + human_bytes(std::stoll(*lo[0][1])) + ": compared inside the pause, and the pages that changed since the pass before it copied; no fence stops a superuser from writing them after it",
+    f.warn("large_objects", where, *lo[0][0] + " large objects, about " + human_bytes(std::stoll(*lo[0][1])) + ": compared inside the pause, and the pages that changed since the pass before it copied. From the cut on nobody has the right to write them, and transactions that are open then are ended; no fence stops a superuser, or a function that runs as one, from writing them after it",
            "accept the time; the plan prices it");
-  auto locks = s.number("SELECT current_setting('max_locks_per_transaction')::bigint * (current_setting('max_connections')::bigint + current_setting('max_prepared_transactions')::bigint)");
-  if (static_cast<std::int64_t>(tables.size()) * 2 > locks)
-    f.error("max_locks_per_transaction", where, std::to_string(tables.size()) + " tables are locked at once, and the lock table holds " + std::to_string(locks),
-            "ALTER SYSTEM SET max_locks_per_transaction = " + std::to_string(static_cast<std::int64_t>(tables.size()) * 2 / std::max<std::int64_t>(1, locks / 64) + 64) + ", then restart that server", true);
   // Our tables would be in such a publication, and a server that follows it has none of them: it stops at their first row, and its slot
   // keeps WAL without an end. Who follows what, the slot does not say.
   auto everything = s.query("SELECT quote_ident(pubname) FROM pg_publication WHERE puballtables ORDER BY 1"),
@@ -120,8 +170,10 @@ void check_database(PgSession& s, const std::vector<PgTable>& tables, Findings& 
   auto subs = s.query("SELECT subname FROM pg_subscription WHERE subenabled AND subname NOT LIKE 'rehome\\_%' AND subdbid = (SELECT oid FROM pg_database WHERE datname = current_database())");
   if (!subs.empty())
     f.error("subscriptions", where, "this database subscribes elsewhere: " + names(subs) + "; what an apply worker writes passes the fence", "disable them for the switch (ALTER SUBSCRIPTION ... DISABLE), or move their publisher first");
-  if (s.number("SELECT count(*) FROM pg_extension WHERE extname = 'pg_cron'"))
-    f.warn("pg_cron", where, "pg_cron runs jobs in this database: on both sides after the copy", "set cron.database_name, or disable the jobs on the side that does not serve");
+  auto left = s.query("SELECT 'publication ' || quote_ident(pubname) FROM pg_publication WHERE pubname NOT LIKE 'rehome\\_%' UNION ALL "
+                      "SELECT 'disabled subscription ' || quote_ident(subname) FROM pg_subscription WHERE NOT subenabled AND subname NOT LIKE 'rehome\\_%' AND subdbid = (SELECT oid FROM pg_database WHERE datname = current_database()) UNION ALL "
+                      "SELECT 'comments on ' || count(*) || ' large objects' FROM pg_description WHERE classoid = 'pg_largeobject'::regclass HAVING count(*) > 0 ORDER BY 1");
+  if (!left.empty()) f.note("not_carried", where, "make again on the target what is not carried: " + names(left));
   auto foreign_tables = s.query("SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind = 'f' LIMIT 20");
   if (!foreign_tables.empty()) f.note("foreign_tables", where, "foreign tables keep pointing where they point: " + names(foreign_tables));
 }
@@ -171,6 +223,77 @@ void check_locales(StoreContext& c, PgSession& s, PgSession& target, const std::
 
 }  // namespace
 
+// Its extension lives in one database of a cluster, not in those that its jobs run in, and who is to serve has jobs of its own.
+void PostgresStore::check_cron(StoreContext& c, Side side, PgSession& admin, const std::vector<std::string>& databases, std::vector<Finding>& all) {
+  const std::string home = admin.value("SELECT coalesce(current_setting('cron.database_name', true), '')");
+  std::set<std::string> look(databases.begin(), databases.end());
+  if (!home.empty()) look.insert(home);
+  for (const auto& database : look) {
+    if (admin.query("SELECT 1 FROM pg_database WHERE datname = $1 AND datallowconn", {database}).empty()) continue;
+    auto s = session(c, side, database);
+    // Who may not look is no superuser, which is a finding of its own.
+    if (s->value("SELECT EXISTS (SELECT 1 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = 'cron' AND c.relname = 'job' AND has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')) "
+                 "AND EXISTS (SELECT 1 FROM pg_extension WHERE extname = 'pg_cron')") != "t") continue;
+    std::string jobs;
+    for (const auto& name : databases) jobs += (jobs.empty() ? "" : ", ") + pg_literal(name);
+    const auto count = s->number("SELECT count(*) FROM cron.job WHERE active AND database IN (" + jobs + ")");
+    if (count)
+      all.push_back({Finding::Level::warning, "postgres.pg_cron", config_.name + ": " + std::string(side_name(side)) + ": database " + database, "pg_cron has " + std::to_string(count) + " active jobs in databases that move; " +
+                     (side == Side::source && std::find(databases.begin(), databases.end(), database) == databases.end() ? "they are kept in this database, which does not move: they stay behind, and fail after the switch" : "they would run on both sides after the copy"),
+                     "cron.unschedule them on the side that does not serve, and cron.schedule_in_database them on the other after the switch"});
+  }
+}
+
+std::string PostgresStore::follower_timeouts(PgSession& s) {
+  std::vector<std::string> all;
+  for (auto& r : s.query("SELECT name || ' = ' || reset_val || coalesce(' ' || unit, '') FROM pg_settings WHERE name IN ('statement_timeout', 'transaction_timeout', 'idle_in_transaction_session_timeout') AND reset_val <> '0' ORDER BY 1")) all.push_back(*r[0]);
+  return join(all, ", ");
+}
+
+namespace {
+
+// What the servers' own processes, which follow, take from them: none of these is ours to set.
+void check_followers(PgSession& s, PgSession& t, bool made, const std::vector<PgTable>& tables, Findings& f) {
+  const std::string database = s.address().database, in = " IN DATABASE " + pg_identifier(database);
+  for (PgSession* at : {&s, &t}) {
+    std::string said = PostgresStore::follower_timeouts(*at);
+    const bool of_role = at == &t && !made;   // there is no such database yet
+    if (!said.empty())
+      f.warn("timeouts", std::string(side_name(at == &s ? Side::source : Side::target)) + ": database " + database, "set for " + at->address().user + ", who follows: " + said + "; where a table is copied by the server itself (rehome resume --recopy), it ends a copy that takes longer, again and again",
+             "ALTER ROLE " + pg_identifier(at->address().user) + (of_role ? "" : in) + " SET " + said.substr(0, said.find(' ')) + " = 0" + (said.find(',') != std::string::npos ? ", and the others likewise" : ""));
+  }
+  std::string oids;
+  for (const auto& table : tables)
+    if (!table.partitioned && !table.unlogged) oids += (oids.empty() ? "" : ",") + std::to_string(table.oid);
+  if (oids.empty()) return;
+  auto money = s.query(parts_of_columns(oids) + "SELECT DISTINCT col FROM part WHERE type = 'money'::regtype ORDER BY 1");
+  if (money.empty()) return;
+  std::string carried;
+  if (!made)
+    for (auto& r : s.query("SELECT substr(v, 13) FROM pg_db_role_setting x JOIN pg_database d ON d.oid = x.setdatabase AND x.setrole = 0, unnest(x.setconfig) v WHERE d.datname = current_database() AND v LIKE 'lc\\_monetary=%'")) carried = *r[0];
+  if (std::string from = money_as_written(s, ""), to = money_as_written(t, carried); from != to)
+    f.error("lc_monetary", "database " + database, "columns of type money, whose values the followers write by the one server's lc_monetary and read by the other's, and these differ (" + from + " here, " + to + " there): " + names(money),
+            "give both servers the same lc_monetary (ALTER SYSTEM SET lc_monetary = 'C', SELECT pg_reload_conf(); ALTER DATABASE and ALTER ROLE ... SET come before it), or make the columns numeric");
+}
+
+// What a role, a database or a role in a database has set, and the target's version does not know. `kept`: roles whose own settings stay
+// as the target has them.
+void check_settings(PgSession& s, PgSession& admin_target, const std::string& database, bool roles, const std::set<std::string>& kept, Findings& f) {
+  auto unknown = [&](const PgRow& r) { return !(r[2] && kept.contains(*r[2])) && r[1]->find('.') == std::string::npos && admin_target.query("SELECT 1 WHERE current_setting($1, true) IS NULL", {*r[1]}).size() == 1; };
+  std::vector<std::string> all, mends;
+  for (auto& r : s.query("SELECT CASE WHEN x.setdatabase = 0 THEN 'ALTER ROLE ' || coalesce(quote_ident(r.rolname), 'ALL') WHEN x.setrole = 0 THEN 'ALTER DATABASE ' || quote_ident(d.datname) "
+                         "ELSE 'ALTER ROLE ' || quote_ident(r.rolname) || ' IN DATABASE ' || quote_ident(d.datname) END, split_part(v, '=', 1), CASE WHEN x.setdatabase = 0 THEN r.rolname END FROM pg_db_role_setting x LEFT JOIN pg_roles r ON r.oid = x.setrole "
+                         "LEFT JOIN pg_database d ON d.oid = x.setdatabase, unnest(x.setconfig) v WHERE d.datname = $1 OR x.setdatabase = 0 AND $2 ORDER BY 1, 2", {database, roles ? "t" : "f"})) {
+    if (!unknown(r)) continue;
+    all.push_back(*r[1]);
+    mends.push_back(*r[0] + " RESET " + *r[1]);
+  }
+  if (!all.empty())
+    f.error("settings", "source: database " + database, "settings that PostgreSQL " + std::to_string(admin_target.major()) + " does not know, and with which nothing can be made there: " + first_few(all), join(mends, "; "));
+}
+
+}  // namespace
+
 std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
   Findings f(config_.name + ": ");
   BySide<std::unique_ptr<PgSession>> admin;
@@ -178,7 +301,7 @@ std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
     try {
       admin[side] = session(c, side, server(side).admin_database);
     } catch (const Error& e) {
-      f.all.push_back({Finding::Level::error, "postgres.connect", config_.name + ": " + std::string(side_name(side)), e.message, e.hint});
+      f.all.push_back({Finding::Level::error, "postgres.connect", config_.name, e.message, e.hint});
     }
     const std::string& named = c.deployment.site[side].psql;
     // Through a shell: a program that is missing is a finding here, and no error of the agent.
@@ -190,8 +313,8 @@ std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
   bool source_known = known_version(*admin.source, Side::source, f), target_known = known_version(*admin.target, Side::target, f);
   if (!source_known || !target_known) return f.all;
   const std::vector<std::string> list = databases(c);
-  check_server(*admin.source, Side::source, list.size(), f);
-  check_server(*admin.target, Side::target, list.size(), f);
+  check_server(*admin.source, Side::source, list.size(), c.deployment.limits.wal_kept, f);
+  check_server(*admin.target, Side::target, list.size(), c.deployment.limits.wal_kept, f);
   if (admin.source->major() > admin.target->major())
     f.warn("downgrade", "target", "the target (" + std::to_string(admin.target->major()) + ") is older than the source (" + std::to_string(admin.source->major()) + "): what only the newer knows is refused while copying", "prefer the same or a newer version");
 
@@ -211,8 +334,12 @@ std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
   for (auto& r : admin.target->query("SELECT name FROM pg_available_extensions")) available.insert(*r[0]);
   std::set<std::string> there;
   for (auto& r : admin.target->query("SELECT datname FROM pg_database")) there.insert(*r[0]);
+  std::set<std::string> kept;
+  const Json made_roles = c.recall(key("roles"));
+  for (auto& r : admin.target->query("SELECT rolname FROM pg_roles"))
+    if (!made_roles.is_array() || std::find(made_roles.begin(), made_roles.end(), Json(*r[0])) == made_roles.end()) kept.insert(*r[0]);
   const bool begun = !c.recall(key("databases")).is_null();
-  std::int64_t bytes = 0;
+  std::int64_t bytes = 0, table_count = 0, most_relations = 0;
   for (const auto& database : list) {
     if (admin.source->number("SELECT count(*) FROM pg_database WHERE datname = " + pg_literal(database)) == 0) {
       std::vector<std::string> known;
@@ -225,13 +352,19 @@ std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
     auto all = tables(*s);
     check_database(*s, all, f);
     // What lies in it is neither dumped nor copied, and goes with the end of a run. Another run's fences would be taken for this one's.
-    for (Side side : {Side::source, Side::target})
-      if (!begun && (side == Side::source || there.contains(database)) && session(c, side, database)->number("SELECT count(*) FROM pg_namespace WHERE nspname = 'rehome'") > 0)
+    auto require_own_schema = [&](Side side, PgSession& there) {
+      if (!begun && there.number("SELECT count(*) FROM pg_namespace WHERE nspname = 'rehome'") > 0)
         f.error("schema", std::string(side_name(side)) + ": database " + database, "it has a schema rehome, which is the name of the run's own, and this run has not made it",
                 "where it is another run's or was left by one, end that run there first (rehome complete --unfence-source, rehome cancel); else rename it: ALTER SCHEMA rehome RENAME TO ...");
+    };
+    require_own_schema(Side::source, *s);
     std::vector<PgRow> conditional;
+    // With indexes and large objects, which pg_table_size is without.
+    bytes += s->number("SELECT coalesce(sum(pg_total_relation_size(c.oid)), 0)::bigint FROM pg_class c WHERE c.relkind IN ('r', 'm') AND c.relpersistence <> 't' AND (c.oid >= 16384 OR c.oid IN ('pg_catalog.pg_largeobject'::regclass, 'pg_catalog.pg_largeobject_metadata'::regclass))");
+    table_count += static_cast<std::int64_t>(all.size());
+    // Each with its toast table, that one's index, and its sequences.
+    most_relations = std::max(most_relations, s->number("SELECT count(*) FROM pg_class WHERE oid >= 16384 AND relpersistence <> 't' AND (relkind IN ('r', 'p', 'S', 'v', 'm', 'f', 't', 'c') OR relkind = 'i' AND relnamespace = 'pg_toast'::regnamespace)"));
     for (const auto& t : all) {
-      bytes += t.bytes;
       if (!t.condition.empty()) conditional.push_back({t.full()});
     }
     if (int older = std::min(admin.source->major(), admin.target->major()); !conditional.empty() && older < 15)
@@ -246,8 +379,11 @@ std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
         f.error("tablespace", "target", "tablespace " + *r[0] + " is not there, and in database " + database + " these lie in it: " + (r[1]->size() > 200 ? r[1]->substr(0, 200) + "..." : *r[1]),
                 "CREATE TABLESPACE " + pg_identifier(*r[0]) + " LOCATION '...' on the target, or move them out of it on the source");
     check_locales(c, *s, *admin.target, database, f);
-    if (there.contains(database) && !begun) {
-      auto t = session(c, Side::target, database);
+    auto t = there.contains(database) ? session(c, Side::target, database) : nullptr;
+    check_followers(*s, t ? *t : *admin.target, t != nullptr, all, f);
+    check_settings(*s, *admin.target, database, config_.postgres.roles, kept, f);
+    if (t && !begun) {
+      require_own_schema(Side::target, *t);
       auto full = t->query("SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind IN ('r', 'p', 'v', 'm', 'S') AND n.nspname NOT IN "
                            "('pg_catalog', 'information_schema') AND n.nspname NOT LIKE 'pg\\_toast%' LIMIT 20");
       if (!full.empty()) f.error("not_empty", "target: database " + database, "it is not empty: " + names(full), "drop or rename it, or correct the target");
@@ -257,16 +393,24 @@ std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
       else if (here != wanted)
         f.warn("locale", "target: database " + database, "it is there already, with " + here + ", and the source's has " + wanted + ": its order of words differs",
                "drop it: rehome makes it as the source's is");
-      if (t->number("SELECT count(*) FROM pg_extension WHERE extname = 'pg_cron'")) f.warn("pg_cron", "target", "pg_cron runs there too", "disable its jobs on the target until the switch");
     }
   }
+  if (config_.postgres.roles) {
+    std::string parameters = admin.source->major() >= 15 ? "SELECT DISTINCT 'rights on parameter ' || parname FROM pg_parameter_acl UNION ALL " : "";
+    auto left = admin.source->query(parameters + "SELECT 'rights on tablespace ' || quote_ident(spcname) FROM pg_tablespace WHERE spcacl IS NOT NULL UNION ALL "
+                                    "SELECT 'comment on role ' || quote_ident(r.rolname) FROM pg_roles r JOIN pg_shdescription d ON d.classoid = 'pg_authid'::regclass AND d.objoid = r.oid WHERE r.oid >= 16384 ORDER BY 1");
+    if (!left.empty()) f.note("not_carried", "source", "make again on the target what is not carried (pg_dumpall --globals-only has it): " + names(left));
+  }
+  for (Side side : {Side::source, Side::target}) check_cron(c, side, *admin[side], list, f.all);
+  check_locks(*admin.source, Side::source, 2 * table_count, "the tables of all databases", f);
+  check_locks(*admin.target, Side::target, std::max(2 * table_count, most_relations), "the tables of all databases, or the relations of one that are made in one transaction,", f);
   std::string data = data_directory(*admin.target);
   Outcome df = data.empty() ? Outcome{.status = 1} : c.target.exec({.argv = {"df", "-B1", "--output=avail", data}});
   auto lines = split(std::string(trim(df.out)), '\n');
   if (df.ok() && lines.size() == 2) {
     std::int64_t available_bytes = std::atoll(std::string(trim(lines[1])).c_str());
     if (available_bytes < bytes + bytes / 2)
-      f.error("space", "target", human_bytes(available_bytes) + " are free in " + data + ", and " + human_bytes(bytes) + " of tables and their indexes are to come", "make room, or move the data directory");
+      f.error("space", "target", human_bytes(available_bytes) + " are free in " + data + ", and " + human_bytes(bytes) + " of tables, their indexes and large objects are to come", "make room, or move the data directory");
   }
   // A server follows the other through a socket for its own account alone, and the password for that lies in a file that this account
   // reads (prepare, open_path).
@@ -290,6 +434,7 @@ Estimate PostgresStore::estimate(StoreContext& c) {
     e.facts[std::string(side_name(side)) + ".version"] = admin[side]->value("SHOW server_version");
     e.facts[std::string(side_name(side)) + ".system"] = admin[side]->value("SELECT system_identifier::text FROM pg_control_system()");
   }
+  bool unknown = false;   // rows of a table that no ANALYZE has counted
   std::int64_t unlogged = 0, large = 0, large_bytes = 0, table_count = 0, sequence_count = 0;
   for (const auto& database : databases(c)) {
     auto s = session(c, Side::source, database);
@@ -303,6 +448,8 @@ Estimate PostgresStore::estimate(StoreContext& c) {
     // They come by size, which changes by itself, and a plan must not go stale by it.
     std::sort(schema.begin(), schema.end());
     e.objects += s->number("SELECT coalesce(sum(greatest(reltuples, 0)), 0)::bigint FROM pg_class WHERE relkind = 'r' AND relnamespace NOT IN (SELECT oid FROM pg_namespace WHERE nspname LIKE 'pg\\_%' OR nspname = 'information_schema')");
+    if (s->number("SELECT count(*) FROM pg_class WHERE relkind = 'r' AND (reltuples < 0 OR reltuples = 0 AND relpages = 0) AND pg_relation_size(oid) > 0 AND relnamespace NOT IN (SELECT oid FROM pg_namespace WHERE nspname LIKE 'pg\\_%' OR nspname = 'information_schema')") > 0)
+      unknown = true;
     large += s->number("SELECT count(*) FROM pg_largeobject_metadata");
     std::int64_t in_objects = s->number("SELECT " + large_object_bytes());
     large_bytes += in_objects;
@@ -311,20 +458,24 @@ Estimate PostgresStore::estimate(StoreContext& c) {
     for (auto& line : left_to_copy(c, database)) e.again.push_back(std::move(line));
     e.facts["schema." + database] = s->value("SELECT md5(" + pg_literal(join(schema, ";")) + ")");
   }
+  if (unknown) e.objects = -1;
   std::int64_t rate = 40'000'000;   // rows and indexes together, seen on two shared cores
-  if (c.deployment.limits.bandwidth > 0) rate = std::min(rate, c.deployment.limits.bandwidth);
+  if (std::int64_t share = c.deployment.store_bandwidth(); share > 0) {
+    rate = std::min(rate, share);
+    e.reasons.push_back(human_bytes(share) + " a second is this store's part of limits.bandwidth; what the servers synchronise by themselves (resume --recopy) and what follows is not held to it");
+  }
   e.copy = Millis(e.bytes * 1000 / rate);
   std::int64_t pause = 20 + table_count / 20 + sequence_count / 40;
-  e.reasons.push_back(std::to_string(table_count) + " tables locked and " + std::to_string(sequence_count) + " sequences read: about " + std::to_string(pause) + " ms");
+  e.reasons.push_back(counted(table_count, "table") + " locked and " + counted(sequence_count, "sequence") + " read: about " + std::to_string(pause) + " ms");
   if (unlogged) {
     pause += pause_for_unlogged(unlogged).count();
     e.reasons.push_back(human_bytes(unlogged) + " in unlogged tables: copied inside the pause, about " + human_duration(pause_for_unlogged(unlogged)));
   }
   if (large) {
     // Every page is hashed, on both sides at once: 250 MB and 200,000 small objects a second, seen on two shared cores.
-    std::int64_t ms = large / 200 + large_bytes / 250'000 + 5;
+    std::int64_t ms = large / 200 + large_bytes / 250'000 + 15;
     pause += ms;
-    e.reasons.push_back(std::to_string(large) + " large objects, " + human_bytes(large_bytes) + ": compared inside the pause, about " + human_duration(Millis(ms)) + "; those changed since the pass before it once more page by page, and their changed pages copied");
+    e.reasons.push_back(counted(large, "large object") + ", " + human_bytes(large_bytes) + ": compared inside the pause, about " + human_duration(Millis(ms)) + "; those changed since the pass before it once more page by page, and their changed pages copied, and sessions with an open transaction ended");
   }
   e.pause = Millis(pause);
   return e;

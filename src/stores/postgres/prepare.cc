@@ -17,10 +17,11 @@ namespace {
 constexpr Millis kLockPatience(60000);
 constexpr std::size_t kFenceGroup = 20;
 
-void bounded(PgSession& s, const std::string& sql) {
+// `sql` with those tables ("a, ONLY b") locked before it, all within 100 ms: lock_timeout counts each one for itself.
+void bounded(PgSession& s, const std::string& tables, const char* mode, const std::string& sql) {
   pg_retry_locks(Deadline::in(kLockPatience), [&] {
     try {
-      s.exec("BEGIN; SET LOCAL lock_timeout = '100ms'; " + sql + "; COMMIT");
+      s.exec("BEGIN; SET LOCAL lock_timeout = '100ms'; SET LOCAL deadlock_timeout = '10ms'; SET LOCAL statement_timeout = '100ms'; LOCK TABLE ONLY " + tables + " IN " + mode + " MODE; SET LOCAL statement_timeout = 0; " + sql + "; COMMIT");
     } catch (const Error&) {
       if (!s.broken()) s.exec("ROLLBACK");
       throw;
@@ -30,15 +31,16 @@ void bounded(PgSession& s, const std::string& sql) {
 
 // ICU's and the built-in locales, with which a database sorts otherwise than by its LC_COLLATE (15 and later).
 std::string locale_provider(PgSession& from, PgSession& to, const std::string& database) {
-  if (from.major() < 15) return {};
+  // Where the target's template0 has a provider of its own, the source's must be said.
+  const std::string libc = to.major() >= 15 ? " LOCALE_PROVIDER libc" : "";
+  if (from.major() < 15) return libc;
   std::string of = from.major() >= 17 ? "datlocale" : "daticulocale";
   std::string rules = from.major() >= 16 ? "daticurules" : "NULL";
   auto row = from.query("SELECT datlocprovider, " + of + ", " + rules + " FROM pg_database WHERE datname = " + pg_literal(database)).at(0);
   if (*row[0] == "i" && to.major() >= 15)
     return " LOCALE_PROVIDER icu ICU_LOCALE " + pg_literal(row[1].value_or("")) + (row[2] && to.major() >= 16 ? " ICU_RULES " + pg_literal(*row[2]) : "");
   if (*row[0] == "b" && to.major() >= 17) return " LOCALE_PROVIDER builtin BUILTIN_LOCALE " + pg_literal(row[1].value_or(""));
-  // Where the target's template0 has a provider of its own, the source's must be said.
-  return to.major() >= 15 ? " LOCALE_PROVIDER libc" : "";
+  return libc;
 }
 
 // Settings that are lists are stored as a list of identifiers, quoted where they must be; as one literal a list of two would be
@@ -139,7 +141,7 @@ void PostgresStore::install_fence(StoreContext& c, PgSession& s, Side side, cons
       work += "; " + pgsql::fence_triggers(t);
     }
     try {
-      s.exec("BEGIN; SET LOCAL lock_timeout = '100ms'; SET LOCAL statement_timeout = '100ms'; LOCK TABLE " + names +
+      s.exec("BEGIN; SET LOCAL lock_timeout = '100ms'; SET LOCAL deadlock_timeout = '10ms'; SET LOCAL statement_timeout = '100ms'; LOCK TABLE " + names +
              " IN SHARE ROW EXCLUSIVE MODE; SET LOCAL statement_timeout = 0" + work + "; COMMIT");
     } catch (const PgError& e) {
       if (!s.broken()) s.exec("ROLLBACK");
@@ -199,7 +201,7 @@ void PostgresStore::publish(StoreContext& c, PgSession& s, const PgFlow& flow, c
     was[t.full()]["identity"] = identity;
     was[t.full()][side] = t.oid;
     c.remember(fact, was);
-    bounded(s, "ALTER TABLE " + t.full() + " REPLICA IDENTITY FULL");
+    bounded(s, t.full(), "ACCESS EXCLUSIVE", "ALTER TABLE " + t.full() + " REPLICA IDENTITY FULL");
   }
   if (was != before) c.remember(fact, was);
   auto with_filters = [&](std::vector<std::string> names) {
@@ -207,13 +209,18 @@ void PostgresStore::publish(StoreContext& c, PgSession& s, const PgFlow& flow, c
       if (filters.contains(n)) n += filters[n];
     return join(names, ", ONLY ");
   };
+  // A slot that has decoded a transaction's earlier change of a table goes on as if the table were still unpublished, in servers before
+  // these: there a table joins and leaves against writers.
+  const std::map<int, int> mended{{13, 130021}, {14, 140018}, {15, 150013}, {16, 160009}, {17, 170005}};
+  const char* mode = mended.contains(s.major()) && s.number("SHOW server_version_num") < mended.at(s.major()) ? "SHARE ROW EXCLUSIVE" : "SHARE UPDATE EXCLUSIVE";
+  auto locked = [&](const std::vector<std::string>& names, const std::string& sql) { bounded(s, join(names, ", ONLY "), mode, sql); };
   c.note("publication " + flow.publication, {{"where", s.address().label}, {"undo", "DROP PUBLICATION"}});
   std::string name = pg_identifier(flow.publication);
   std::vector<std::string> wanted{"rehome.marker"};
   for (const auto& t : tables)
     if (!t.partitioned && !t.unlogged) wanted.push_back(t.full());
   if (s.number("SELECT count(*) FROM pg_publication WHERE pubname = " + pg_literal(flow.publication)) == 0) {
-    bounded(s, "CREATE PUBLICATION " + name + " FOR TABLE ONLY " + with_filters(wanted));
+    locked(wanted, "CREATE PUBLICATION " + name + " FOR TABLE ONLY " + with_filters(wanted));
     return;
   }
   // Only what differs: each table named is locked, and a table that a vacuum works on keeps us waiting.
@@ -222,8 +229,8 @@ void PostgresStore::publish(StoreContext& c, PgSession& s, const PgFlow& flow, c
   for (const auto& t : wanted)
     if (!std::erase(have, t)) more.push_back(t);
   less = have;
-  if (!more.empty()) bounded(s, "ALTER PUBLICATION " + name + " ADD TABLE ONLY " + with_filters(more));
-  if (!less.empty()) bounded(s, "ALTER PUBLICATION " + name + " DROP TABLE ONLY " + join(less, ", ONLY "));
+  if (!more.empty()) locked(more, "ALTER PUBLICATION " + name + " ADD TABLE ONLY " + with_filters(more));
+  if (!less.empty()) locked(less, "ALTER PUBLICATION " + name + " DROP TABLE ONLY " + join(less, ", ONLY "));
 }
 
 std::vector<std::string> PostgresStore::published(PgSession& s, const PgFlow& flow) {
@@ -310,11 +317,11 @@ std::string PostgresStore::connection_string(StoreContext& c, const std::string&
 void PostgresStore::subscribe(StoreContext& c, const std::string& database, const PgFlow& flow, bool enabled) {
   auto s = session(c, flow.subscriber(), database);
   std::string name = pg_identifier(flow.subscription);
-  auto there = s->query("SELECT subenabled FROM pg_subscription WHERE subname = " + pg_literal(flow.subscription) +
+  auto there = s->query("SELECT subenabled, subslotname IS NOT NULL FROM pg_subscription WHERE subname = " + pg_literal(flow.subscription) +
                         " AND subdbid = (SELECT oid FROM pg_database WHERE datname = current_database())");
-  if (!there.empty() && *there[0][0] != "t") {
-    // A disabled one cannot be refreshed, and one that was prepared before a switch that backed out may not know every
-    // table: made again. Its slot stays, and so does nothing of value: a disabled one has applied nothing since.
+  if (!there.empty() && (*there[0][1] != "t" || (!enabled && *there[0][0] != "t"))) {
+    // A disabled one cannot be refreshed, and one that was prepared before a switch that backed out may not know every table: made
+    // again. It has applied nothing: where one that has was disabled, its origin says from where it goes on.
     s->exec("ALTER SUBSCRIPTION " + name + " SET (slot_name = NONE)");
     s->exec("DROP SUBSCRIPTION " + name);
     there.clear();
@@ -322,9 +329,11 @@ void PostgresStore::subscribe(StoreContext& c, const std::string& database, cons
   if (there.empty()) {
     c.note("subscription " + flow.subscription, {{"where", s->address().label}, {"undo", "DROP SUBSCRIPTION"}});
     s->exec("CREATE SUBSCRIPTION " + name + " CONNECTION " + pg_literal(connection_string(c, database, flow)) + " PUBLICATION " +
-            pg_identifier(flow.publication) + " WITH (copy_data = false, create_slot = false, enabled = false, slot_name = " +
-            pg_literal(flow.slot) + ")");
+            pg_identifier(flow.publication) + " WITH (copy_data = false, create_slot = false, enabled = false, slot_name = " + pg_literal(flow.slot) +
+            // As before 16: else rows are written as their table's owner, whom row security and revoked rights may refuse them.
+            (s->major() >= 16 ? ", run_as_owner = true)" : ")"));
   } else {
+    if (enabled) s->exec("ALTER SUBSCRIPTION " + name + " ENABLE");   // a disabled one cannot be refreshed
     // It knows every table already, or that one has still to be copied: never counted as if it were.
     s->exec("ALTER SUBSCRIPTION " + name + " REFRESH PUBLICATION WITH (copy_data = true)");
   }
@@ -336,9 +345,8 @@ void PostgresStore::restore_roles(StoreContext& c) {
   auto from = session(c, Side::source, server(Side::source).admin_database);
   auto to = session(c, Side::target, server(Side::target).admin_database);
   // A verifier is as good as a password to who wants to guess it, and a statement is judged for the log as it arrives: what keeps
-  // it out must have been said before. What is not loaded takes its setting for a name of nobody's.
-  to->exec("SET log_statement = 'none'; SET log_min_duration_statement = -1; SET log_min_duration_sample = -1; SET log_transaction_sample_rate = 0; SET log_duration = off; "
-           "SET log_min_error_statement = 'panic'; SET pg_stat_statements.track = 'none'; SET pg_stat_statements.track_utility = off; SET pgaudit.log = 'none'");
+  // it out must have been said before.
+  to->exec(pg_say_nothing());
   Json made = c.recall(key("roles"));
   if (!made.is_array()) made = Json::array();
   std::set<std::string> there, known, ending;
@@ -499,10 +507,14 @@ void PostgresStore::prepare(StoreContext& c) {
   restore_roles(c);
   for (const auto& database : names) {
     if (c.cancelled) throw Error(Code::interrupted, "stopped while preparing " + database);
-    create_database(c, database);
-    prepare_source(c, database);
-    open_path(c, database, flow(database, Side::source));
+    prepare_database(c, database);
   }
+}
+
+void PostgresStore::prepare_database(StoreContext& c, const std::string& database) {
+  create_database(c, database);
+  prepare_source(c, database);
+  open_path(c, database, flow(database, Side::source));
 }
 
 }  // namespace rehome

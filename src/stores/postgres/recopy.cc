@@ -47,10 +47,7 @@ PostgresStore::SourceSchema PostgresStore::read_source_schema(StoreContext& c, c
 }
 
 void PostgresStore::remember_schema(StoreContext& c, const std::string& database, Side side, const std::string& seen, const Json& fingerprint) {
-  // A slot's own snapshot may have its xmin beyond its xmax, which the type does not read back: what is below xmin is visible in it.
-  const auto bounds = split(seen, ':');
-  const bool crossed = bounds.size() == 3 && std::stoll(bounds[0]) > std::stoll(bounds[1]);
-  c.remember(schema_key("ddl_seen", database, side), crossed ? bounds[0] + ":" + bounds[0] + ":" : seen);
+  c.remember(schema_key("ddl_seen", database, side), readable_snapshot(seen));
   c.remember(schema_key("fingerprint", database, side), fingerprint);
 }
 
@@ -69,12 +66,10 @@ std::string PostgresStore::schema_key(const std::string& what, const std::string
   return key(side == Side::source ? what : what + "_target", database);
 }
 
-// At the end of a copy, while its snapshot still stands.
-void PostgresStore::record_copied_schema(StoreContext& c, const std::string& database, const std::string& snapshot) {
+std::vector<SchemaEntry> PostgresStore::read_copied_schema(StoreContext& c, const std::string& database, const std::string& snapshot) {
   SchemaDump dump(c, *this, programs(c), Side::source, database, snapshot, {"-s"});
   auto entries = dump.entries();
   auto s = session(c, Side::source, database);
-  auto t = session(c, Side::target, database, "rehome copy");
   {
     auto then = session(c, Side::source, database, "rehome copy");
     then->exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
@@ -91,9 +86,7 @@ void PostgresStore::record_copied_schema(StoreContext& c, const std::string& dat
       entries.clear();
       break;
     }
-  t->exec("BEGIN");
-  write_copied_schema(*t, entries, {});
-  t->exec("COMMIT");
+  return entries;
 }
 
 void PostgresStore::finish_schema(StoreContext& c, const std::string& database, const SourceSchema& now) {
@@ -151,6 +144,7 @@ std::string PostgresStore::copy_changed(StoreContext& c, const std::string& data
   PgFlow f = flow(database, Side::source);
   auto s = session(c, Side::source, database);
   auto t = session(c, Side::target, database, "rehome copy");
+  t->exec(pg_say_nothing());   // what is made anew may hold a password
   SourceSchema now = read_source_schema(c, database);
   // Before objects that belong to them, or that they have rights on.
   restore_roles(c);
@@ -277,7 +271,12 @@ std::string PostgresStore::schema_change(StoreContext& c, const std::string& dat
 
 std::vector<std::string> PostgresStore::needs_recopy(StoreContext& c) {
   std::vector<std::string> all;
+  const Side serves = serving(c);
+  const auto change = database_change(c, *session(c, serves, server(serves).admin_database), serves);
+  for (const auto& line : split(change.says(serves), '\n'))
+    if (!line.empty()) all.push_back(line);
   for (const auto& database : databases(c)) {
+    if (std::find(change.gone.begin(), change.gone.end(), database) != change.gone.end()) continue;
     PgFlow f = flow(database, Side::source);
     auto s = session(c, Side::source, database);
     const bool window = follows(*s, flow(database, Side::target));
@@ -373,10 +372,43 @@ void PostgresStore::accept_schema(StoreContext& c, const std::string& database) 
   remember_schema(c, database, Side::target, seen, fingerprint);
 }
 
+Side PostgresStore::serving(StoreContext& c) {
+  auto s = session(c, Side::source, server(Side::source).admin_database);
+  for (const auto& database : databases(c))
+    if (s->number("SELECT count(*) FROM pg_subscription WHERE subenabled AND subname = " + pg_literal(flow(database, Side::target).subscription)) > 0) return Side::target;
+  return Side::source;
+}
+
+void PostgresStore::take_in_databases(StoreContext& c) {
+  const Side serves = serving(c);
+  const auto change = database_change(c, *session(c, serves, server(serves).admin_database), serves);
+  if (!change.gone.empty())
+    throw Error(Code::state, config_.name + ": " + change.says(serves), serves == Side::source ? "make it again under that name; else rehome cancel and begin again" : "make it again under that name; or rehome complete, which needs no way back");
+  if (serves == Side::target) {
+    if (!change.come.empty())
+      throw Error(Code::state, config_.name + ": " + change.says(serves), "the way back cannot bring it: dump and restore it on the source and drop it here when you reverse, or rehome complete, which needs no way back");
+    return;
+  }
+  auto names = databases(c);
+  names.insert(names.end(), change.come.begin(), change.come.end());
+  std::sort(names.begin(), names.end());
+  if (!change.come.empty()) {
+    c.log(config_.name + ": made since, and copied now: " + join(change.come, ", "));
+    c.remember(key("databases"), names);
+    restore_roles(c);
+  }
+  // Also those of a try that was interrupted.
+  for (const auto& database : names)
+    if (c.recall(key("copied", database)).is_null()) prepare_database(c, database);
+}
+
 void PostgresStore::recopy(StoreContext& c) {
+  if (config_.postgres.databases.empty()) take_in_databases(c);
   if (!copied(c)) {
     copy(c);
-    follow(c);
+    // Of the others the slot may be gone.
+    for (const auto& database : databases(c))
+      if (slot_stands(*session(c, Side::source, database), flow(database, Side::source))) follow_database(c, database);
   }
   bool window = false;
   for (const auto& database : databases(c)) {

@@ -1,4 +1,6 @@
 // The way back, and what the agents must be able to do without a controller: stored psql scripts.
+#include <set>
+
 #include "base/text.h"
 #include "stores/postgres/catalogue.h"
 #include "stores/postgres/postgres.h"
@@ -27,10 +29,26 @@ std::string advance_sequences(const std::string& subscription) {
          "IF most BETWEEN r.seqmin AND r.seqmax THEN PERFORM setval(r.seq, most::bigint); END IF; END LOOP; END $rehome$;\n";
 }
 
-// Views over data that replication does not refresh.
-void refresh_views(PgSession& s) {
-  for (auto& m : s.query("SELECT quote_ident(schemaname) || '.' || quote_ident(matviewname) FROM pg_matviews WHERE ispopulated"))
-    s.exec("RESET search_path; REFRESH MATERIALIZED VIEW " + *m[0] + "; SET search_path = pg_catalog");
+// Of an hour's wait for the moment the views' content is that old at most, when their side takes over.
+constexpr Millis kViewsAge = std::chrono::minutes(10);
+
+std::set<std::string> populated_views(PgSession& s) {
+  std::set<std::string> all;
+  for (auto& r : s.query("SELECT quote_ident(schemaname) || '.' || quote_ident(matviewname) FROM pg_matviews WHERE ispopulated")) all.insert(*r[0]);
+  return all;
+}
+
+// Views over data that replication does not refresh: those that are filled on the side that serves, one after what it reads.
+void refresh_views(PgSession& s, const std::set<std::string>& populated) {
+  for (auto& m : s.query(R"(
+    WITH RECURSIVE reads(view, other) AS (
+      SELECT DISTINCT r.ev_class, d.refobjid FROM pg_rewrite r JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid AND d.refclassid = 'pg_class'::regclass
+        JOIN pg_class c ON c.oid = d.refobjid AND c.relkind IN ('v', 'm') WHERE d.refobjid <> r.ev_class),
+    depth(view, n) AS (SELECT oid, 0 FROM pg_class WHERE relkind IN ('v', 'm') UNION SELECT reads.view, n + 1 FROM depth JOIN reads ON other = depth.view
+      WHERE n < (SELECT count(*) FROM pg_class WHERE relkind IN ('v', 'm')))
+    SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN depth ON depth.view = c.oid
+     WHERE c.relkind = 'm' GROUP BY 1 ORDER BY max(depth.n), 1)"))
+    if (populated.contains(*m[0])) s.exec("RESET search_path; REFRESH MATERIALIZED VIEW " + *m[0] + "; SET search_path = pg_catalog");
 }
 
 }  // namespace
@@ -49,35 +67,51 @@ void PostgresStore::make_up_for_cut(StoreContext& c, Direction d) {
   for (const auto& database : databases(c)) {
     auto s = session(c, d.takes(), database);
     s->exec(advance_sequences(flow(database, d.yields).subscription));
-    refresh_views(*s);
+    // What the other side had filled, nobody can ask any more.
+    refresh_views(*s, populated_views(*s));
+    std::vector<std::string> empty;
+    for (auto& r : s->query("SELECT quote_ident(schemaname) || '.' || quote_ident(matviewname) FROM pg_matviews WHERE NOT ispopulated ORDER BY 1")) empty.push_back(*r[0]);
+    if (!empty.empty()) c.log(config_.name + ": " + database + ": materialized views that are not filled here, and may have been on the other side: " + first_few(std::move(empty)) + " (REFRESH MATERIALIZED VIEW)");
   }
+}
+
+// One that the server has given up, by its own limit of WAL or of idle time, has the name and is of no use.
+void PostgresStore::make_reverse_slot(StoreContext& c, PgSession& publisher, const PgFlow& r) {
+  if (slot_stands(publisher, r)) return;
+  drop_slots(publisher, "slot_name = " + pg_literal(r.slot));
+  c.note("slot " + r.slot, {{"where", publisher.address().label}, {"undo", "pg_drop_replication_slot"}});
+  publisher.query("SELECT pg_create_logical_replication_slot(" + pg_literal(r.slot) + ", 'pgoutput')", Deadline::in(Millis(60000)));
 }
 
 // Everything is made before the pause and only positioned inside it: creating a slot waits for every writing transaction of
 // the cluster, advancing one does not.
 void PostgresStore::prepare_reverse(StoreContext& c, Direction d) {
+  if (config_.postgres.databases.empty() && d.yields == Side::source) remember_target_databases(c);
   for (const auto& database : databases(c)) {
     PgFlow r = flow(database, d.takes());
     open_path(c, database, r);
     auto publisher = session(c, r.publisher, database);
     publish(c, *publisher, r, tables(*publisher));
-    if (publisher->number("SELECT count(*) FROM pg_replication_slots WHERE slot_name = " + pg_literal(r.slot)) == 0) {
-      c.note("slot " + r.slot, {{"where", publisher->address().label}, {"undo", "pg_drop_replication_slot"}});
-      publisher->query("SELECT pg_create_logical_replication_slot(" + pg_literal(r.slot) + ", 'pgoutput')", Deadline::in(Millis(60000)));
-    }
+    make_reverse_slot(c, *publisher, r);
     subscribe(c, database, r, false);
     // What the target's schema is when it begins to serve: the way back is for that one.
     if (d.yields == Side::source) remember_schema(c, database, Side::target, publisher->value("SELECT pg_current_snapshot()"), catalogue_fingerprint(*publisher, config_.postgres.roles));
-    refresh_views(*publisher);
+    refresh_views(*publisher, populated_views(*session(c, d.yields, database)));
   }
+  views_again_ = Deadline::in(kViewsAge);
 }
 
-// What the forward follower writes is WAL too, and a slot that waits for a day would meet its limit.
+// What the forward follower writes is WAL too, and a slot that waits for a day would meet its limit; views grow old meanwhile.
 void PostgresStore::renew_reverse(StoreContext& c, Direction d) {
   for (const auto& database : databases(c)) {
     PgFlow r = flow(database, d.takes());
-    session(c, r.publisher, database)->query("SELECT pg_replication_slot_advance(slot_name, pg_current_wal_flush_lsn()) FROM pg_replication_slots WHERE NOT active AND slot_name = " + pg_literal(r.slot), Deadline::in(Millis(60000)));
+    auto publisher = session(c, r.publisher, database);
+    make_reverse_slot(c, *publisher, r);
+    publisher->query("SELECT pg_replication_slot_advance(slot_name, pg_current_wal_flush_lsn()) FROM pg_replication_slots WHERE NOT active AND slot_name = " + pg_literal(r.slot), Deadline::in(Millis(60000)));
   }
+  if (!views_again_.passed()) return;
+  for (const auto& database : databases(c)) refresh_views(*session(c, d.takes(), database), populated_views(*session(c, d.yields, database)));
+  views_again_ = Deadline::in(kViewsAge);
 }
 
 ActionSets PostgresStore::actions(StoreContext& c, Direction d) {
@@ -97,7 +131,7 @@ ActionSets PostgresStore::actions(StoreContext& c, Direction d) {
     }
     a.argv = {program.empty() ? "psql" : program, "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-d", info};
     a.user = pg.os_user;
-    a.input = "SET client_min_messages = 'error'\\; SET statement_timeout = 0\\; SET lock_timeout = 0\\; SET default_transaction_read_only = off\\; " + pg_durable() + ";\n" + input + "\n";
+    a.input = "SET client_min_messages = 'error'\\; SET search_path = pg_catalog\\; SET statement_timeout = 0\\; SET lock_timeout = 0\\; SET default_transaction_read_only = off\\; SET session_replication_role = replica\\; " + pg_durable() + ";\n" + input + "\n";
     a.try_input = "SELECT 1;\n";
     a.warm = warm;
     a.timeout = Millis(30000);

@@ -372,4 +372,10 @@ void SchemaChange::restore(PgSession& t, const SchemaDump& dump, const std::set<
   t.exec("SET search_path = pg_catalog");
 }
 
+std::string readable_snapshot(const std::string& text) {
+  const auto bounds = split(text, ':');
+  const bool crossed = bounds.size() == 3 && std::stoll(bounds[0]) > std::stoll(bounds[1]);
+  return crossed ? bounds[0] + ":" + bounds[0] + ":" : text;
+}
+
 }  // namespace rehome

@@ -43,7 +43,7 @@ class SchemaChange {
   void drop(PgSession& target);
   // After drop(), in the same transaction: the entries to restore, foreign keys apart. `foreign_keys` gets those.
   std::set<int> to_restore(PgSession& target, std::set<int>& foreign_keys) const;
-  // Makes these, from the dump that `now` came from; in the same transaction.
+  // Makes these, from the dump that `now` came from; in the same transaction, of a session after pg_say_nothing().
   void restore(PgSession& target, const SchemaDump& dump, const std::set<int>& ids);
 
  private:
@@ -70,5 +70,9 @@ struct PostgresStore::SourceSchema {
   std::unique_ptr<SchemaDump> dump;
   std::vector<SchemaEntry> entries;
 };
+
+// The text of a pg_snapshot as its type reads it back. A slot's own may have its xmin beyond its xmax, which the type refuses: what is
+// below xmin is visible in it.
+std::string readable_snapshot(const std::string& text);
 
 }  // namespace rehome

@@ -31,11 +31,14 @@ PgSession::PgSession(const PgAddress& address, const std::string& application, b
   if (!connection_) throw Error(Code::internal, "out of memory for a connection");
   if (PQstatus(connection_.get()) != CONNECTION_OK) {
     std::string said(trim(PQerrorMessage(connection_.get())));
+    // libpq names the socket of this process that the connection goes through.
+    const std::string through = "connection to server on socket \"" + address.host + "/.s.PGSQL." + port + "\" failed: ";
+    if (!address.server.empty() && said.starts_with(through)) said.erase(0, through.size());
     bool denied = said.find("authentication") != std::string::npos || said.find("no pg_hba.conf entry") != std::string::npos ||
                   said.find("password") != std::string::npos || said.find("role \"") != std::string::npos;
     bool missing = said.find("does not exist") != std::string::npos && said.find("database") != std::string::npos;
     throw Error(denied ? Code::denied : missing ? Code::config : Code::unreachable,
-                address.label + ": cannot connect as " + address.user + ": " + said,
+                address.label + ": cannot connect" + (address.server.empty() ? "" : " to " + address.server) + " as " + address.user + ": " + said,
                 denied    ? "check user, os_user and password of this server, and its pg_hba.conf"
                 : missing ? "correct the database's name, or create it"
                           : "is the server running, and is this its address as seen from its site?",
@@ -61,7 +64,12 @@ PgSession::PgSession(const PgAddress& address, const std::string& application, b
   settings += "; SELECT set_config('client_encoding', current_setting('server_encoding'), false)";
   if (major() >= 14) settings += "; SET idle_session_timeout = 0";
   if (major() >= 17) settings += "; SET transaction_timeout = 0";
-  exec(settings, Deadline::in(Millis(15000)));
+  // An event trigger of the application's, which may write, must not fire for our changes: on the side that is closed it would be refused.
+  settings += "; SELECT set_config('session_replication_role', 'replica', false) WHERE current_setting('application_name') LIKE 'rehome%' AND current_setting('is_superuser') = 'on'";
+  const std::string backend = value(settings + "; SELECT pg_backend_pid()", Deadline::in(Millis(15000)));
+  // Each transaction of ours could be another server session, and a setting, a snapshot or a lock somebody else's.
+  if (backend != std::to_string(PQbackendPID(connection_.get())))
+    throw Error(Code::config, address.label + ": a connection pooler answers there, and not the server itself", "name the PostgreSQL server's own address and port in rehome.yaml");
 }
 
 std::vector<std::string> PgSession::take_notices() { return std::exchange(notices_, {}); }
@@ -103,14 +111,15 @@ void PgSession::cancel() {
 
 std::vector<PgRow> PgSession::collect(std::string_view sql, Deadline deadline) {
   std::vector<PgRow> rows;
-  bool cancelled = false;
+  bool cancelled = false, stopped = false;
   Result bad;
   while (true) {
     while (PQisBusy(connection_.get())) {
       pollfd p{PQsocket(connection_.get()), POLLIN, 0};
-      int r = ::poll(&p, 1, static_cast<int>(deadline.left(Millis(60000)).count()));
+      int r = ::poll(&p, 1, static_cast<int>(deadline.left(Millis(stop_ ? 100 : 60000)).count()));
       if (r < 0 && errno != EINTR) throw errno_error(errno, "poll", address_.label);
-      if (deadline.passed() && !cancelled) {
+      stopped = stopped || (stop_ && *stop_ && !cancelled);
+      if ((deadline.passed() || stopped) && !cancelled) {
         cancel();
         cancelled = true;
         deadline = Deadline::in(Millis(3000));
@@ -147,6 +156,7 @@ std::vector<PgRow> PgSession::collect(std::string_view sql, Deadline deadline) {
         if (!bad) bad = std::move(result);
     }
   }
+  if (bad && stopped) throw Error(Code::interrupted, address_.label + ": stopped [" + std::string(sql.substr(0, 80)) + "]");
   if (bad && cancelled) {
     throw Error(Code::timeout, address_.label + ": took too long and was cancelled [" + std::string(sql.substr(0, 80)) + "]", "", true);
   }
@@ -279,6 +289,27 @@ void make_durable(PgSession& session) {
   session.exec("SET LOCAL synchronous_commit = on");
   session.exec("SELECT pg_logical_emit_message(true, 'rehome', '')");
   session.exec("COMMIT");
+}
+
+namespace {
+
+// What is not loaded takes its setting for a name of nobody's.
+constexpr std::pair<const char*, const char*> kSayNothing[] = {
+    {"log_statement", "none"}, {"log_min_duration_statement", "-1"}, {"log_min_duration_sample", "-1"}, {"log_transaction_sample_rate", "0"}, {"log_duration", "off"},
+    {"log_min_error_statement", "panic"}, {"pg_stat_statements.track", "none"}, {"pg_stat_statements.track_utility", "off"}, {"pgaudit.log", "none"}};
+
+}  // namespace
+
+std::string pg_say_nothing() {
+  std::string sql;
+  for (const auto& [name, value] : kSayNothing) sql += std::string(sql.empty() ? "" : "; ") + "SET " + name + " = '" + value + "'";
+  return sql;
+}
+
+std::string pg_say_nothing_options() {
+  std::string options;
+  for (const auto& [name, value] : kSayNothing) options += std::string(" -c ") + name + "=" + value;
+  return options;
 }
 
 std::string pg_identifier(std::string_view name) {

@@ -4,6 +4,7 @@
 
 #include <libpq-fe.h>
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -19,6 +20,7 @@ namespace rehome {
 // Where a session goes. Holds the password: never printed.
 struct PgAddress {
   std::string label;      // "source: shop": for errors
+  std::string server;     // the server as the configuration names it, for errors; empty: as `host` and `port`
   std::string host;       // socket directory or host, from this machine
   int port = 5432;
   std::string user;
@@ -42,7 +44,9 @@ std::string passfile_line(const std::string& password);
 
 class PgSession {
  public:
-  // `application`: what pg_stat_activity shows; our undo finds our own sessions by it. `replication`: a walsender.
+  // `application`: what pg_stat_activity shows; our undo finds our own sessions by it. `replication`: a walsender. As a superuser and
+  // under a name that begins with "rehome" it is of the replica role: triggers, event triggers and foreign keys that are not ENABLE ALWAYS
+  // do not fire. Throws Error(config) where a connection pooler answers, Error(denied, unreachable) or PgError.
   PgSession(const PgAddress& address, const std::string& application, bool replication = false);
   PgSession(const PgSession&) = delete;
   PgSession& operator=(const PgSession&) = delete;
@@ -64,6 +68,8 @@ class PgSession {
   std::int64_t copy_to(const std::string& copy_out, PgSession& to, const std::string& copy_in,
                        const std::function<void(std::int64_t)>& moved);
 
+  // From now on a statement that is waited for is cancelled when `stop` becomes true, and Error(interrupted) thrown. Outlives the session.
+  void stop_on(const std::atomic<bool>& stop) { stop_ = &stop; }
   // Ends the session without a word to the server: the relay's far end, which an agent keeps, must not see a goodbye.
   void leave();
   int version() const { return PQserverVersion(connection_.get()); }   // 150004
@@ -89,6 +95,7 @@ class PgSession {
   std::unique_ptr<PGconn, Close> connection_;
   std::vector<std::string> notices_;
   std::string command_tag_;
+  const std::atomic<bool>* stop_ = nullptr;
 };
 
 // The statement after which a session's COMMIT returns when it is on disk; what waits for more than that stays as it is set.
@@ -96,6 +103,10 @@ std::string pg_durable();
 // Returns when all that the session's server has committed is on its disk, by whatever session and setting: for who writes down
 // elsewhere that something is done. A commit that has written WAL flushes everything before it, hence the message. Throws PgError.
 void make_durable(PgSession& session);
+// What keeps the text of a session's statements out of its server's log and statistics, for those that hold a password: as a statement,
+// to be sent before they are and before their transaction begins (a transaction is chosen for the log at its BEGIN), and as PGOPTIONS.
+std::string pg_say_nothing();
+std::string pg_say_nothing_options();
 std::string pg_identifier(std::string_view name);                           // "quoted"
 std::string pg_literal(std::string_view text);                              // 'quoted', standard_conforming_strings on
 std::string pg_conninfo_value(std::string_view text);                       // 'quoted', for a connection string

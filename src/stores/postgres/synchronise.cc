@@ -25,6 +25,8 @@ void PostgresStore::synchronise(StoreContext& c, const std::string& database, Si
   publish(c, *s, f, list);
   auto t = session(c, f.subscriber(), database);
   t->exec(pgsql::fence_function_before_switch(pgsql::who_serves(publisher)));
+  // Enabled first: one whose making was interrupted is not, and cannot be refreshed.
+  t->exec("ALTER SUBSCRIPTION " + pg_identifier(f.subscription) + " ENABLE");
   t->exec("ALTER SUBSCRIPTION " + pg_identifier(f.subscription) + " REFRESH PUBLICATION WITH (copy_data = true)");
   watch_wal(c, publisher);   // the slots of the tables that are copied now, too
   SyncWatch watch(*t, f.subscription);
@@ -46,9 +48,10 @@ void PostgresStore::synchronise(StoreContext& c, const std::string& database, Si
       }
       std::string why = reasons[table].get<std::string>();
       // Without a reason it may be a worker, slot or walsender that becomes free.
+      const std::string limits = follower_timeouts(*s);
       if (!why.empty() || watch.restarts(table) > kFailsForGood)
-        throw Error(Code::store, t->address().label + ": " + table + " cannot be synchronised" + (why.empty() ? "" : ": " + why),
-                    why.empty() ? "that server's log says why (a free worker, slot or walsender may be missing); then resume" : "mend what it names; then resume", true);
+        throw Error(Code::store, t->address().label + ": " + table + " cannot be synchronised" + (!why.empty() ? ": " + why : limits.empty() ? "" : "; what is set for the follower's user ends a copy that takes longer, and may be why: " + limits),
+                    why.empty() && !limits.empty() ? "ALTER ROLE ... IN DATABASE ... SET it to 0 for that user; then resume" : why.empty() ? "that server's log says why (a free worker, slot or walsender may be missing); then resume" : "mend what it names; then resume", true);
     }
     if (c.cancelled) throw Error(Code::interrupted, "stopped while tables of " + database + " are synchronised; they go on by themselves");
     if (deadline.passed()) throw Error(Code::timeout, t->address().label + ": tables are still being synchronised", "resume", true);

@@ -33,6 +33,14 @@ std::string table_hash_sql(const PgTable& t) {
   return "SELECT count(*), coalesce(sum(hashtextextended(ROW(" + t.columns + ")::text, 42)::numeric), 0) FROM " + rows_of(t);
 }
 
+// Each table in a transaction of its own: a lock that is kept lets ALTER TABLE wait for the end of the comparison, and everybody behind it.
+// False: the file is not the one of the snapshot, whose rows may be gone.
+bool begin_reading(StoreContext& c, PgSession& s, const std::string& snapshot, const PgTable& t, const std::map<std::string, std::int64_t>& files) {
+  ReadLocked now = lock_to_read(s, snapshot, t, "SELECT " + t.columns + " FROM " + rows_of(t), c.cancelled);
+  auto was = files.find(t.full());
+  return was != files.end() && was->second == now.file;
+}
+
 std::string key_columns(PgSession& s, const PgTable& t) {
   return s.value("SELECT coalesce((SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY k.n) FROM pg_index i, unnest(i.indkey) WITH ORDINALITY k(a, n) JOIN pg_attribute a ON a.attnum = k.a "
                  "WHERE i.indrelid = " + std::to_string(t.oid) + " AND i.indisprimary AND a.attrelid = i.indrelid), '')");
@@ -50,8 +58,7 @@ std::string PostgresStore::compare_rows(StoreContext& c, const std::string& data
   const std::string heap = "(hashtextextended(" + name + ", 7) & 4095)";
   std::map<std::string, std::string> heaps[2];
   auto ask = [&](PgSession& one, const std::string& snapshot, std::map<std::string, std::string>& into) {
-    one.exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
-    one.exec("SET TRANSACTION SNAPSHOT " + pg_literal(snapshot));
+    lock_to_read(one, snapshot, t, "SELECT " + t.columns + " FROM " + rows_of(t), c.cancelled);
     for (auto& r : one.query("SELECT " + heap + ", count(*), sum(hashtextextended(ROW(" + t.columns + ")::text, 42)) FROM " + rows_of(t) + " GROUP BY 1")) into[*r[0]] = *r[1] + " " + r[2].value_or("");
   };
   ask(*s, snap_s, heaps[0]);
@@ -120,6 +127,7 @@ Verdict PostgresStore::verify(StoreContext& c) {
     auto hold_y = session(c, publisher, database, "rehome verify"), hold_t = session(c, f.subscriber(), database, "rehome verify");
     auto list = tables(*hold_y);
     std::string snap_y, snap_t;
+    std::map<std::string, std::int64_t> files_y, files_t;
     WriterLock lock(*this, publisher, *y, list);
     for (int tries = 1;; tries++) {
       // After a long copy there is much to catch up with: writers do not wait for that.
@@ -149,19 +157,21 @@ Verdict PostgresStore::verify(StoreContext& c) {
       system_clock().sleep(kRest);
     }
     std::string snap_s = publisher == Side::source ? snap_y : snap_t, snap_d = publisher == Side::source ? snap_t : snap_y;
+    files_y = files_in_snapshot(*hold_y);
+    files_t = files_in_snapshot(*hold_t);
+    const auto& files_s = publisher == Side::source ? files_y : files_t;
+    const auto& files_d = publisher == Side::source ? files_t : files_y;
     std::deque<const PgTable*> queue;
     for (const auto& table : list)
       if (!table.partitioned) queue.push_back(&table);
     std::mutex mutex;
-    std::vector<const PgTable*> different;
+    std::vector<const PgTable*> different, emptied;
     Json detail = Json::array();
     std::size_t total = queue.size(), done = 0;
     in_parallel(std::max(1, c.deployment.limits.jobs), [&](const std::atomic<bool>& failed) {
       auto s = session(c, Side::source, database, "rehome verify"), d = session(c, Side::target, database, "rehome verify");
-      s->exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
-      s->exec("SET TRANSACTION SNAPSHOT " + pg_literal(snap_s));
-      d->exec("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
-      d->exec("SET TRANSACTION SNAPSHOT " + pg_literal(snap_d));
+      s->stop_on(c.cancelled);
+      d->stop_on(c.cancelled);
       while (true) {
         const PgTable* table;
         {
@@ -172,24 +182,29 @@ Verdict PostgresStore::verify(StoreContext& c) {
         }
         Ticks from = system_clock().now();
         std::vector<PgRow> a, b;
+        bool as_it_was = true, other_as_it_was = true;
         std::optional<Error> other_failure;
         {
           // Both servers at once.
           std::jthread far([&] {
             try {
+              other_as_it_was = begin_reading(c, *d, snap_d, *table, files_d);
               b = d->query(table_hash_sql(*table));
+              d->exec("ROLLBACK");
             } catch (const Error& e) {
               other_failure = e;
             }
           });
+          as_it_was = begin_reading(c, *s, snap_s, *table, files_s);
           a = s->query(table_hash_sql(*table));
+          s->exec("ROLLBACK");
         }
         if (other_failure) throw *other_failure;
         std::lock_guard lock(mutex);
         bool same = a == b;
         if (!table->unlogged) {
           v.compared += std::stoll(*a[0][0]);
-          if (!same) different.push_back(table);
+          if (!same) (as_it_was && other_as_it_was ? different : emptied).push_back(table);
         }
         if (detail.size() < 5000) {
           Json line = {{"table", database + ": " + table->full()}, {"rows", std::stoll(*a[0][0])}, {"equal", same}, {"ms", ms_between(from, system_clock().now())}};
@@ -201,7 +216,8 @@ Verdict PostgresStore::verify(StoreContext& c) {
     });
     if (c.cancelled) throw Error(Code::interrupted, "stopped while comparing " + database);
     for (const PgTable* table : different) compare_rows(c, database, *table, snap_s, snap_d, v);
-    v.equal = v.equal && different.empty();
+    for (const PgTable* table : emptied) v.differences.push_back({database + ": " + table->full(), "was truncated or rewritten before it was compared: verify again"});
+    v.equal = v.equal && different.empty() && emptied.empty();
     {
       auto s = session(c, Side::source, database, "rehome verify"), d = session(c, Side::target, database, "rehome verify");
       auto a = s->query(large_objects_sql()), b = d->query(large_objects_sql());

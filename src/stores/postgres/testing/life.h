@@ -30,6 +30,8 @@ void begin(World& w, PostgresStore& store);
 // `fenced` is called when the yielding side refuses, `opened` when the other is open. Returns the milliseconds between the
 // soft fence's request and the hard fence.
 double switch_over(World& w, PostgresStore& store, Direction d, const std::function<void()>& opened = {}, const std::function<void()>& fenced = {});
+// A cut from the source that has looked at everything before `change` is made: under the fence it refuses, with `said` in its error.
+void refused_under_the_fence(World& w, PostgresStore& store, const std::function<void()>& change, const std::string& said);
 // The database is the same on both, schema and rows: by pg_dump, or in SQL for servers newer than this machine's. Waits
 // 20 s for the last rows to arrive.
 void quiesced_equal(const PgServer& a, const PgServer& b, const std::string& database = "shop");

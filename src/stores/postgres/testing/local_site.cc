@@ -161,8 +161,9 @@ Json LocalSite::call(const std::string& op, Json args, Deadline deadline) {
   }
   if (op == "child.status") {
     std::lock_guard lock(mutex_);
-    auto it = children_.find(get_string(args, "name"));
-    return {{"running", it != children_.end() && !it->second.child->poll()}};
+    Json all = Json::array();
+    for (auto& [name, kept] : children_) all.push_back({{"name", name}, {"running", !kept.child->poll()}});
+    return {{"children", all}};
   }
   throw Error(Code::internal, "LocalSite knows no " + op);
 }

@@ -4,6 +4,8 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <map>
+#include <mutex>
 
 #include "base/text.h"
 #include "sys/process.h"
@@ -13,24 +15,51 @@ namespace {
 
 std::string account() { return ::geteuid() == 0 ? "postgres" : ""; }
 
+// A fresh directory that the servers' account owns.
+std::string make_place(const std::string& under) {
+  const char* temporary = std::getenv("TMPDIR");
+  std::string name = (!under.empty() ? under : temporary && *temporary ? temporary : "/tmp") + "/rhpgXXXXXX";
+  if (!::mkdtemp(name.data())) throw errno_error(errno, "mkdtemp", name);
+  if (!account().empty()) run_ok({.argv = {"chown", account(), name}});
+  ::chmod(name.c_str(), 0755);
+  return name;
+}
+
+// initdb costs a second of work and a copy of what it made a tenth. Two of each major, given in turns: the two servers of a move are
+// told apart by their system identifier.
+class Templates {
+ public:
+  ~Templates() {
+    for (const auto& [key, place] : places_) remove_tree(place);
+  }
+  std::string next(int major, const std::string& bindir) {
+    std::lock_guard lock(mutex_);
+    std::string& place = places_[{major, turn_[major]++ % 2}];
+    if (!place.empty()) return place + "/data";
+    const std::string made = make_place("");
+    run_ok({.argv = {bindir + "/initdb", "-D", made + "/data", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync"},
+            .env = {{"LANG", "C.UTF-8"}},
+            .directory = "/",
+            .user = account()},
+           Deadline::in(Millis(120000)), "initdb");
+    return (place = made) + "/data";
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<std::pair<int, int>, std::string> places_;
+  std::map<int, int> turn_;
+};
+
 }  // namespace
 
 PgServer::PgServer(int major, const std::vector<std::string>& settings, const std::string& under) : major_(major) {
   bindir_ = std::string(trim(run_ok({.argv = {REHOME_SOURCE_DIR "/tests/support/fetch-pg.sh", std::to_string(major)}},
                                     Deadline::in(Millis(300000)), "fetch-pg.sh")
                                  .out));
-  const char* temporary = std::getenv("TMPDIR");
-  std::string parent = !under.empty() ? under : temporary && *temporary ? temporary : "/tmp";
-  std::string name = parent + "/rhpgXXXXXX";
-  if (!::mkdtemp(name.data())) throw errno_error(errno, "mkdtemp", name);
-  dir_ = name;
-  if (!account().empty()) run_ok({.argv = {"chown", account(), dir_}});
-  ::chmod(dir_.c_str(), 0755);
-  run_ok({.argv = {bindir_ + "/initdb", "-D", data(), "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync"},
-          .env = {{"LANG", "C.UTF-8"}},
-          .directory = "/",
-          .user = account()},
-         Deadline::in(Millis(120000)), "initdb");
+  static Templates templates;
+  dir_ = make_place(under);
+  run_ok({.argv = {"cp", "-a", templates.next(major, bindir_), data()}}, Deadline::in(Millis(120000)));
   std::string conf = read_file(data() + "/postgresql.conf");
   conf += "\nlisten_addresses = ''\nport = 5432\nunix_socket_directories = '" + dir_ +
           "'\nwal_level = logical\nmax_wal_senders = 30\nmax_replication_slots = 30\nmax_logical_replication_workers = 20\n"
