@@ -142,29 +142,6 @@ void Switchover::require_applications() {
   for (const auto& t : run_.deployment().traffic) require_application(takes(), t, patience);
 }
 
-void Switchover::await_following(Deadline deadline, bool when_ready) {
-  std::string said;
-  for (auto& store : run_.stores()) {
-    while (true) {
-      if (cancel_flag()) throw Error(Code::interrupted, "stopped before the pause", "switch again when you like");
-      FollowStatus status;
-      try {
-        status = store->follow_status(run_.stores_context());
-      } catch (const Error& e) {
-        if (!when_ready || !e.passes() || deadline.passed()) throw;
-        status = {.coming = true, .trouble = e.what()};
-      }
-      if (status.following) break;
-      const std::string why = store->name() + " does not follow: " + status.trouble;
-      if (!status.coming) throw Error(Code::state, why, "see status, then rehome resume");
-      if (deadline.passed()) throw Error(Code::timeout, why, "it does so by itself in a while: wait for it, or switch --when-ready");
-      if (why != said) run_.journal().append("message", {{"text", "not yet: " + why}});
-      said = why;
-      system_clock().sleep(Millis(200));
-    }
-  }
-}
-
 void Switchover::prepare(Millis patience, bool when_ready) {
   for (auto& store : run_.stores()) require_copied(*store, run_.stores_context(), direction_.yields, "a switch");
   // Before anything is prepared: a slot for the way back keeps WAL from then on.
@@ -181,7 +158,7 @@ void Switchover::renew() {
   for (auto& store : run_.stores()) store->renew_reverse(run_.stores_context(), direction_);
 }
 
-Prediction Switchover::predict(bool measure) {
+Prediction Switchover::predict(MicroFences* measure) {
   Prediction p;
   double ms = 0;
   for (auto& store : run_.stores()) {
@@ -195,15 +172,21 @@ Prediction Switchover::predict(bool measure) {
     if (catch_up >= 1) p.reasons.push_back(store->name() + ": behind by " + human_duration(status.lag));
   }
   if (measure && p.obstacles.empty()) {
+    // Before anything can throw: a switch that waits is not to lock once a second.
+    bool counted = false;
+    auto count = [&] {
+      if (!counted) measure->count();
+      counted = true;
+    };
     for (auto& store : run_.stores()) {
       if (!store->capabilities().soft_fence) continue;
       Millis took{0};
       try {
         took = store->micro_fence(run_.stores_context(), direction_, Deadline::in(Millis(1000)));
-        p.fenced = true;
+        count();
       } catch (const Error& e) {
+        if (e.code != Code::state) count();   // else nothing was locked
         if (!e.retryable) throw;
-        if (e.code != Code::state) p.fenced = true;
         // What is in the way of the small fence is in the way of the real one; it may be gone in a second.
         p.obstacles.push_back(store->name() + ": the micro-fence did not get through: " + e.what());
         continue;
@@ -358,11 +341,10 @@ void Switchover::warm_up() {
       if (!failed.empty()) throw Error(Code::check_failed, "the read canary " + check.name + " failed on the side that takes over, before the pause: " + failed);
     };
     auto wait = [] {
-      if (cancel_flag()) throw Error(Code::interrupted, "stopped before the pause", "switch again when you like");
+      require_not_stopped();
       system_clock().sleep(Millis(100));
     };
     for (int n = 1; n <= clients_at_once; n *= 2) {
-      if (cancel_flag()) throw Error(Code::interrupted, "stopped before the pause", "switch again when you like");
       // A worker whose connection ended with a restart of its server finds out by the first request that it takes: until all went well.
       Deadline deadline = Deadline::in(check.timeout);
       Ticks from = system_clock().now();
@@ -372,6 +354,7 @@ void Switchover::warm_up() {
         from = system_clock().now();
         failed = ask(n);
       }
+      require_not_stopped();
       if (n == 1) require(failed);
       if (!failed.empty()) {
         // It does not take that many at once.

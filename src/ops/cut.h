@@ -2,6 +2,7 @@
 // for both directions; protocol: docs/PROTOCOL.md and docs/ARCHITECTURE.md.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <set>
@@ -20,7 +21,23 @@ struct Prediction {
   bool within = false;                  // max_pause
   std::vector<std::string> reasons;
   std::vector<std::string> obstacles;   // why no switch may start now
-  bool fenced = false;                  // a micro-fence was run, as far as its locks at least
+};
+
+// When the micro-fence may be run while a switch waits: three times, soon after one another since what is in its way is mostly gone in
+// a moment, and then not for five minutes each: it cancels autovacuum on the tables that it locks. Never more than three in five minutes.
+class MicroFences {
+ public:
+  explicit MicroFences(Clock& clock = system_clock()) : clock_(clock) {}
+  bool allowed() const { return made_ == 0 || next_.passed(); }
+  void count() {
+    constexpr Millis rests[] = {Millis(1'000), Millis(30'000), Millis(300'000)};
+    next_ = Deadline(clock_, rests[std::min<std::size_t>(made_++, 2)]);
+  }
+
+ private:
+  Clock& clock_;
+  std::size_t made_ = 0;
+  Deadline next_;
 };
 
 struct CutResult {
@@ -34,6 +51,9 @@ struct CutResult {
 // what is refused.
 void require_copied(Store& store, StoreContext& context, Side serving, const std::string& before);
 
+// Throws Error(interrupted) where somebody asked to stop; for the time before a pause.
+void require_not_stopped();
+
 class Switchover {
  public:
   Switchover(Run& run, Direction direction);
@@ -46,8 +66,8 @@ class Switchover {
   // yet, and will by itself, is waited for; Error(timeout) after `patience`; `when_ready`: what passes by
   // itself, a link that is down for a moment, is waited for as well.
   void prepare(Millis patience, bool when_ready);
-  // `measure`: run the micro-fence of every store, where nothing else is in the way (life.h says how often).
-  Prediction predict(bool measure);
+  // With `measure` the micro-fence of every store is run, where nothing else is in the way, and counted there.
+  Prediction predict(MicroFences* measure);
   // For who waits between prepare() and cut(), every minute or so.
   void renew();
   // The pause. On return the other side serves. Error(backed_out): Y serves as before, nothing is lost, it can be tried

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <map>
 #include <optional>
 
 #include "base/text.h"
@@ -126,6 +127,27 @@ void check_ports(Run& run, Side side, std::vector<Finding>& found) {
   }
 }
 
+// Each may fit into what is free, and all of them not.
+void check_room(Run& run, std::vector<Finding>& found) {
+  std::map<std::int64_t, std::vector<std::pair<std::string, Room>>> by_device;
+  for (auto& store : run.stores())
+    if (auto room = store->room()) by_device[room->device].emplace_back(store->name(), *room);
+  for (const auto& [device, rooms] : by_device) {
+    std::int64_t needed = 0, free = rooms[0].second.free;
+    std::vector<std::string> each;
+    bool one = false;   // which has said so itself
+    for (const auto& [name, room] : rooms) {
+      needed += room.needed;
+      free = std::min(free, room.free);
+      one = one || room.free < room.needed;
+      each.push_back(name + " " + human_bytes(room.needed) + " in " + room.path);
+    }
+    if (needed > free && !one)
+      found.push_back({Finding::Level::error, "site.space", "target: the file system of " + rooms[0].second.path,
+                       "it has " + human_bytes(free) + " free, and needs " + human_bytes(needed) + " for the stores that share it: " + join(each, ", "), "make room, or choose another path for one of them"});
+  }
+}
+
 }  // namespace
 
 std::vector<Finding> preflight(Run& run) {
@@ -149,6 +171,7 @@ std::vector<Finding> preflight(Run& run) {
   }
   for (auto& store : run.stores())
     guarded("store", "store " + store->name(), [&] { add(found, store->preflight(run.stores_context())); });
+  check_room(run, found);
   for (auto& traffic : run.traffic())
     guarded("traffic", "traffic " + traffic->name(), [&] { add(found, traffic->preflight(run.traffic_context())); });
   return found;

@@ -44,6 +44,13 @@ struct Finding {
   bool needs_restart = false;
 };
 
+// What copying takes on the target. Stores whose places lie on one file system share what is free there.
+struct Room {
+  std::string path;
+  std::int64_t device = 0;             // st_dev
+  std::int64_t needed = 0, free = 0;   // bytes
+};
+
 // What a store will cost; every number with its reason in words.
 struct Estimate {
   std::int64_t bytes = 0;
@@ -147,6 +154,8 @@ class Store {
   virtual Capabilities capabilities() const = 0;
 
   virtual std::vector<Finding> preflight(StoreContext&) = 0;
+  // As the last preflight() saw it; nothing where that could not tell, or the copy has begun.
+  virtual std::optional<Room> room() const { return {}; }
   virtual Estimate estimate(StoreContext&) = 0;
 
   virtual void prepare(StoreContext&) = 0;        // triggers, publications, slots, closed target; idempotent

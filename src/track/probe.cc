@@ -100,6 +100,7 @@ Json probe(const Json& request, Accounts& accounts, const std::function<bool()>&
   out["directory"] = exists(path) && S_ISDIR(st.st_mode);
   struct statvfs v;
   if (::statvfs(at.c_str(), &v) != 0) throw errno_error(errno, "look at the file system of", at);
+  out["device"] = static_cast<std::int64_t>(st.st_dev);
   out["all_bytes"] = static_cast<std::int64_t>(v.f_blocks) * static_cast<std::int64_t>(v.f_frsize);
   out["free_bytes"] = static_cast<std::int64_t>(v.f_bavail) * static_cast<std::int64_t>(v.f_frsize);
   out["free_inodes"] = static_cast<std::int64_t>(v.f_favail);

@@ -19,7 +19,7 @@ start() { # NAME ARGUMENTS...
   rm -f "$world/shared/$name.pid"
   (
     status=0
-    on "${CONTROLLER:-new}" setsid sh -c "echo \$\$ >'$world/shared/$name.pid.new'; mv '$world/shared/$name.pid.new' '$world/shared/$name.pid'; exec '$bin/rehome' --file '$yaml' --json $*" \
+    on "${CONTROLLER:-new}" ${TERMINAL:-setsid} sh -c "echo \$\$ >'$world/shared/$name.pid.new'; mv '$world/shared/$name.pid.new' '$world/shared/$name.pid'; exec '$bin/rehome' --file '$yaml' --json $*" \
       >"$world/shared/$name.out" 2>&1 || status=$?
     echo $status >"$world/shared/$name.status"
   ) &
@@ -48,6 +48,19 @@ copying='"id":"copy db".*"state":"started"|"state":"started".*"id":"copy db"'
 kept() { judge all "$1" all >"$world/shared/judged" 2>&1 || { cat "$world/shared/judged"; fail "clients were not told the truth"; }; } # HOST[:HOST]
 
 make_world
+# What a terminal window is: shows what the program in it says, and is closed by SIGUSR1. Ends as the program does.
+cat >"$world/shared/terminal.py" <<'P'
+import os, pty, signal, sys
+pid, master = pty.fork()
+if pid == 0: os.execvp(sys.argv[2], sys.argv[2:])
+signal.signal(signal.SIGUSR1, lambda *_: os.close(master))
+open(sys.argv[1], "w").write(str(os.getpid()))
+try:
+    while data := os.read(master, 65536): os.write(1, data)
+except OSError: pass
+status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+sys.exit(status if status >= 0 else 128 - status)
+P
 both_sites -- --tables 10 --rows 2000
 # Enough to copy that a signal meets it: written at a limited rate.
 sql old shop "CREATE TABLE bulk(id int PRIMARY KEY, t text); INSERT INTO bulk SELECT g, repeat(md5(g::text), 30) FROM generate_series(1, 12000) g" >/dev/null
@@ -82,9 +95,10 @@ on new sh -c 'rm -rf /srv/shop/*'
 kept old
 
 say "a closed terminal stops nothing; kill -9 within the copy of migrate; resume, from the old server"
-start begin migrate
+TERMINAL="python3 $world/shared/terminal.py $world/shared/terminal.pid" start begin migrate
 when begin "$copying"
-signal begin HUP
+on new readlink "/proc/$(cat "$world/shared/begin.pid")/fd/1" | grep -q ^/dev/pts/ || fail "begin is not in a terminal"
+on new kill -USR1 "$(cat "$world/shared/terminal.pid")"
 sleep 1
 [ -d "/proc/$started" ] || fail "a closed terminal ended begin"
 signal begin KILL

@@ -68,6 +68,7 @@ on old bash -c 'set -e
   mount -t tmpfs tmpfs /srv/data/inner
   for i in 1 2 3 4 5 6 7 8 9; do echo $i >/srv/data/many/$i; done
   truncate -s 100M /srv/data/large
+  mkdir -p /srv/half/one /srv/half/two; truncate -s 600M /srv/half/one/file /srv/half/two/file
   echo 1 >/run/of-root.pid
   mkdir -p -m 700 /srv/secret/below; chmod 700 /srv/secret
   mkdir /srv/attributes /srv/one /srv/two; touch /srv/attributes/one; setfattr -n user.one -v 1 /srv/attributes/one; setfacl -m u:1:r /srv/attributes/one
@@ -283,6 +284,19 @@ found "$world/shared/findings" <<E
 warning${T}agent.supervisor${T}source.*nothing starts the agent again${T}boot: to cron
 warning${T}postgres.locale${T}target: database words.*C.UTF-8 libc, .*C.UTF-8 icu de${T}drop it
 E
+# Each has the room that it needs, beside that server and beside each other they have not.
+yaml_of words "$(here 5432)" "$(here 5432)"
+cat >>"$yaml" <<'E'
+  - name: one
+    files: {path: /srv/half/one, target: /var/lib/postgresql/one}
+  - name: two
+    files: {path: /srv/half/two, target: /var/lib/postgresql/two}
+E
+checked 4
+found "$world/shared/findings" <<E
+error${T}site.space${T}target: the file system of /var/lib/postgresql.*needs 1.*db .*, one .*, two ${T}another path
+E
+! grep -qE '(files|postgres).space' "$world/shared/findings" || fail "one of them alone was said to be too large"
 yaml_of words "$(here 5432)" "$(here 5434)"
 checked 4
 found "$world/shared/findings" <<E

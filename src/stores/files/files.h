@@ -24,6 +24,7 @@ class FilesStore : public Store {
   // with the services' start condition.
   Capabilities capabilities() const override { return {.follow = true, .reverse = true, .soft_fence = false, .hard_fence = false, .verify = true}; }
   std::vector<Finding> preflight(StoreContext&) override;
+  std::optional<Room> room() const override { return room_; }
   Estimate estimate(StoreContext&) override;
   void prepare(StoreContext&) override;
   void copy(StoreContext&) override;
@@ -52,6 +53,7 @@ class FilesStore : public Store {
   const StoreConfig config_;
   const Limits limits_;
   const std::int64_t bandwidth_;   // this store's part of limits.bandwidth
+  std::optional<Room> room_;
   std::int64_t bytes_ = 0;   // of the source's tree, as preflight counted it: what a copy's progress is measured by
 };
 

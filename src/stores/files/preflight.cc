@@ -72,8 +72,10 @@ std::vector<Finding> FilesStore::preflight(StoreContext& c) {
   std::int64_t bytes = get_int(source, "bytes"), files = get_int(source, "files");
   bytes_ = bytes;
   // Some file systems (ramfs) count no blocks, and some (btrfs) no inodes.
-  if (!begun && get_int(target, "all_bytes") > 0 && get_int(target, "free_bytes") < bytes + bytes / 50)
-    add(Level::error, "space", Side::target, "it has " + human_bytes(get_int(target, "free_bytes")) + " free, and the source holds " + human_bytes(bytes),
+  room_.reset();
+  if (!begun && get_int(target, "all_bytes") > 0) room_ = {f.path[Side::target], get_int(target, "device"), bytes + bytes / 50, get_int(target, "free_bytes")};
+  if (room_ && room_->free < room_->needed)
+    add(Level::error, "space", Side::target, "it has " + human_bytes(room_->free) + " free, and the source holds " + human_bytes(bytes),
         "make room, or choose another path");
   if (!begun && get_int(target, "all_inodes") > 0 && get_int(target, "free_inodes") < files)
     add(Level::error, "inodes", Side::target, "its file system has " + std::to_string(get_int(target, "free_inodes")) + " inodes free, and the source holds " +

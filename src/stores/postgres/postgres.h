@@ -51,6 +51,7 @@ class PostgresStore : public Store {
     return {.follow = true, .reverse = true, .soft_fence = true, .hard_fence = true, .verify = true};
   }
   std::vector<Finding> preflight(StoreContext&) override;
+  std::optional<Room> room() const override { return room_; }
   Estimate estimate(StoreContext&) override;
   void prepare(StoreContext&) override;
   void copy(StoreContext&) override;
@@ -245,6 +246,7 @@ class PostgresStore : public Store {
                            const std::string& snap_t, Verdict&);
 
   StoreConfig config_;
+  std::optional<Room> room_;
   std::string tag_;          // short hash of deployment and store: part of every name that is global to a cluster
   std::mutex mutex_;
   std::mutex secrets_mutex_;   // its own: an address, and its password, is asked for by those who hold the other

@@ -1,6 +1,7 @@
 // What breaks a PostgreSQL migration before it starts, and what it will cost. Reads only.
 #include <algorithm>
 #include <set>
+#include <sstream>
 
 #include "base/text.h"
 #include "stores/postgres/catalogue.h"
@@ -405,12 +406,15 @@ std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
   check_locks(*admin.source, Side::source, 2 * table_count, "the tables of all databases", f);
   check_locks(*admin.target, Side::target, std::max(2 * table_count, most_relations), "the tables of all databases, or the relations of one that are made in one transaction,", f);
   std::string data = data_directory(*admin.target);
-  Outcome df = data.empty() ? Outcome{.status = 1} : c.target.exec({.argv = {"df", "-B1", "--output=avail", data}});
-  auto lines = split(std::string(trim(df.out)), '\n');
-  if (df.ok() && lines.size() == 2) {
-    std::int64_t available_bytes = std::atoll(std::string(trim(lines[1])).c_str());
-    if (available_bytes < bytes + bytes / 2)
-      f.error("space", "target", human_bytes(available_bytes) + " are free in " + data + ", and " + human_bytes(bytes) + " of tables, their indexes and large objects are to come", "make room, or move the data directory");
+  room_.reset();
+  // What cannot be seen is a finding below.
+  if (Outcome seen = data.empty() || begun ? Outcome{.status = 1} : c.target.exec({.argv = {"sh", "-c", "stat -Lc %d \"$1\" && stat -fc '%a %S' \"$1\"", "sh", data}}); seen.ok()) {
+    std::istringstream numbers(seen.out);
+    std::int64_t device = 0, blocks = 0, block = 0;
+    if (!(numbers >> device >> blocks >> block)) throw Error(Code::internal, "stat said of " + data + ": " + seen.out);
+    room_ = {data, device, bytes + bytes / 2, blocks * block};
+    if (room_->free < room_->needed)
+      f.error("space", "target", human_bytes(room_->free) + " are free in " + data + ", and " + human_bytes(bytes) + " of tables, their indexes and large objects are to come", "make room, or move the data directory");
   }
   // A server follows the other through a socket for its own account alone, and the password for that lies in a file that this account
   // reads (prepare, open_path).

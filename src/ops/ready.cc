@@ -1,0 +1,98 @@
+// The time before a pause: what passes by itself is waited for, and told once.
+#include <algorithm>
+
+#include "base/text.h"
+#include "ops/life.h"
+
+namespace rehome::ops {
+namespace {
+
+class Waiting {
+ public:
+  Waiting(Run& run, bool when_ready) : run_(run), when_ready_(when_ready) {}
+  // In a night of waiting a server is started again, a link is down for seconds.
+  bool outlasts(const Error& e) const { return when_ready_ && e.passes(); }
+  // Once, not every second for a day: the lag in it changes all the time, so words are compared without their numbers.
+  void tell(const std::string& why) {
+    std::string words = why;
+    std::erase_if(words, [](char ch) { return ch >= '0' && ch <= '9'; });
+    if (words == said_) return;
+    try {
+      run_.journal().append("message", {{"text", "not yet: " + why}});
+    } catch (const Error& e) {
+      if (!outlasts(e)) throw;
+    }
+    said_ = words;
+  }
+
+ private:
+  Run& run_;
+  bool when_ready_;
+  std::string said_;
+};
+
+}  // namespace
+
+void require_not_stopped() {
+  if (cancel_flag()) throw Error(Code::interrupted, "stopped before the pause", "switch again when you like");
+}
+
+void Switchover::await_following(Deadline deadline, bool when_ready) {
+  Waiting waiting(run_, when_ready);
+  for (auto& store : run_.stores()) {
+    while (true) {
+      require_not_stopped();
+      FollowStatus status;
+      try {
+        status = store->follow_status(run_.stores_context());
+      } catch (const Error& e) {
+        if (!waiting.outlasts(e) || deadline.passed()) throw;
+        status = {.coming = true, .trouble = e.what()};
+      }
+      if (status.following) break;
+      const std::string why = store->name() + " does not follow: " + status.trouble;
+      if (!status.coming) throw Error(Code::state, why, "see status, then rehome resume");
+      if (deadline.passed()) throw Error(Code::timeout, why, "it does so by itself in a while: wait for it, or switch --when-ready");
+      waiting.tell(why);
+      system_clock().sleep(Millis(200));
+    }
+  }
+}
+
+Prediction wait_until_ready(Run& run, Switchover& switchover, Millis patience, bool when_ready) {
+  Waiting waiting(run, when_ready);
+  Deadline deadline = Deadline::in(patience);
+  MicroFences fences;
+  Deadline renew = Deadline::in(Millis(60'000));
+  std::vector<std::string> last;   // what the last measurement found in the way
+  while (true) {
+    require_not_stopped();
+    Prediction p;
+    try {
+      if (renew.passed()) {
+        switchover.renew();
+        renew = Deadline::in(Millis(60'000));
+      }
+      p = switchover.predict(nullptr);
+      if (p.obstacles.empty()) {
+        if (fences.allowed()) {
+          p = switchover.predict(&fences);
+          if (p.obstacles.empty()) return p;
+          last = p.obstacles;
+        } else {
+          p.obstacles = last;
+        }
+      }
+    } catch (const Error& e) {
+      if (!waiting.outlasts(e)) throw;
+      p.obstacles.push_back(e.what());
+    }
+    waiting.tell(join(p.obstacles, "; "));
+    if (deadline.passed())
+      throw Error(Code::timeout, "no switch now: " + join(p.obstacles, "; "),
+                  when_ready ? "see status" : "use --when-ready to wait for the moment");
+    system_clock().sleep(Millis(1000));
+  }
+}
+
+}  // namespace rehome::ops
