@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <optional>
 
 #include "base/text.h"
 #include "sys/fs.h"
@@ -204,17 +205,25 @@ void Actions::run(ActionSet which, std::int64_t attempt, std::int64_t epoch) {
   check_readable();
   Set& s = at(which);
   std::lock_guard running(s.running);
-  if (s.restart.exchange(false)) s.next = 0;
+  if (s.restart.exchange(false) || which == ActionSet::close) s.next = 0;
+  std::optional<Error> failed;
   for (; s.next < s.items.size(); s.next++) {
     Ticks from = system_clock().now();
     std::string input = s.items[s.next].command.input;
     replace_all(input, "@rehome_attempt@", std::to_string(attempt));
     replace_all(input, "@rehome_epoch@", std::to_string(epoch));
-    feed(s, s.next, input);
+    try {
+      feed(s, s.next, input);
+    } catch (const Error& e) {
+      if (which != ActionSet::close) throw;
+      if (!failed) failed = e;
+      continue;
+    }
     char took[64];
     std::snprintf(took, sizeof took, " done in %.1f ms", ms_between(from, system_clock().now()));
     log_(std::string(name_of(which)) + ": " + s.items[s.next].name + took);
   }
+  if (failed) throw *failed;
 }
 
 void Actions::probe(ActionSet which) {

@@ -57,7 +57,8 @@ class Actions {
   // Starts the set's warm programs that do not run; throws the first failure.
   void warm(ActionSet which);
   void begin(ActionSet which);
-  // One pass from the first item that has not succeeded since begin(); throws the failure of the item that fails.
+  // One pass from the first item that has not succeeded since begin(); throws the failure of the item that fails. Of `close` every item is
+  // run in every pass: a store that cannot be closed now leaves no other one open.
   // @rehome_attempt@ and @rehome_epoch@ in the inputs become these numbers.
   void run(ActionSet which, std::int64_t attempt, std::int64_t epoch);
   // Asks every warm program of the set for a sign of life. Throws when one cannot run now.

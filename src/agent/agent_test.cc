@@ -15,6 +15,7 @@
 #include <fstream>
 #include <thread>
 
+#include "agent/actions.h"
 #include "agent/boot.h"
 #include "agent/client.h"
 #include "agent/reserve.h"
@@ -340,6 +341,19 @@ TEST(Agent, ActionsSayWhatFailed) {
   a.call("action.set", {{"set", "undo"}, {"items", {item("slow", "sleep 5", true)}}});
   EXPECT_EQ(code_of([&] { a.call("action.try", {{"set", "undo"}}); }), Code::timeout);
   EXPECT_EQ(code_of([&] { a.call("action.set", {{"set", "nonsense"}, {"items", Json::array()}}); }), Code::usage);
+}
+
+TEST(Agent, AStoreThatCannotBeClosedLeavesNoOtherOpen) {
+  TempDir dir;
+  Actions actions(dir.path() + "/actions.json", [](const std::string&) {});
+  const std::string closed = dir.path() + "/closed";
+  const Json missing{{"name", "missing"}, {"argv", {"false"}}}, other{{"name", "other"}, {"argv", {"touch", closed}}};
+  actions.set(ActionSet::undo, {missing, other});
+  actions.set(ActionSet::close, {missing, other});
+  EXPECT_THROW(actions.run(ActionSet::undo, 1, 1), Error);
+  EXPECT_FALSE(exists(closed)) << "the order of an undo is its meaning";
+  EXPECT_THROW(actions.run(ActionSet::close, 1, 1), Error);
+  EXPECT_TRUE(exists(closed));
 }
 
 TEST(Agent, FreezesThawsAndKills) {
@@ -671,8 +685,8 @@ TEST(Agent, OneAgentAState) {
 TEST(Agent, WhatComesBackAfterAReboot) {
   TempDir dir;
   Boot boot{"directory:" + dir.path(), "shop", "source", "/s", {"app.service"}};
-  EXPECT_EQ(install_boot(boot, "/bin/rehome-agent"), dir.path() + "/rehome-shop-source");
-  EXPECT_NE(read_file(dir.path() + "/rehome-shop-source").find("supervise --detach --state /s"), std::string::npos);
+  EXPECT_EQ(install_boot(boot, "/bin/rehome-agent"), dir.path() + "/00-rehome-shop-source");
+  EXPECT_NE(read_file(dir.path() + "/00-rehome-shop-source").find("supervise --detach --state /s"), std::string::npos);
   remove_boot(boot);
   EXPECT_TRUE(list_directory(dir.path()).empty());
   std::string unit = unit_text(boot, "/bin/rehome-agent");

@@ -17,7 +17,8 @@ namespace {
 
 std::string label(const Boot& b) { return "rehome-" + b.name + "-" + b.side; }
 std::string unit_path(const Boot& b) { return "/etc/systemd/system/" + label(b) + ".service"; }
-std::string script_path(const Boot& b) { return b.how.substr(10) + "/" + label(b); }
+// Such programs run in the order of their names: the tree of a side that does not serve must be closed before its services start.
+std::string script_path(const Boot& b) { return b.how.substr(10) + "/00-" + label(b); }
 
 std::string own_program() {
   char buf[PATH_MAX];

@@ -50,7 +50,6 @@ bool answers(const std::string& socket) {
 
 // The agent answers, and does not wait for the other one after a reboot any more.
 bool settled_in(const std::string& state) {
-  if (!std::getenv("NOTIFY_SOCKET")) return false;
   try {
     AgentClient agent(state + "/run/agent.sock", Deadline::in(Millis(200)));
     return !get_bool(agent.call("hello", Json::object(), Deadline::in(Millis(1000))), "returning", false);
@@ -78,7 +77,7 @@ class Supervisor {
   explicit Supervisor(const SuperviseOptions& o) : state_(o.state), program_(own_program()) {}
 
   int run(const std::atomic<int>& stop) {
-    bool ready = false;
+    bool ready = !std::getenv("NOTIFY_SOCKET");
     Ticks gate_looked = 0;
     while (!stop) {
       reap();
@@ -290,7 +289,7 @@ int supervise(const SuperviseOptions& options, const std::atomic<int>& stop) {
     if (errno != EWOULDBLOCK) throw errno_error(errno, "lock", options.state);
     if (!options.wait) return 0;
     if (stop) return 0;
-    if (settled_in(options.state)) notify_ready();
+    if (std::getenv("NOTIFY_SOCKET") && settled_in(options.state)) notify_ready();
     system_clock().sleep(Millis(200));
   }
   // Whom we waited for may have removed it all: the run is over.
@@ -329,12 +328,8 @@ void wait_for_agent(const std::string& state) {
   const std::string log = state + "/log/agent.log";
   Deadline deadline = Deadline::in(Millis(15'000));
   while (!deadline.passed()) {
-    try {
-      AgentClient(state + "/run/agent.sock", Deadline::in(Millis(1000))).call("hello", Json::object(), Deadline::in(Millis(2000)));
-      return;
-    } catch (const Error&) {
-      system_clock().sleep(Millis(10));
-    }
+    if (settled_in(state)) return;
+    system_clock().sleep(Millis(10));
   }
   std::string said = exists(log) ? read_file(log) : "";
   if (said.size() > 600) said = said.substr(said.size() - 600);

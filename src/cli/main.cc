@@ -151,6 +151,7 @@ int main(int argc, char** argv) {
     action = [&] {
       if (!at.empty()) sw.at_us = parse_when(at);
       if (!patience.empty()) {
+        if (!sw.when_ready) throw Error(Code::usage, "--patience says how long --when-ready waits, which is not asked for", "add --when-ready");
         auto d = parse_duration(patience);
         if (!d) throw Error(Code::usage, "--patience " + patience + " is not a duration", "write 30min or 2h");
         sw.patience = *d;

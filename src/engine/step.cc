@@ -7,6 +7,14 @@ namespace rehome {
 namespace {
 
 std::optional<Error> run_one(const Step& step, Journal& journal) {
+  auto failed = [&](const Error& e) {
+    try {
+      journal.set_step(step.id, step.title, StepState::failed, &e);
+    } catch (const Error&) {
+      // The journal itself is what failed: `started` is there, and resume runs the step again.
+    }
+    return e.in(step.title);
+  };
   try {
     if (journal.step(step.id) == StepState::done) {
       if (!step.still_done || step.still_done()) return std::nullopt;
@@ -16,12 +24,9 @@ std::optional<Error> run_one(const Step& step, Journal& journal) {
     journal.set_step(step.id, step.title, StepState::done);
     return std::nullopt;
   } catch (const Error& e) {
-    try {
-      journal.set_step(step.id, step.title, StepState::failed, &e);
-    } catch (const Error&) {
-      // The journal itself is what failed: `started` is there, and resume runs the step again.
-    }
-    return e.in(step.title);
+    return failed(e);
+  } catch (const std::exception& e) {
+    return failed(Error(Code::internal, e.what()));
   }
 }
 

@@ -50,13 +50,13 @@ void require_phase(Run& run, const std::vector<std::string>& allowed, const std:
     throw Error(Code::state, command + " is not possible now: the run is '" + phase + "'", way_on(phase));
 }
 
-void emit_checks(Run& run, Side side) {
-  std::string failed;
-  for (const auto& r : run_checks(run, side)) {
-    run.journal().append("check", {{"name", r.name}, {"side", side_name(r.side)}, {"ok", r.ok}, {"ms", r.ms}, {"said", r.said}});
-    if (!r.ok) failed += "\n  " + r.name + " on the " + std::string(side_name(r.side)) + ": " + r.said;
-  }
-  if (!failed.empty()) throw Error(Code::check_failed, "checks failed:" + failed, "mend the service there, then repeat the command");
+// A difference that a verify has found does not go away by itself.
+void require_not_unequal(Run& run) {
+  std::map<std::string, bool> equal;
+  for (const auto& v : run.journal().of_kind("verify")) equal[get_string(v, "store")] = get_bool(v, "equal", false);
+  for (const auto& [store, same] : equal)
+    if (!same)
+      throw Error(Code::verify, "the last verify of " + store + " found the sites different", "rehome report names what differs; make the target equal and verify again, or cancel and begin again, which copies everything");
 }
 
 // Work of one controller. When a second one takes the run over, the first sees its connections cut: it says why.
@@ -170,14 +170,41 @@ std::optional<Direction> unsettled(Run& run) {
   return last;
 }
 
+// What a person's word, or an attempt of somebody else, has left to the agents to do is done before it is taken away under them.
+void await_settled(Run& run) {
+  std::string why;
+  for (Deadline deadline = Deadline::in(Millis(60000)); !deadline.passed(); system_clock().sleep(Millis(50))) {
+    if (cancel_flag()) throw Error(Code::interrupted, "stopped while waiting for the agents", "repeat the command");
+    why.clear();
+    for (Side side : {Side::source, Side::target}) {
+      if (!run.stores_context().has(side)) continue;
+      const Json status = run.site(side).call("attempt.status");
+      if (!get_bool(status, "settled", true)) why += (why.empty() ? "" : "; ") + std::string(side_name(side)) + ": " + get_string(status, "waiting_for", "at work");
+    }
+    if (why.empty()) return;
+  }
+  throw Error(Code::timeout, "the agents have not finished what was decided before: " + why, "mend that, they try again by themselves; then repeat the command");
+}
+
+// A person's word is written down at once; it is true when the stores are open.
+void await_opened(Run& run, Side side) {
+  Json status;
+  for (Deadline deadline = Deadline::in(Millis(60000)); !deadline.passed(); system_clock().sleep(Millis(50))) {
+    status = run.site(side).call("attempt.status");
+    const std::string decision = get_string(status, "decision");
+    if (decision == "OPENED" || decision == "SERVING" || (decision == "REFUSED" && get_bool(status, "settled", true))) return;
+    if (cancel_flag()) break;
+  }
+  throw Error(Code::unknown, "it is decided that the " + std::string(side_name(side)) + " serves, and it does not yet: " + get_string(status, "waiting_for", "its agent is at work"),
+              "mend that: its agent tries until everything is open, and rehome status shows what it waits for");
+}
+
 CutResult switch_run(Run& run, Direction direction, bool when_ready, Millis patience) {
   return controlled(run, [&] {
     // Checked now and not in the pause: a target that cannot serve must not be found out there.
     Switchover switchover(run, direction);
     // What passes by itself is no reason to send a person away: an agent tries again after 5 s at most.
     if (!when_ready) patience = Millis(8000);
-    switchover.prepare(patience, when_ready);
-    emit_checks(run, direction.takes());
     Prediction p = wait_until_ready(run, switchover, patience, when_ready);
     run.journal().append("message", {{"text", "the pause is predicted to be " + human_duration(p.pause) + ": " + join(p.reasons, "; ")}});
     CutResult result = switchover.cut();
@@ -202,10 +229,13 @@ void emit_result(const Emit& emit, const std::string& what, const CutResult& r) 
   note(failed);
   cancel_flag() = false;
   std::string also;
-  try {
+  for (int tries = 1;; tries++) try {
     emit_result(emit, "reverse", switch_run(run, {Side::target}, true, Millis(60000)));
+    break;
   } catch (const Error& back) {
     note(back);
+    // Clients are on a target that does not do its work: what stood in the way once may be gone.
+    if (back.code == Code::backed_out && tries < 3 && !cancel_flag()) continue;
     std::optional<Side> serves;
     try {
       serves = run.serves();
@@ -218,6 +248,7 @@ void emit_result(const Emit& emit, const std::string& what, const CutResult& r) 
                   "rehome reverse goes back; or mend the target, and rehome resume asks the canary again");
     // The same canary may fail at the source too: it serves all the same.
     also = "; there: " + std::string(back.what());
+    break;
   }
   throw Error(Code::backed_out, failed.message + "; reversed: the source serves, nothing is lost" + also, "mend the target, then switch again");
 }
@@ -256,19 +287,19 @@ void wait_for_time(Run& run, std::int64_t at_us) {
 // The run of a command that ends it. A host that a person says is gone is left out; and when the last part of such a command, which
 // takes away one agent after the other, was interrupted, the one that is left is enough; so it is when begin got no further than the
 // first of them.
-std::unique_ptr<Run> open_to_end(const Common& o, Side may_be_gone, bool is_gone, const std::string& confirm, const std::string& ended) {
-  auto run = std::make_unique<Run>(load_deployment(o.file), Run::Mode::control, true);
-  for (Side side : {Side::source, Side::target}) {
-    if (run->has(side) || (is_gone && side == may_be_gone)) continue;
-    const bool over = run->phase() == ended, not_begun = ended == "cancelled" && run->phase() == "none";
-    if (run->missing(side)->code != Code::state || (!over && !not_begun)) throw *run->missing(side);
-    run->give_up(side);
-  }
-  if (is_gone) {
-    if (run->has(may_be_gone)) throw Error(Code::state, "the " + std::string(side_name(may_be_gone)) + "'s agent answers: it is not gone", "repeat without saying so");
-    require_confirmed(*run, may_be_gone, confirm);
-    run->give_up(may_be_gone);
-  }
+std::unique_ptr<Run> open_to_end(const Common& o, Side may_be_gone, bool is_gone, const std::string& confirm, const std::string& ended, const std::vector<std::string>& phases) {
+  auto run = std::make_unique<Run>(load_deployment(o.file), Run::Mode::control, true, [&](Run& r) {
+    for (Side side : {Side::source, Side::target}) {
+      if (r.has(side) || (is_gone && side == may_be_gone)) continue;
+      const bool over = r.phase() == ended, not_begun = ended == "cancelled" && r.phase() == "none";
+      if (r.missing(side)->code != Code::state || (!over && !not_begun)) throw *r.missing(side);
+    }
+    if (is_gone && r.has(may_be_gone)) throw Error(Code::state, "the " + std::string(side_name(may_be_gone)) + "'s agent answers: it is not gone", "repeat without saying so");
+    if (is_gone) require_confirmed(r, may_be_gone, confirm);
+    require_phase(r, phases, ended == "cancelled" ? "cancel" : "complete");
+  });
+  for (Side side : {Side::source, Side::target})
+    if (!run->has(side)) run->give_up(side);
   run->collect_lag();
   listen(*run, o.emit);
   return run;
@@ -330,12 +361,12 @@ int begin(const BeginOptions& o) {
 }
 
 int verify(const VerifyOptions& o) {
-  Run run(load_deployment(o.file), Run::Mode::control);
+  const Deployment deployment = load_deployment(o.file);
+  if (!o.store.empty() && std::none_of(deployment.stores.begin(), deployment.stores.end(), [&](const auto& s) { return s.name == o.store; }))
+    throw Error(Code::usage, "no store of " + o.file + " is named '" + o.store + "'", "rehome plan shows their names");
+  Run run(deployment, Run::Mode::control, false, [](Run& r) { require_phase(r, {"following", "switched"}, "verify"); });
   run.collect_lag();
   listen(run, o.emit);
-  require_phase(run, {"following", "switched"}, "verify");
-  if (!o.store.empty() && std::none_of(run.stores().begin(), run.stores().end(), [&](const auto& s) { return s->name() == o.store; }))
-    throw Error(Code::usage, "no store of " + o.file + " is named '" + o.store + "'", "rehome plan shows their names");
   bool equal = true;
   const Side serving = run.phase() == "switched" ? Side::target : Side::source;
   for (auto& store : run.stores()) {
@@ -348,12 +379,16 @@ int verify(const VerifyOptions& o) {
     run.journal().append("verify", {{"store", store->name()}, {"equal", v.equal}, {"compared", v.compared}, {"differences", differences}, {"more", v.more}, {"detail", v.detail}});
     equal = equal && v.equal;
   }
-  if (!equal) throw Error(Code::verify, "the sites differ; every difference is in the report", "rehome report; then copy again, or cancel");
+  if (!equal) throw Error(Code::verify, "the sites differ; every difference is in the report",
+                         "rehome report names them; make the side that follows equal and verify again, or cancel and begin again, which copies everything");
   return 0;
 }
 
 int switch_over(const SwitchOptions& o) {
-  Run run(load_deployment(o.file), Run::Mode::control);
+  Run run(load_deployment(o.file), Run::Mode::control, false, [](Run& r) {
+    require_phase(r, {"following", "switched"}, "switch");
+    require_not_unequal(r);
+  });
   run.collect_lag();
   listen(run, o.emit);
   heed_records(run);
@@ -371,7 +406,14 @@ int switch_over(const SwitchOptions& o) {
   try {
     result = switch_run(run, {Side::source}, o.when_ready, o.patience);
   } catch (const Error& e) {
-    if (e.code != Code::check_failed || run.serves() != Side::target) throw;
+    if (e.code != Code::check_failed) throw;
+    std::optional<Side> serves;
+    try {
+      serves = run.serves();
+    } catch (const Error& lost) {
+      throw Error(Code::unknown, e.message + ", and who serves is not known now: " + lost.what(), "see status; rehome resume follows it to the end, or, where the target's host is off for good, rehome reverse --target-is-gone");
+    }
+    if (serves != Side::target) throw;
     reverse_failed(run, o.emit, e);
   }
   emit_result(o.emit, "switch", result);
@@ -380,12 +422,14 @@ int switch_over(const SwitchOptions& o) {
 
 int reverse(const ReverseOptions& o) {
   if (o.target_is_gone) {
-    Run run(load_deployment(o.file), Run::Mode::control, true);
+    Run run(load_deployment(o.file), Run::Mode::control, true, [&](Run& r) {
+      if (r.has(Side::target)) throw Error(Code::state, "the target's agent answers: it is not gone", "use rehome reverse");
+      require_confirmed(r, Side::target, o.confirm);
+      require_phase(r, {"following", "switched", "completing"}, "reverse --target-is-gone");
+    });
     listen(run, o.emit);
-    if (run.has(Side::target))
-      throw Error(Code::state, "the target's agent answers: it is not gone", "use rehome reverse");
-    require_confirmed(run, Side::target, o.confirm);
-    std::string lag = last_lag(run);
+    // From then on nothing was followed, whatever lag was seen before.
+    std::string lag = run.phase() == "completing" ? "complete had begun to end the way back: everything that the target acknowledged since then is lost" : last_lag(run);
     // In a reverse that the target did not end, or that the source refused, the source has yielded nothing: it takes over.
     const std::string decision = get_string(run.site(Side::source).call("attempt.status"), "decision");
     const bool taking = decision == "PREPARED" || decision == "REFUSED";
@@ -394,13 +438,13 @@ int reverse(const ReverseOptions& o) {
     Json answer = run.site(Side::source).call(taking ? "force.open" : "force.reopen", {{"confirm", true}}, Deadline::in(Millis(120000)));
     run.journal().append("serves", {{"side", "source"}, {"forced", true}, {"answer", answer}});
     run.set_phase("following");
+    await_opened(run, Side::source);
     o.emit({{"kind", "result"}, {"what", "reverse"}, {"forced", true}, {"answer", answer}, {"text", lag}});
     return 0;
   }
-  Run run(load_deployment(o.file), Run::Mode::control);
+  Run run(load_deployment(o.file), Run::Mode::control, false, [](Run& r) { require_phase(r, {"switched", "following"}, "reverse"); });
   run.collect_lag();
   listen(run, o.emit);
-  require_phase(run, {"switched", "following"}, "reverse");
   const bool switched = run.phase() == "switched";
   if (heed_records(run) == Side::source) {
     if (!switched) throw Error(Code::state, "the source serves: there is nothing to reverse", "rehome switch");
@@ -422,7 +466,7 @@ int complete_run(const CompleteOptions& o) {
                 "repeat with --source-is-gone alone; should that host come back, rehome complete --unfence-source lifts its fence");
   // One agent that is still there is a run that is still to be ended: an earlier complete was interrupted between the two.
   if (o.unfence_source && !existing_run(load_deployment(o.file), true)) return lift_fence(o);
-  auto opened = open_to_end(o, Side::source, o.source_is_gone, o.confirm, "completed");
+  auto opened = open_to_end(o, Side::source, o.source_is_gone, o.confirm, "completed", {"following", "switched", "completing", "completed"});
   Run& run = *opened;
   Side serving = heed_records(run);
   const bool ended_before = run.phase() == "completed";
@@ -430,6 +474,15 @@ int complete_run(const CompleteOptions& o) {
     require_phase(run, {"switched", "completing"}, "complete");
     std::vector<std::string> ended;
     if (o.source_is_gone && serving != Side::target) throw Error(Code::state, "the source served last", "rehome resume --source-is-gone opens the target first");
+    if (auto last = unsettled(run); last && !o.source_is_gone && run.phase() == "switched") try {
+      controlled(run, [&] { Switchover(run, *last).settle(); });
+    } catch (const Error& e) {
+      // The last moment at which it can still go back.
+      if (e.code != Code::check_failed) throw;
+      if (!o.anyway) throw Error(e.code, e.message, "rehome reverse goes back; or mend the target and repeat; or --anyway ends the way back all the same");
+      run.journal().append("error", {{"error", error_to_json(e)}});
+    }
+    await_settled(run);
     for (auto& traffic : run.traffic()) {
       if (o.anyway || o.source_is_gone) break;
       std::int64_t clients = traffic->from_old_address(run.traffic_context(), other(serving));
@@ -479,7 +532,7 @@ int complete(const CompleteOptions& o) {
 }
 
 int cancel(const CancelOptions& o) {
-  auto opened = open_to_end(o, Side::target, o.target_is_gone, o.confirm, "cancelled");
+  auto opened = open_to_end(o, Side::target, o.target_is_gone, o.confirm, "cancelled", {"none", "begun", "following", "switched", "cancelling", "cancelled"});
   Run& run = *opened;
   // Without a phase begin has brought agents there, and asked nothing of them.
   if (run.phase() != "cancelled" && run.phase() != "none") {
@@ -517,13 +570,14 @@ int migrate(const MigrateOptions& o) {
 
 int resume(const ResumeOptions& o) {
   if (o.source_is_gone) {
-    Run run(load_deployment(o.file), Run::Mode::control, true);
+    Run run(load_deployment(o.file), Run::Mode::control, true, [&](Run& r) {
+      if (r.has(Side::source)) throw Error(Code::state, "the source's agent answers: it is not gone", "use rehome resume");
+      require_confirmed(r, Side::source, o.confirm);
+      if (r.phase() == "none" || r.phase() == "begun")
+        throw Error(Code::state, "the target does not have everything: its first copy was never finished", "bring the source back, then rehome resume");
+      require_phase(r, {"following", "switched", "completing"}, "resume --source-is-gone");
+    });
     listen(run, o.emit);
-    if (run.has(Side::source)) throw Error(Code::state, "the source's agent answers: it is not gone", "use rehome resume");
-    require_confirmed(run, Side::source, o.confirm);
-    if (run.phase() == "none" || run.phase() == "begun")
-      throw Error(Code::state, "the target does not have everything: its first copy was never finished", "bring the source back, then rehome resume");
-    require_phase(run, {"following", "switched", "completing"}, "resume --source-is-gone");
     // After a cut's seal the target has all of it. Without one, what a cut would have carried over is made up for.
     const std::string held = get_string(run.site(Side::target).call("attempt.status"), "decision");
     if (held != "STORED" && held != "OPENED")
@@ -531,10 +585,11 @@ int resume(const ResumeOptions& o) {
     Json answer = run.site(Side::target).call("force.open", {{"confirm", true}}, Deadline::in(Millis(120000)));
     run.journal().append("serves", {{"side", "target"}, {"forced", true}, {"answer", answer}});
     run.set_phase("switched");
+    await_opened(run, Side::target);
     o.emit({{"kind", "result"}, {"what", "resume"}, {"forced", true}, {"answer", answer}, {"text", held_in_words(get_string(answer, "held", ""))}});
     return 0;
   }
-  Run run(load_deployment(o.file), Run::Mode::control);
+  Run run(load_deployment(o.file), Run::Mode::control, false, [](Run& r) { require_phase(r, {"none", "begun", "following", "switched"}, "resume"); });
   run.collect_lag();
   listen(run, o.emit);
   if (std::string phase = run.phase(); phase == "none" || phase == "begun") {
@@ -542,7 +597,6 @@ int resume(const ResumeOptions& o) {
     o.emit({{"kind", "result"}, {"what", "resume"}, {"text", "begin is finished: everything is copied and follows" + left_of_migrate(run)}});
     return 0;
   }
-  require_phase(run, {"following", "switched"}, "resume");
   Side serving = heed_records(run);
   auto canary = settle_last(run, o.emit, serving);
   bool recopied = false;

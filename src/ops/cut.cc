@@ -142,13 +142,17 @@ void Switchover::require_applications() {
   for (const auto& t : run_.deployment().traffic) require_application(takes(), t, patience);
 }
 
-void Switchover::prepare(Millis patience, bool when_ready) {
-  for (auto& store : run_.stores()) require_copied(*store, run_.stores_context(), direction_.yields, "a switch");
-  // Before anything is prepared: a slot for the way back keeps WAL from then on.
-  await_following(Deadline::in(patience), when_ready);
-  for (auto& store : run_.stores()) store->prepare_reverse(run_.stores_context(), direction_);
+void Switchover::require_services() {
   start_services();
   require_applications();
+}
+
+void Switchover::prepare(Deadline deadline, bool when_ready) {
+  for (auto& store : run_.stores()) require_copied(*store, run_.stores_context(), direction_.yields, "a switch");
+  // Before anything is prepared: a slot for the way back keeps WAL from then on.
+  await_following(deadline, when_ready);
+  for (auto& store : run_.stores()) store->prepare_reverse(run_.stores_context(), direction_);
+  require_services();
   store_actions();
   yields().call("action.warm", {{"set", "undo"}}, Deadline::in(Millis(60000)));
   takes().call("action.warm", {{"set", "open"}}, Deadline::in(Millis(60000)));
@@ -268,6 +272,8 @@ void Switchover::each_cut(void (Cut::*what)(Deadline)) {
           (cuts_[i].get()->*what)(pause_deadline_);
         } catch (const Error& e) {
           failures[i] = e.in(run_.stores()[i]->name());
+        } catch (const std::exception& e) {
+          failures[i] = Error(Code::internal, e.what()).in(run_.stores()[i]->name());
         }
       });
     try {
@@ -415,7 +421,6 @@ void Switchover::back_out(const Error& reason) {
     }
   }
   cuts_.clear();
-  std::string undone = "Y's agent undoes it when the lease ends";
   try {
     yields().call("attempt.abort", {{"attempt", attempt_}, {"reason", std::string(reason.what())}}, Deadline::in(Millis(15000)));
   } catch (const Error&) {
@@ -436,12 +441,26 @@ void Switchover::back_out(const Error& reason) {
     throw Error(Code::unknown, std::string("the controller failed after the commit (") + reason.what() + "); the agents finish it",
                 "rehome resume follows them to the end");
   }
+  // An abort is decided at once, and the side serves when it is undone.
+  Deadline undone = Deadline::in(Millis(10000));
+  while (!get_bool(status, "settled", false) && !undone.passed()) {
+    system_clock().sleep(Millis(20));
+    try {
+      status = yields().call("attempt.status", Json::object(), Deadline::in(Millis(2000)));
+    } catch (const Error&) {
+      // The agent is coming back; asked again until then.
+    }
+  }
+  const bool serves = get_bool(status, "settled", false);
   double ms = ms_between(pause_from_, system_clock().now());
   write_ledger(false);
   run_.journal().append("pause", {{"attempt", attempt_}, {"direction", direction_.yields == Side::source ? "switch" : "reverse"},
-                                  {"total_ms", ms}, {"predicted_ms", predicted_ms_}, {"result", "backed out"},
+                                  {"total_ms", ms}, {"predicted_ms", predicted_ms_}, {"result", "backed out"}, {"undone", serves},
                                   {"error", error_to_json(reason)}});
   flush_journal();
+  if (!serves)
+    throw Error(Code::unknown, std::string("backed out: ") + reason.what() + "; and the " + std::string(side_name(direction_.yields)) + " does not serve again yet: " + get_string(status, "waiting_for", "its agent is at work"),
+                "mend that: its agent tries until everything is undone, and rehome status shows what it waits for");
   throw Error(Code::backed_out, std::string("backed out: ") + reason.what() + "; " + std::string(side_name(direction_.yields)) +
                                     " serves as before, nothing is lost",
               reason.hint.empty() ? "try again, or see rehome report" : reason.hint);
@@ -603,7 +622,15 @@ void Switchover::settle() {
     if (failed || !check.write_canary || !meant_for(check, direction_.takes())) continue;
     CheckResult r = run_check(run_, check, direction_.takes(), false);
     run_.journal().append("canary", {{"name", r.name}, {"ok", r.ok}, {"ms", r.ms}, {"said", r.said}, {"when", "write"}});
-    if (!r.ok) failed.emplace(Code::check_failed, "the write canary " + r.name + " failed after the commit: " + r.said);
+    if (r.ok) continue;
+    try {
+      takes().call("hello");
+    } catch (const Error& e) {
+      // Not its failure, and no reason to go back: the way there is down.
+      flush_journal();
+      throw Error(Code::unknown, "the write canary " + r.name + " could not be asked after the commit: " + e.what(), "rehome resume asks it again");
+    }
+    failed.emplace(Code::check_failed, "the write canary " + r.name + " failed after the commit: " + r.said);
   }
   if (!failed) run_.journal().append("settled", {{"side", side_name(direction_.takes())}});
   flush_journal();

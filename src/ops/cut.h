@@ -63,9 +63,12 @@ class Switchover {
   // lost before any switch. Idempotent.
   void store_actions();
   // Idempotent, outside the pause: reverse followers prepared, actions stored and tried, services warm. A store that does not follow
-  // yet, and will by itself, is waited for; Error(timeout) after `patience`; `when_ready`: what passes by
-  // itself, a link that is down for a moment, is waited for as well.
-  void prepare(Millis patience, bool when_ready);
+  // yet, and will by itself, is waited for; Error(timeout) after the deadline; `when_ready`: what passes by
+  // itself, a link that is down for a moment, is waited for there as well.
+  void prepare(Deadline deadline, bool when_ready);
+  // Of prepare(): the warm services run on the side that takes over, and its applications answer. For who waits after it.
+  void require_services();
+  Side takes_over() const { return direction_.takes(); }
   // With `measure` the micro-fence of every store is run, where nothing else is in the way, and counted there.
   Prediction predict(MicroFences* measure);
   // For who waits between prepare() and cut(), every minute or so.

@@ -21,7 +21,8 @@ std::vector<std::string> take_down(Run& run, Side serves, bool cancel);
 // What of ours is still there on either site. The side `fenced` may keep the start conditions of its services.
 std::vector<std::string> leftovers(Run& run, std::optional<Side> fenced);
 
-// Waits until the stores' lag allows the prediction to be within max_pause; Error(timeout) after `patience`.
+// Prepares, and waits until the prediction is within max_pause; Error(timeout) after `patience`. With `when_ready` what passes by itself
+// is outlasted all the while, and so is a service on the other side that fails meanwhile.
 Prediction wait_until_ready(Run& run, Switchover& switchover, Millis patience, bool when_ready);
 
 }  // namespace rehome::ops

@@ -63,7 +63,7 @@ struct ResumeOptions : Common {
   bool recopy = false;
 };
 struct ReportOptions : Common {
-  std::string out;               // HTML file; empty: rehome-report-NAME.html
+  std::string out;               // HTML file; empty: rehome-report.html
 };
 
 int check(const CheckOptions&);

@@ -45,10 +45,11 @@ void check_supervisor(Run& run, Side side, std::vector<Finding>& found) {
                        how == "cron" ? "there is no crontab, which shall start the agent again after a reboot" : "this account cannot write into " + place + ", from where the agent shall be started again after a reboot",
                        "use root for that site, or set boot: to cron, or to directory:/a/directory whose programs the host runs at boot"});
     const auto& services = run.deployment().services;
-    if (how != "systemd" && std::any_of(services.begin(), services.end(), [](const ServiceConfig& s) { return s.runtime == ServiceConfig::Runtime::systemd; }))
+    // A directory's programs run in the order of their names, and units at the same time as these.
+    if (std::any_of(services.begin(), services.end(), [&](const ServiceConfig& s) { return how == "cron" || (how != "systemd" && s.runtime == ServiceConfig::Runtime::systemd); }))
       found.push_back({Finding::Level::warning, "agent.order", object,
-                       "after a reboot nothing starts the agent before the services' units, which may write on a host that had lost its power in the moment of a switch",
-                       "set boot: to systemd"});
+                       "after a reboot nothing starts the agent before the services, which may write on a host that does not serve, or had lost its power in the moment of a switch",
+                       "set boot: to systemd, or, where no unit starts them, to directory:/a/directory whose programs the host runs at boot, in the order of their names"});
     return;
   }
   if (run.deployment().traffic.empty())

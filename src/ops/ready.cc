@@ -31,6 +31,16 @@ class Waiting {
   std::string said_;
 };
 
+// The deployment's own checks of the side that is to take over; written down the first time.
+void require_checks(Run& run, Side side, bool told) {
+  std::string failed;
+  for (const auto& r : run_checks(run, side)) {
+    if (!told) run.journal().append("check", {{"name", r.name}, {"side", side_name(r.side)}, {"ok", r.ok}, {"ms", r.ms}, {"said", r.said}});
+    if (!r.ok) failed += "\n  " + r.name + " on the " + std::string(side_name(r.side)) + ": " + r.said;
+  }
+  if (!failed.empty()) throw Error(Code::check_failed, "checks failed:" + failed, "mend the service there, then repeat the command");
+}
+
 }  // namespace
 
 void require_not_stopped() {
@@ -62,9 +72,23 @@ void Switchover::await_following(Deadline deadline, bool when_ready) {
 Prediction wait_until_ready(Run& run, Switchover& switchover, Millis patience, bool when_ready) {
   Waiting waiting(run, when_ready);
   Deadline deadline = Deadline::in(patience);
+  while (true) {
+    try {
+      switchover.prepare(deadline, when_ready);
+      require_checks(run, switchover.takes_over(), false);
+      break;
+    } catch (const Error& e) {
+      if (!waiting.outlasts(e) || deadline.passed()) throw;
+      waiting.tell(e.what());
+      require_not_stopped();
+      system_clock().sleep(Millis(1000));
+    }
+  }
+  deadline = Deadline::in(patience);
   MicroFences fences;
-  Deadline renew = Deadline::in(Millis(60'000));
+  Deadline renew = Deadline::in(Millis(60'000)), look = Deadline::in(Millis(5'000));
   std::vector<std::string> last;   // what the last measurement found in the way
+  std::string amiss;               // what the last look at the services that take over has
   while (true) {
     require_not_stopped();
     Prediction p;
@@ -74,6 +98,19 @@ Prediction wait_until_ready(Run& run, Switchover& switchover, Millis patience, b
         renew = Deadline::in(Millis(60'000));
       }
       p = switchover.predict(nullptr);
+      // Hours may have gone since: a service that ended meanwhile must not be found out by its clients.
+      if (p.obstacles.empty() && look.passed()) {
+        amiss.clear();
+        try {
+          switchover.require_services();
+          require_checks(run, switchover.takes_over(), true);
+        } catch (const Error& e) {
+          if (!when_ready || e.code == Code::conflict || e.code == Code::interrupted) throw;
+          amiss = e.what();
+        }
+        look = Deadline::in(Millis(5'000));
+      }
+      if (!amiss.empty()) p.obstacles.push_back(amiss);
       if (p.obstacles.empty()) {
         if (fences.allowed()) {
           p = switchover.predict(&fences);

@@ -91,9 +91,15 @@ std::atomic<bool>& cancel_flag() {
   return flag;
 }
 
-Run::Run(Deployment deployment, Mode mode, bool may_miss) : deployment_(std::move(deployment)) {
+Run::Run(Deployment deployment, Mode mode, bool may_miss, const std::function<void(Run&)>& possible) : deployment_(std::move(deployment)) {
   connect(mode, may_miss);
+  if (possible) {
+    make_journal(Mode::observe);
+    possible(*this);
+  }
+  if (mode == Mode::control || mode == Mode::begin) take_generation();
   make_journal(mode);
+  if (possible) possible(*this);
   make_contexts();
   stores_ = make_stores(deployment_);
   services_ = make_services(deployment_);
@@ -133,12 +139,13 @@ void Run::connect(Mode mode, bool may_miss) {
     const Error &source = *missing_.source, &target = *missing_.target;
     throw (source.code == Code::state) == over || target.code == source.code ? source : target;
   }
-  if (mode == Mode::observe) {
-    // Looking takes nothing from the controller that is at work: its number, not a new one.
-    for (Side side : {Side::source, Side::target})
-      if (sites_[side]) sites_[side]->set_generation(get_int(sites_[side]->call("hello"), "gen"));
-  }
-  if (mode != Mode::control && mode != Mode::begin) return;
+  if (mode == Mode::look) return;
+  // Looking takes nothing from the controller that is at work: its number, not a new one.
+  for (Side side : {Side::source, Side::target})
+    if (sites_[side]) sites_[side]->set_generation(get_int(sites_[side]->call("hello"), "gen"));
+}
+
+void Run::take_generation() {
   if (sites_.source) {
     // While the source was away the target may have been given numbers that the source has not heard of.
     const std::int64_t above = sites_.target ? get_int(sites_.target->call("hello"), "gen") : 0;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -29,8 +30,9 @@ class Run {
  public:
   enum class Mode { look, observe, control, begin };
   // Throws what the sites throw. With `may_miss`, a site that does not answer is left out (source() or target() then
-  // throw); for the commands after the loss of a host.
-  Run(Deployment deployment, Mode mode, bool may_miss = false);
+  // throw); for the commands after the loss of a host. `possible` throws where the command is refused: asked before this controller takes
+  // the run from another one that is at work, and again when it has it. It may ask for phase(), has(), missing(), deployment() and the journal.
+  Run(Deployment deployment, Mode mode, bool may_miss = false, const std::function<void(Run&)>& possible = {});
   ~Run();
 
   const Deployment& deployment() const { return deployment_; }
@@ -68,6 +70,7 @@ class Run {
 
  private:
   void connect(Mode mode, bool may_miss);
+  void take_generation();
   void make_journal(Mode mode);
   void make_contexts();
   void require_parts();

@@ -282,7 +282,7 @@ void AgentSite::remove_what_is_left(bool keep_start_condition) {
 void AgentSite::require_gone(bool keep_start_condition) {
   const std::string boot = "rehome-" + name_ + "-" + std::string(side_name(side_));
   std::string files = "/etc/systemd/system/" + boot + ".service /etc/systemd/system/multi-user.target.wants/" + boot + ".service";
-  if (config_.boot.starts_with("directory:")) files += " " + shell_quote(config_.boot.substr(10) + "/" + boot);
+  if (config_.boot.starts_with("directory:")) files += " " + shell_quote(config_.boot.substr(10) + "/00-" + boot);
   // A program whose file is removed is still named by its process: "/proc/7/exe -> STATE/bin/rehome-agent (deleted)".
   Outcome o = try_shell(
       "state=" + shell_quote(state_) + "; at=$(readlink -m \"$state\" || echo \"$state\"); left() { "

@@ -139,6 +139,8 @@ void FilesStore::prepare(StoreContext& c) {
   Json tracked = c.source.call("files.track", settings(Side::source));
   if (get_string(tracked, "state") != "tracking")
     c.log("store " + name() + ": the source reads everything: " + get_string(tracked, "reason", ""));
+  // Nothing is written there: it is what can be closed, should the target be opened by a person's word before any switch.
+  c.source.call("files.receive", settings(Side::source));
   Json receive = settings(Side::target);
   receive["active"] = true;
   c.target.call("files.receive", receive);
@@ -238,6 +240,12 @@ void FilesStore::prepare_reverse(StoreContext& c, Direction d) {
   c.note("tracking of " + config_.files.path[d.takes()], {{"where", c.at(d.takes()).label()}, {"undo", "ends with the run"}});
   // At Y nobody may write yet: receiving begins when it is closed, after the commit.
   c.at(d.yields).call("files.receive", settings(d.yields));
+  c.at(d.takes()).call("files.track", settings(d.takes()));
+}
+
+// The tails of an opened side follow its changes, where no switch has prepared that: others' tails wait for them.
+void FilesStore::make_up_for_cut(StoreContext& c, Direction d) {
+  c.note("tracking of " + config_.files.path[d.takes()], {{"where", c.at(d.takes()).label()}, {"undo", "ends with the run"}});
   c.at(d.takes()).call("files.track", settings(d.takes()));
 }
 

@@ -34,6 +34,7 @@ class FilesStore : public Store {
   void recopy(StoreContext&) override;
   Verdict verify(StoreContext&) override;
   void prepare_reverse(StoreContext&, Direction) override;
+  void make_up_for_cut(StoreContext&, Direction) override;
   ActionSets actions(StoreContext&, Direction) override;
   std::unique_ptr<Cut> open_cut(StoreContext&, Direction) override;
   Millis micro_fence(StoreContext&, Direction, Deadline) override { return Millis(0); }
