@@ -44,8 +44,21 @@ std::string way_on(const std::string& phase) {
   return "see rehome status";
 }
 
+// Where the run stands by what the agents have decided: the records win over a journal that a controller has left behind. As the journal
+// says where they tell nothing yet.
+std::string phase_by_records(Run& run) {
+  const std::string phase = run.phase();
+  if (phase != "following" && phase != "switched") return phase;
+  try {
+    return run.serves() == Side::target ? "switched" : "following";
+  } catch (const Error& e) {
+    if (e.code != Code::unknown) throw;
+    return phase;
+  }
+}
+
 void require_phase(Run& run, const std::vector<std::string>& allowed, const std::string& command) {
-  std::string phase = run.phase();
+  const std::string phase = phase_by_records(run);
   if (std::find(allowed.begin(), allowed.end(), phase) == allowed.end())
     throw Error(Code::state, command + " is not possible now: the run is '" + phase + "'", way_on(phase));
 }
@@ -189,7 +202,7 @@ void await_settled(Run& run) {
 // A person's word is written down at once; it is true when the stores are open.
 void await_opened(Run& run, Side side) {
   Json status;
-  for (Deadline deadline = Deadline::in(Millis(60000)); !deadline.passed(); system_clock().sleep(Millis(50))) {
+  for (Deadline deadline = Deadline::in(Millis(30000)); !deadline.passed(); system_clock().sleep(Millis(50))) {
     status = run.site(side).call("attempt.status");
     const std::string decision = get_string(status, "decision");
     if (decision == "OPENED" || decision == "SERVING" || (decision == "REFUSED" && get_bool(status, "settled", true))) return;
@@ -386,7 +399,7 @@ int verify(const VerifyOptions& o) {
 
 int switch_over(const SwitchOptions& o) {
   Run run(load_deployment(o.file), Run::Mode::control, false, [](Run& r) {
-    require_phase(r, {"following", "switched"}, "switch");
+    require_phase(r, {"following"}, "switch");
     require_not_unequal(r);
   });
   run.collect_lag();
@@ -442,12 +455,13 @@ int reverse(const ReverseOptions& o) {
     o.emit({{"kind", "result"}, {"what", "reverse"}, {"forced", true}, {"answer", answer}, {"text", lag}});
     return 0;
   }
-  Run run(load_deployment(o.file), Run::Mode::control, false, [](Run& r) { require_phase(r, {"switched", "following"}, "reverse"); });
+  Run run(load_deployment(o.file), Run::Mode::control, false, [](Run& r) {
+    require_phase(r, {"switched", "following"}, "reverse");
+    if (r.phase() == "following" && phase_by_records(r) == "following") throw Error(Code::state, "the source serves: there is nothing to reverse", "rehome switch");
+  });
   run.collect_lag();
   listen(run, o.emit);
-  const bool switched = run.phase() == "switched";
   if (heed_records(run) == Side::source) {
-    if (!switched) throw Error(Code::state, "the source serves: there is nothing to reverse", "rehome switch");
     // Its answer was lost, and a person who asks again means the same.
     auto canary = settle_last(run, o.emit, Side::source);
     o.emit({{"kind", "result"}, {"what", "reverse"}, {"text", "the source serves already: an earlier reverse was carried out"}});
@@ -466,7 +480,7 @@ int complete_run(const CompleteOptions& o) {
                 "repeat with --source-is-gone alone; should that host come back, rehome complete --unfence-source lifts its fence");
   // One agent that is still there is a run that is still to be ended: an earlier complete was interrupted between the two.
   if (o.unfence_source && !existing_run(load_deployment(o.file), true)) return lift_fence(o);
-  auto opened = open_to_end(o, Side::source, o.source_is_gone, o.confirm, "completed", {"following", "switched", "completing", "completed"});
+  auto opened = open_to_end(o, Side::source, o.source_is_gone, o.confirm, "completed", {"switched", "completing", "completed"});
   Run& run = *opened;
   Side serving = heed_records(run);
   const bool ended_before = run.phase() == "completed";
@@ -532,7 +546,7 @@ int complete(const CompleteOptions& o) {
 }
 
 int cancel(const CancelOptions& o) {
-  auto opened = open_to_end(o, Side::target, o.target_is_gone, o.confirm, "cancelled", {"none", "begun", "following", "switched", "cancelling", "cancelled"});
+  auto opened = open_to_end(o, Side::target, o.target_is_gone, o.confirm, "cancelled", {"none", "begun", "following", "cancelling", "cancelled"});
   Run& run = *opened;
   // Without a phase begin has brought agents there, and asked nothing of them.
   if (run.phase() != "cancelled" && run.phase() != "none") {

@@ -95,6 +95,7 @@ Run::Run(Deployment deployment, Mode mode, bool may_miss, const std::function<vo
   connect(mode, may_miss);
   if (possible) {
     make_journal(Mode::observe);
+    require_parts();
     possible(*this);
   }
   if (mode == Mode::control || mode == Mode::begin) take_generation();

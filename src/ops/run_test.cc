@@ -271,6 +271,51 @@ TEST_F(Commands, ATakeoverThatIsRefusedLateIsBackedOut) {
   cancel({common()});
 }
 
+TEST_F(Commands, WhatIsRefusedTakesTheRunFromNobody) {
+  begin({common()});
+  ops::Run at_work(load_deployment(common().file), ops::Run::Mode::control);
+  VerifyOptions of{common()};
+  of.store = "upload";
+  EXPECT_EQ(thrown(verify, of).code, Code::usage);
+  EXPECT_EQ(thrown(complete, {common()}).code, Code::state);
+  ResumeOptions gone{common()};
+  gone.source_is_gone = true;
+  EXPECT_EQ(thrown(resume, gone).code, Code::state);
+  CancelOptions lost{common()};
+  lost.target_is_gone = true;
+  EXPECT_EQ(thrown(cancel, lost).code, Code::state);
+  EXPECT_NO_THROW(at_work.journal().append("message", {{"text", "still at work"}}));
+  EXPECT_FALSE(at_work.superseded());
+  cancel({common()});
+}
+
+TEST_F(Commands, ADifferenceThatVerifyFoundStopsASwitch) {
+  begin({common()});
+  ops::Run(load_deployment(common().file), ops::Run::Mode::control).journal().append("verify", {{"store", "uploads"}, {"equal", false}});
+  EXPECT_EQ(thrown(switch_over, {common()}).code, Code::verify);
+  verify({common()});
+  EXPECT_EQ(thrown(switch_over, {common()}).message, "");
+  reverse({common()});
+  cancel({common()});
+}
+
+TEST_F(Commands, CompleteAsksTheWriteCanaryThatNobodyHasAsked) {
+  const std::string mended = dir.path() + "/mended", hook = dir.path() + "/hook";
+  write({}, {}, "checks:\n  - {name: sell, command: [test, -e, " + mended + "], where: target, canary: write, timeout: 1s}\n");
+  begin({common()});
+  write_durably(hook, "#!/bin/sh\n[ \"$1 $2\" != 'after open' ] || kill -9 $PPID\n", 0755);
+  Command killed{.argv = {REHOME_PROGRAMS "/rehome", "--file", common().file, "switch"}};
+  killed.env = {{"REHOME_FAULT_HOOK", hook}};
+  EXPECT_FALSE(run(killed, Deadline::in(Millis(60000))).ok());
+  const Error e = thrown(complete, {common()});
+  EXPECT_EQ(e.code, Code::check_failed) << e.what();
+  EXPECT_NE(e.hint.find("rehome reverse"), std::string::npos) << e.hint;
+  EXPECT_EQ(existing_run(load_deployment(common().file))->phase(), "switched");
+  write_durably(mended, "");
+  EXPECT_EQ(thrown(complete, {common()}).message, "");
+  EXPECT_FALSE(anything_at("target"));
+}
+
 TEST_F(Commands, WhatIsStillThereAfterTheEndIsNamed) {
   begin({common()});
   const std::string program = state("target") + "/bin/rehome-left";

@@ -227,6 +227,9 @@ on old kill -STOP "$supervisor"
 kill_there old "$(agent_pid old)"
 when ready "not yet: source"
 on old kill -CONT "$supervisor"
+# What takes over has ended since it was looked at.
+sleep 4
+on new sh -c 'kill -9 "$(cat /run/shop/pid)"'
 touch "$world/shared/enough"
 wait $long
 ends ready 0

@@ -37,6 +37,12 @@ yaml_from_old "$yaml"
 CONTROLLER=old
 sql old shop "INSERT INTO probe(side, at_us) VALUES ('old', 1)" >/dev/null 2>&1 && fail "the old side takes writes though nobody said that the new one is gone"
 rehome reverse --target-is-gone >"$world/shared/out" 2>&1 && fail "opened without a person's word"
+# It is decided at once, and true when the stores are open.
+pg stop old 15 5432
+status=0
+rehome reverse --target-is-gone --confirm new >"$world/shared/out" 2>&1 || status=$?
+[ $status = 16 ] && grep -q "serves, and it does not yet: .*5432" "$world/shared/out" || { cat "$world/shared/out"; fail "reverse --target-is-gone ended with $status while the source's database is down"; }
+pg start old 15 5432
 rehome reverse --target-is-gone --confirm new >"$world/shared/out" 2>&1 || { cat "$world/shared/out"; fail "reverse --target-is-gone"; }
 cat "$world/shared/out"
 grep -qE "db was .* behind at" "$world/shared/out" || fail "it does not say what the lag was"
