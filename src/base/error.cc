@@ -24,7 +24,7 @@ constexpr std::array kTable{
     CodeInfo{Code::check_failed, "check-failed", 13, "one of the deployment's own checks failed"},
     CodeInfo{Code::timeout, "timeout", 14, "a deadline passed"},
     CodeInfo{Code::io, "io", 15, "a file or disk failed"},
-    CodeInfo{Code::unknown, "unknown", 16, "the outcome is not known; nothing was undone; see status"},
+    CodeInfo{Code::unknown, "unknown", 16, "what was asked for is not known to have come about, or is decided and not done yet; see status"},
     CodeInfo{Code::interrupted, "interrupted", 130, "stopped by a signal; resume or cancel continues"},
 };
 
