@@ -273,6 +273,40 @@ TEST(Attempt, ForcedOpenWinsOverAReturningHost) {
   EXPECT_EQ(w.source.done.back(), "kill");
 }
 
+// The COMMIT never reached the other side, which a person opened: nobody can take it any more. One that was PREPARED there is opened as it is.
+TEST(Attempt, ACommitThatReturnsToAPersonsDecisionCloses) {
+  for (bool prepared : {false, true}) {
+    World w;
+    auto n = begun(w);
+    w.source.agent().seal(n, soon(w));
+    w.source.open = false;
+    if (prepared) w.target.agent().peer_prepared(n, 0);
+    w.link = false;
+    EXPECT_EQ(w.source.agent().commit(n, soon(w)).what, PeerAnswer::What::pending);
+    EXPECT_EQ(w.target.agent().force_open().decision, prepared ? Decision::prepared : Decision::serving);
+    w.settle(Millis(3000));
+    EXPECT_TRUE(w.target.open);
+    w.source.power_off(Millis(0));
+    w.settle(Millis(3000));
+    EXPECT_EQ(w.source.record().decision, Decision::commit);
+    w.link = true;
+    w.source.done.clear();
+    w.settle();
+    expect_served(w, AgentSide::target, "the host is back");
+    EXPECT_EQ(w.source.record().attempt, n);
+    EXPECT_EQ(w.source.record().forced, !prepared);
+    const std::vector<std::string> closing{"cut", "close", "kill"}, tails{"kill", "tail_yields"};
+    EXPECT_EQ(w.source.done, prepared ? tails : closing);
+    EXPECT_EQ(w.source.agent().status()["opened"], prepared);
+    if (!prepared) {
+      EXPECT_THROW(w.source.agent().commit(n, soon(w)), Error);
+    }
+    EXPECT_TRUE(w.try_switch(AgentSide::target));
+    w.settle();
+    expect_served(w, AgentSide::source, "the way back");
+  }
+}
+
 TEST(Attempt, AReturningHostThatHearsNobodyServesAfterAWhile) {
   World w;
   w.link = false;
