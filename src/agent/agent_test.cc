@@ -566,6 +566,22 @@ TEST(Agent, StartsOnAFullDiskAndUndoes) {
   EXPECT_EQ(status["attempt"], 3);
 }
 
+// What an agent has to ask the other site after a reboot is not lost with its first life.
+TEST(Agent, IsReturningUntilItHasWaited) {
+  TempDir dir;
+  create_record_file(dir.path() + "/record", {});
+  write_durably(dir.path() + "/agent.json", "{\"began\": true, \"boot_id\": \"another\", \"name\": \"x\", \"side\": \"source\"}");
+  for (int life = 0; life < 2; life++) {
+    Running a(dir.path());
+    EXPECT_EQ(a.call("hello")["returning"], true) << life;
+    if (life == 0) continue;
+    for (Deadline d = Deadline::in(Millis(8000)); !d.passed() && read_file(dir.path() + "/agent.json").find("another") != std::string::npos;) system_clock().sleep(Millis(20));
+    EXPECT_EQ(a.call("hello")["returning"], false);
+  }
+  Running a(dir.path());
+  EXPECT_EQ(a.call("hello")["returning"], false);
+}
+
 TEST(Agent, KeepsRoomForWhatFollowsADecision) {
   SmallDisk disk;
   Running a(disk.state());

@@ -482,7 +482,8 @@ PeerAnswer Attempt::open_stores(std::int64_t attempt, std::int64_t epoch) {
   lock.lock();
   times_["open_ms"] = ms_between(from, p_.clock.now());
   Record next = known(lock);
-  REHOME_CHECK(next.decision == Decision::stored && next.attempt == attempt && next.epoch == epoch);
+  // A person opened the other site meanwhile; what is open here is closed again next.
+  if (next.seq != r.seq) return {PeerAnswer::What::pending, "the record changed", times_};
   next.decision = Decision::opened;
   from = p_.clock.now();
   write(lock, next);

@@ -317,6 +317,39 @@ TEST(Attempt, AReturningHostThatHearsNobodyServesAfterAWhile) {
   EXPECT_EQ(w.source.gate, GateWish::local);
 }
 
+// At STORED the host goes off, a person opens the other one again, and it comes back: to nothing that it may open.
+TEST(Attempt, AHostThatReturnsAtStoredOpensNothingBeforeItHasHeard) {
+  for (bool hears_late : {false, true}) {
+    World w;
+    auto n = begun(w);
+    w.source.agent().seal(n, soon(w));
+    w.source.open = w.link = false;
+    EXPECT_EQ(w.source.agent().commit(n, soon(w)).what, PeerAnswer::What::pending);
+    Record stored;
+    stored.seq = 9, stored.epoch = 1, stored.attempt = n, stored.decision = Decision::stored, stored.serves = AgentSide::target, stored.settled = false;
+    w.target.blocks.block[0] = encode_record(stored);
+    w.source.agent().force_reopen();
+    if (hears_late) {
+      // It was not off, and is opening its stores when it hears of that.
+      w.target.start();
+      w.target.during = [&] { w.target.agent().heard(w.source.record()); };
+      w.target.agent().work();
+      EXPECT_TRUE(w.target.open);
+      w.target.agent().work();
+      EXPECT_FALSE(w.target.open);
+    } else {
+      w.target.power_off(Millis(0));
+      w.settle(Millis(4000));
+      EXPECT_TRUE(w.source.open);
+      EXPECT_FALSE(w.target.open);
+    }
+    w.link = true;
+    w.settle();
+    expect_served(w, AgentSide::source, "it is back");
+    EXPECT_TRUE(w.try_switch(AgentSide::source));
+  }
+}
+
 TEST(Attempt, ForcedReopenAfterTheTargetIsGone) {
   World w;
   ASSERT_TRUE(w.try_switch(AgentSide::source));
