@@ -24,7 +24,7 @@
 namespace rehome {
 namespace {
 
-// Waiting connections are connected at this rate, and so many at a time, so that an application that has just been given
+// Waiting connections are connected at this rate, and so many of a route at a time, so that an application that has just been given
 // its clients is not run over by all that have gathered.
 constexpr double kStartsPerMs = 20;
 constexpr std::size_t kConnectingAtOnce = 128;
@@ -177,7 +177,7 @@ void Gate::accept_all(Route& route, bool marked) {
     wait(conn, 0);
     if (route.waiting > route.config.max_waiting) {
       refuse(conn);
-    } else if (waiting_.size() == 1 && !marked) {
+    } else if (route.waiting == 1 && !marked) {
       start(conn);  // nobody is in front of it
     }
   }
@@ -218,10 +218,10 @@ void Gate::serve_waiting() {
     pace_at_ = now_;
   }
   if (at_ == GateState::held || at_ == GateState::sealed) return;
-  for (auto it = waiting_.begin(); it != waiting_.end() && pace_ >= 1 && connecting_ < kConnectingAtOnce;) {
+  for (auto it = waiting_.begin(); it != waiting_.end() && pace_ >= 1;) {
     Conn& conn = *it->second;
     ++it;  // start() may take it out
-    if (conn.phase != Conn::Phase::waiting || conn.retry_at > now_ || !conn.prelude_done) continue;
+    if (conn.phase != Conn::Phase::waiting || conn.retry_at > now_ || !conn.prelude_done || conn.route->connecting >= kConnectingAtOnce) continue;
     pace_ -= 1;
     start(conn);
   }
@@ -250,13 +250,13 @@ void Gate::start(Conn& conn) {
   }
   conn.to_peer = peer;
   conn.phase = Conn::Phase::connecting;
-  connecting_++;
+  conn.route->connecting++;
   if (error == 0) connected(conn);
 }
 
 // The connection behind it stands.
 void Gate::connected(Conn& conn) {
-  connecting_--;
+  conn.route->connecting--;
   conn.server_writable = true;
   int one = 1;
   ::setsockopt(conn.server.get(), SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
@@ -274,7 +274,7 @@ void Gate::connected(Conn& conn) {
 }
 
 void Gate::try_later(Conn& conn) {
-  if (conn.phase == Conn::Phase::connecting) connecting_--;
+  if (conn.phase == Conn::Phase::connecting) conn.route->connecting--;
   if (conn.phase == Conn::Phase::attached && now_ - conn.attached_at > 1000 * kMs) {
     conn.tries = 0;
     conn.wait_since = now_;
@@ -285,7 +285,7 @@ void Gate::try_later(Conn& conn) {
 }
 
 void Gate::refuse(Conn& conn) {
-  if (conn.phase == Conn::Phase::connecting) connecting_--;
+  if (conn.phase == Conn::Phase::connecting) conn.route->connecting--;
   unqueue(conn);
   conn.server.reset();
   if (conn.marked) {
@@ -309,7 +309,7 @@ void Gate::end_gently(Conn& conn, std::string_view last) {
 }
 
 void Gate::drop(Conn& conn) {
-  if (conn.phase == Conn::Phase::connecting) connecting_--;
+  if (conn.phase == Conn::Phase::connecting) conn.route->connecting--;
   unqueue(conn);
   busy_.erase(&conn);
   lingering_.erase(&conn);
@@ -325,7 +325,7 @@ void Gate::drop(Conn& conn) {
 
 // On hold: a connection of which neither side has seen a byte of the other goes back to the queue.
 void Gate::pull_back(Conn& conn) {
-  if (conn.phase == Conn::Phase::connecting) connecting_--;
+  if (conn.phase == Conn::Phase::connecting) conn.route->connecting--;
   busy_.erase(&conn);
   conn.detach();
   conn.tries = 0;
@@ -358,7 +358,7 @@ void Gate::on_client(Conn& conn, std::uint32_t events) {
           if (!conn.marked) note_often("route " + conn.route->config.name + ": a connection began without a PROXY header");
           return drop(conn);
         }
-        if (ready && waiting_.size() == 1) start(conn);
+        if (ready && conn.route->waiting == 1) start(conn);
       }
       return;
     case Conn::Phase::dead:

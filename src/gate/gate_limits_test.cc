@@ -53,6 +53,37 @@ TEST(GateLimits, TheHeldAreAnsweredOnceTheyWaitedTooLongAndTheHoldGoesOn) {
   EXPECT_EQ(app.connections, 1);
 }
 
+// Whose application takes no connections any more waits for itself alone.
+TEST(GateLimits, ARouteWhoseApplicationHangsHoldsUpNoOther) {
+  Running g;
+  const std::uint16_t port = free_port();
+  Fd deaf = listen_on(loopback(port), 0600, 1);
+  const std::string in = g.dir.path() + "/deaf.sock";
+  Json j = parse_json(read_file(g.dir.path() + "/gate.json"), "gate.json");
+  j["routes"].push_back({{"name", "deaf"}, {"listen", "unix:" + in}, {"local", loopback(port).text()}});
+  write_durably(g.dir.path() + "/gate.json", j.dump());
+  EXPECT_EQ(g.ask("reload")["ok"], true);
+  App app(g.app(), answering("local"));
+  g.release("local");
+  std::vector<Fd> stuck;
+  for (int i = 0; i < 200; i++) {
+    stuck.push_back(connect_to(unix_at(in), soon()));
+    send_all(stuck.back(), "x\n");
+  }
+  EXPECT_TRUE(eventually([&] { return g.count("waiting") > 150; }));
+  Ticks t = system_clock().now();
+  EXPECT_EQ(ask_line(g.client(), "x"), "local:x");
+  // Those who waited at a hold too, which are not started by their arrival.
+  g.hold(1);
+  Fd held = g.client();
+  send_all(held, "y\n");
+  EXPECT_TRUE(eventually([&] { return g.ask("status")["routes"][0]["waiting"] == 1; }));
+  g.release("local");
+  Reader reader(held);
+  EXPECT_EQ(reader.line(soon()).value(), "local:y");
+  EXPECT_LT(ms_between(t, system_clock().now()), 2000);
+}
+
 TEST(GateLedger, AWaitCountsAsLongAsItLastsAlsoWhenTheApplicationIsLate) {
   Running g(Json{{"local", "127.0.0.1:" + std::to_string(free_port())}});
   g.release("local");
