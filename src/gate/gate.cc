@@ -275,9 +275,14 @@ void Gate::connected(Conn& conn) {
 
 void Gate::try_later(Conn& conn) {
   if (conn.phase == Conn::Phase::connecting) conn.route->connecting--;
-  if (conn.phase == Conn::Phase::attached && now_ - conn.attached_at > 1000 * kMs) {
-    conn.tries = 0;
-    conn.wait_since = now_;
+  if (conn.phase == Conn::Phase::attached) {
+    // A client waits since it asked. What is kept was held up by the other gate; one that has said nothing was waiting for nobody.
+    if (!conn.kept.empty()) {
+      conn.wait_since = std::max(conn.wait_since, conn.last_move);
+    } else if (now_ - conn.attached_at > 1000 * kMs) {
+      conn.tries = 0;
+      conn.wait_since = now_;
+    }
   }
   conn.detach();
   conn.tries++;

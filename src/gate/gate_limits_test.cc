@@ -84,6 +84,34 @@ TEST(GateLimits, ARouteWhoseApplicationHangsHoldsUpNoOther) {
   EXPECT_LT(ms_between(t, system_clock().now()), 2000);
 }
 
+// Forwarded to a gate that is held, it is handed back when it has waited too long there, and must not go round for ever.
+TEST(GateLimits, AClientHeldByTheOtherGateIsAnsweredToo) {
+  Pair p;
+  for (Running* g : {&p.a, &p.b}) {
+    Json j = parse_json(read_file(g->dir.path() + "/gate.json"), "gate.json");
+    j["routes"][0]["max_wait_ms"] = 1500;
+    write_durably(g->dir.path() + "/gate.json", j.dump());
+    g->ask("reload");
+  }
+  App app(p.b.app(), answering("b"));
+  p.b.release("local");
+  p.a.release("peer");
+  // One that has said nothing yet waits for nothing: it is not refused for the time that it was open.
+  Fd quiet = p.a.client();
+  EXPECT_TRUE(eventually([&] { return p.b.count("in_flight") == 1; }));
+  p.b.hold(1);
+  Ticks t = system_clock().now();
+  Fd c = p.a.client();
+  send_all(c, "x\n");
+  EXPECT_TRUE(read_to_end(c).starts_with("HTTP/1.1 503 "));
+  EXPECT_GT(ms_between(t, system_clock().now()), 1400);
+  EXPECT_LT(ms_between(t, system_clock().now()), 3500);
+  system_clock().sleep(Millis(300));
+  p.b.release("local");
+  EXPECT_EQ(ask_line(quiet, "y"), "b:y");
+  EXPECT_EQ(p.a.ask("status")["ledger"]["dropped"], 1);
+}
+
 TEST(GateLedger, AWaitCountsAsLongAsItLastsAlsoWhenTheApplicationIsLate) {
   Running g(Json{{"local", "127.0.0.1:" + std::to_string(free_port())}});
   g.release("local");
