@@ -30,6 +30,7 @@ constexpr double kStartsPerMs = 20;
 constexpr std::size_t kConnectingAtOnce = 128;
 constexpr Ticks kMs = 1'000'000;
 constexpr Ticks kLinger = 2000 * kMs;
+constexpr int kLingerRounds = 16;
 constexpr Ticks kSpent = 5000 * kMs;
 
 constexpr std::string_view kSorry =
@@ -345,12 +346,16 @@ void Gate::on_client(Conn& conn, std::uint32_t events) {
       return work(conn);
     case Conn::Phase::lingering: {
       char buf[16384];
-      while (true) {
+      // Not all that comes: who sends as fast as this reads would have the thread for itself.
+      for (int round = 0; round < kLingerRounds; round++) {
         ssize_t n = ::recv(conn.client.get(), buf, sizeof buf, MSG_DONTWAIT);
         if (n > 0 || (n < 0 && errno == EINTR)) continue;
-        if (n < 0 && errno == EAGAIN) return;
-        return drop(conn);
+        if (n == 0 || errno != EAGAIN) return drop(conn);
+        busy_.erase(&conn);
+        return;
       }
+      busy_.insert(&conn);
+      return;
     }
     case Conn::Phase::waiting:
     case Conn::Phase::connecting:
@@ -526,8 +531,10 @@ void Gate::run() {
       }
     }
     std::vector<Conn*> again(busy_.begin(), busy_.end());
-    for (Conn* conn : again)
+    for (Conn* conn : again) {
       if (conn->phase == Conn::Phase::attached) work(*conn);
+      else if (conn->phase == Conn::Phase::lingering) on_client(*conn, 0);
+    }
   }
 }
 

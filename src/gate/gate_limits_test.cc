@@ -112,6 +112,37 @@ TEST(GateLimits, AClientHeldByTheOtherGateIsAnsweredToo) {
   EXPECT_EQ(p.a.ask("status")["ledger"]["dropped"], 1);
 }
 
+// Those that were refused and go on sending are read for a while, and hold up nobody meanwhile.
+TEST(GateLimits, ARefusedClientThatGoesOnSendingHoldsUpNobody) {
+  Running g(Json{{"max_waiting", 1}});
+  Fd first = g.client();
+  EXPECT_TRUE(eventually([&] { return g.count("waiting") == 1; }));
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> senders;
+  Fd refused = g.client();
+  EXPECT_TRUE(eventually([&] { return g.ask("status")["ledger"]["dropped"] == 1; }));
+  // Together they are faster than who reads, with a buffer that is never empty.
+  int buffer = 64 << 20;
+  ASSERT_EQ(::setsockopt(refused.get(), SOL_SOCKET, SO_SNDBUFFORCE, &buffer, sizeof buffer), 0);
+  for (int i = 0; i < 4; i++)
+    senders.emplace_back([&] {
+      const std::string much(1 << 20, 'x');
+      while (!stop && ::send(refused.get(), much.data(), much.size(), MSG_NOSIGNAL) > 0) {
+      }
+    });
+  double slowest = 0;
+  Ticks from = system_clock().now();
+  while (ms_between(from, system_clock().now()) < 1500) {
+    Ticks t = system_clock().now();
+    g.ask("status");
+    slowest = std::max(slowest, ms_between(t, system_clock().now()));
+  }
+  EXPECT_LT(slowest, 300);
+  // And not for longer than anybody who lingers.
+  for (auto& s : senders) s.join();
+  EXPECT_LT(ms_between(from, system_clock().now()), 4000);
+}
+
 TEST(GateLedger, AWaitCountsAsLongAsItLastsAlsoWhenTheApplicationIsLate) {
   Running g(Json{{"local", "127.0.0.1:" + std::to_string(free_port())}});
   g.release("local");
