@@ -577,14 +577,25 @@ inline open_by_hand(on)
     write(on, STORED, record[on].attempt, record[on].epoch + BY_HAND, on); sent[on] = 0
 }
 
+/* It closes where each of the two believes that it serves, or where the other one was opened without its COMMIT. */
+#ifdef HOLE_COMMIT
+#define overruled(s) (record[s].serves == s)
+#else
+#define overruled(s) (record[s].serves == s || (says(s, COMMIT) && record[s].attempt != record[other(s)].attempt && \
+                                                record[other(s)].epoch >= BY_HAND))
+#endif
+
 inline come_back(on)
 {
     off[on] = 0;
     if
-    :: record[other(on)].epoch > record[on].epoch && record[other(on)].serves != on && by_hand ->
+    :: by_hand && record[other(on)].epoch > record[on].epoch && record[other(on)].serves != on && overruled(on) ->
         store[on].at[DB] = STORE_HARD; store[on].at[KV] = STORE_HARD;
-        record[on].decision = SERVING; record[on].attempt = record[other(on)].attempt;
-        record[on].epoch = record[other(on)].epoch; record[on].serves = other(on)
+        record[on].decision = SERVING; record[on].epoch = record[other(on)].epoch; record[on].serves = other(on);
+        if
+        :: record[on].attempt < record[other(on)].attempt -> record[on].attempt = record[other(on)].attempt
+        :: else
+        fi
     :: else
     fi;
     check()

@@ -329,8 +329,15 @@ void Agent::connection(Fd fd) {
 }
 
 void Agent::work_loop() {
+  bool returned = false;
   while (!stopping_) {
     Millis idle(200);
+    // An agent that dies before that has to ask the other site as well. A full disk must not keep an agent from what its record asks
+    // for; an old number only makes it ask once more.
+    if (!returned && !attempt_.returning()) {
+      returned = true;
+      or_log("boot id", [this] { set_config("boot_id", boot_id_); });
+    }
     try {
       idle = attempt_.work();
     } catch (const std::exception& e) {
@@ -345,8 +352,6 @@ int Agent::serve(const std::atomic<bool>& stop) {
   if (!options_.ephemeral) {
     // First of all, before services of this host can start: the start condition, and what the gate is to do.
     attempt_.start(config("boot_id").is_string() && config("boot_id") != boot_id_);
-    // A full disk must not keep an agent from what its record asks for; an old number only makes it ask the other site once more.
-    or_log("boot id", [this] { set_config("boot_id", boot_id_); });
     or_log("reserve", [this] { reserve_.keep(); });
     start_residents();
     // An agent that was killed between a freeze that came too late and taking it back.

@@ -580,6 +580,22 @@ TEST(Agent, StartsOnAFullDiskAndUndoes) {
   EXPECT_EQ(status["attempt"], 3);
 }
 
+// What an agent has to ask the other site after a reboot is not lost with its first life.
+TEST(Agent, IsReturningUntilItHasWaited) {
+  TempDir dir;
+  create_record_file(dir.path() + "/record", {});
+  write_durably(dir.path() + "/agent.json", "{\"began\": true, \"boot_id\": \"another\", \"name\": \"x\", \"side\": \"source\"}");
+  for (int life = 0; life < 2; life++) {
+    Running a(dir.path());
+    EXPECT_EQ(a.call("hello")["returning"], true) << life;
+    if (life == 0) continue;
+    for (Deadline d = Deadline::in(Millis(8000)); !d.passed() && read_file(dir.path() + "/agent.json").find("another") != std::string::npos;) system_clock().sleep(Millis(20));
+    EXPECT_EQ(a.call("hello")["returning"], false);
+  }
+  Running a(dir.path());
+  EXPECT_EQ(a.call("hello")["returning"], false);
+}
+
 TEST(Agent, KeepsRoomForWhatFollowsADecision) {
   SmallDisk disk;
   Running a(disk.state());
@@ -680,6 +696,58 @@ TEST(Agent, OneAgentAState) {
   a.call("shutdown");
   a.wait();
   EXPECT_EQ(a.status, kEndedByShutdown);
+}
+
+// A gate goes on when its supervisor is killed or restarted; the next one has it from then on, to its end.
+TEST(Supervisor, EndsAGateThatAnEarlierOneHasStarted) {
+  ::prctl(PR_SET_CHILD_SUBREAPER, 1);
+  for (bool dies : {false, true}) {
+    TempDir dir;
+    const std::string& state = dir.path();
+    create_record_file(state + "/record", {});
+    write_durably(state + "/agent.json", "{\"began\": true, \"name\": \"x\", \"side\": \"source\"}");
+    write_durably(state + "/gate.json", Json{{"routes", {{{"name", "app"}, {"listen", "unix:" + state + "/in.sock"}, {"local", "unix:" + state + "/app.sock"}}}}}.dump());
+    auto gate = [&]() -> pid_t {
+      try {
+        return static_cast<pid_t>(get_int(AgentClient(state + "/run/gate.sock").call("status", Json::object(), Deadline::in(Millis(2000))), "pid"));
+      } catch (const Error&) {
+        return 0;
+      }
+    };
+    auto until = [&](const std::function<bool()>& right) {
+      for (Deadline d = Deadline::in(Millis(8000)); !right() && !d.passed();) system_clock().sleep(Millis(10));
+      EXPECT_TRUE(right());
+    };
+    Command supervise{.argv = {REHOME_AGENT_PROGRAM, "supervise", "--state", state}};
+    pid_t first = 0, agent = 0;
+    auto agents = [&]() -> pid_t {
+      try {
+        return static_cast<pid_t>(get_int(AgentClient(state + "/run/agent.sock").call("hello", Json::object(), Deadline::in(Millis(2000))), "pid"));
+      } catch (const Error&) {
+        return 0;
+      }
+    };
+    {
+      Child one(supervise, Child::Pipes{});
+      until([&] { return (first = gate()) > 0 && (agent = agents()) > 0; });
+      one.kill(SIGKILL);
+      one.wait(Deadline::in(Millis(5000)));
+    }
+    Child two(supervise, Child::Pipes{});
+    until([&] { return agents() > 0 && agents() != agent; });
+    EXPECT_EQ(gate(), first);
+    if (dies) {
+      system_clock().sleep(Millis(300));
+      ::kill(first, SIGKILL);
+      until([&] { return gate() > 0 && gate() != first; });
+    }
+    AgentClient(state + "/run/agent.sock").call("shutdown", Json::object(), Deadline::in(Millis(5000)));
+    EXPECT_EQ(two.wait(Deadline::in(Millis(10'000))), kEndedByShutdown);
+    EXPECT_EQ(gate(), 0);
+    if (!dies) ::kill(first, SIGKILL);
+    ::waitpid(first, nullptr, 0);
+  }
+  ::prctl(PR_SET_CHILD_SUBREAPER, 0);
 }
 
 TEST(Agent, WhatComesBackAfterAReboot) {

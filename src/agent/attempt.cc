@@ -237,6 +237,7 @@ PeerAnswer Attempt::commit(std::int64_t attempt, Deadline deadline) {
   {
     Lock lock(mutex_);
     const Record& r = known(lock);
+    if (r.forced && !serves_here(r)) throw Error(Code::conflict, "a person opened the other site without attempt " + std::to_string(attempt), "see status on both sites");
     bool done = r.attempt == attempt && r.decision == Decision::serving && !serves_here(r);
     if (done) return {PeerAnswer::What::opened, {}, times_};
     if (!(r.attempt == attempt && r.decision == Decision::commit)) {
@@ -283,6 +284,7 @@ PeerAnswer Attempt::send_commit(Deadline deadline) {
     if (r.decision != Decision::commit) {
       // Answered while this thread waited for the other one.
       bool refused = serves_here(r);
+      if (!refused && r.forced) return {PeerAnswer::What::pending, reason_};
       return {refused ? PeerAnswer::What::refused : PeerAnswer::What::opened, reason_, times_};
     }
   }
@@ -480,7 +482,8 @@ PeerAnswer Attempt::open_stores(std::int64_t attempt, std::int64_t epoch) {
   lock.lock();
   times_["open_ms"] = ms_between(from, p_.clock.now());
   Record next = known(lock);
-  REHOME_CHECK(next.decision == Decision::stored && next.attempt == attempt && next.epoch == epoch);
+  // A person opened the other site meanwhile; what is open here is closed again next.
+  if (next.seq != r.seq) return {PeerAnswer::What::pending, "the record changed", times_};
   next.decision = Decision::opened;
   from = p_.clock.now();
   write(lock, next);
@@ -527,14 +530,19 @@ void Attempt::heard(const Record& peers) {
   }
   // Each believes that it serves: somebody opened the other one by force. The higher epoch wins; of two equal ones,
   // which take two people, the source's.
-  bool both = serves_here(r) && peers.serves == other(p_.side) && peers.decision != Decision::commit;
-  if (!both || peers.epoch < r.epoch || (peers.epoch == r.epoch && p_.side == AgentSide::source)) {
+  bool both = serves_here(r) && peers.serves == other(p_.side) && peers.decision != Decision::commit &&
+              (peers.epoch > r.epoch || (peers.epoch == r.epoch && p_.side == AgentSide::target));
+  // A person opened the other site, which had never heard of this COMMIT and can take it no more; of the same attempt it says that it is open.
+  bool without = r.decision == Decision::commit && peers.serves == other(p_.side) && peers.attempt != r.attempt &&
+                 (peers.epoch >> 32) > (r.epoch >> 32);
+  if (!both && !without) {
     if (was_returning) tell_gate(lock, Millis(0));
     return;
   }
   r.decision = Decision::serving;
   r.serves = other(p_.side);
   r.epoch = peers.epoch;
+  r.attempt = std::max(r.attempt, peers.attempt);
   r.forced = true;
   r.settled = false;
   lease_end_ = 0;

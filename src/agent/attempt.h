@@ -99,7 +99,7 @@ class Attempt {
 
   // Reads the record and tells the gate. A record that cannot be read is kept as an error: nothing opens, nothing is
   // undone, and work() tries again. `returning`: the host has rebooted, so a person may have opened the other site
-  // meanwhile; the gate stays sealed until the peer was heard, or for kReturning.
+  // meanwhile; the gate stays sealed, and nothing is opened, until the peer was heard, or for kReturning.
   void start(bool returning = false);
   bool returning() const;
 

@@ -2,10 +2,12 @@
 // loses messages, boot clocks that stand still, and the end of either agent, or host, at any chosen point.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "agent/attempt.h"
@@ -80,7 +82,7 @@ class FakeSite : public AttemptHands, public AttemptGate, public AttemptPeer, pr
   bool gate_held = false;
   std::set<ActionSet> failing;          // sets that do not succeed
   std::vector<std::string> done;        // what was done, in order
-  bool kill_asked = false;
+  std::function<void()> during;         // once, while the next set runs
 
   void begin_set(ActionSet) override {}
   void run_set(ActionSet set, std::int64_t attempt, std::int64_t epoch) override;
@@ -216,6 +218,7 @@ inline void FakeSite::run_set(ActionSet set, std::int64_t, std::int64_t) {
   world.point(side);
   if (failing.count(set)) throw Error(Code::store, std::string(name_of(set)) + " fails", "", true);
   done.push_back(std::string(name_of(set)));
+  if (auto f = std::exchange(during, nullptr)) f();
   if (set == ActionSet::undo || set == ActionSet::open) open = true;
   if (set == ActionSet::undo) soft = false;
   if (set == ActionSet::close) open = false;

@@ -273,6 +273,40 @@ TEST(Attempt, ForcedOpenWinsOverAReturningHost) {
   EXPECT_EQ(w.source.done.back(), "kill");
 }
 
+// The COMMIT never reached the other side, which a person opened: nobody can take it any more. One that was PREPARED there is opened as it is.
+TEST(Attempt, ACommitThatReturnsToAPersonsDecisionCloses) {
+  for (bool prepared : {false, true}) {
+    World w;
+    auto n = begun(w);
+    w.source.agent().seal(n, soon(w));
+    w.source.open = false;
+    if (prepared) w.target.agent().peer_prepared(n, 0);
+    w.link = false;
+    EXPECT_EQ(w.source.agent().commit(n, soon(w)).what, PeerAnswer::What::pending);
+    EXPECT_EQ(w.target.agent().force_open().decision, prepared ? Decision::prepared : Decision::serving);
+    w.settle(Millis(3000));
+    EXPECT_TRUE(w.target.open);
+    w.source.power_off(Millis(0));
+    w.settle(Millis(3000));
+    EXPECT_EQ(w.source.record().decision, Decision::commit);
+    w.link = true;
+    w.source.done.clear();
+    w.settle();
+    expect_served(w, AgentSide::target, "the host is back");
+    EXPECT_EQ(w.source.record().attempt, n);
+    EXPECT_EQ(w.source.record().forced, !prepared);
+    const std::vector<std::string> closing{"cut", "close", "kill"}, tails{"kill", "tail_yields"};
+    EXPECT_EQ(w.source.done, prepared ? tails : closing);
+    EXPECT_EQ(w.source.agent().status()["opened"], prepared);
+    if (!prepared) {
+      EXPECT_THROW(w.source.agent().commit(n, soon(w)), Error);
+    }
+    EXPECT_TRUE(w.try_switch(AgentSide::target));
+    w.settle();
+    expect_served(w, AgentSide::source, "the way back");
+  }
+}
+
 TEST(Attempt, AReturningHostThatHearsNobodyServesAfterAWhile) {
   World w;
   w.link = false;
@@ -281,6 +315,39 @@ TEST(Attempt, AReturningHostThatHearsNobodyServesAfterAWhile) {
   EXPECT_TRUE(w.source.agent().returning());
   w.settle(Millis(6000));
   EXPECT_EQ(w.source.gate, GateWish::local);
+}
+
+// At STORED the host goes off, a person opens the other one again, and it comes back: to nothing that it may open.
+TEST(Attempt, AHostThatReturnsAtStoredOpensNothingBeforeItHasHeard) {
+  for (bool hears_late : {false, true}) {
+    World w;
+    auto n = begun(w);
+    w.source.agent().seal(n, soon(w));
+    w.source.open = w.link = false;
+    EXPECT_EQ(w.source.agent().commit(n, soon(w)).what, PeerAnswer::What::pending);
+    Record stored;
+    stored.seq = 9, stored.epoch = 1, stored.attempt = n, stored.decision = Decision::stored, stored.serves = AgentSide::target, stored.settled = false;
+    w.target.blocks.block[0] = encode_record(stored);
+    w.source.agent().force_reopen();
+    if (hears_late) {
+      // It was not off, and is opening its stores when it hears of that.
+      w.target.start();
+      w.target.during = [&] { w.target.agent().heard(w.source.record()); };
+      w.target.agent().work();
+      EXPECT_TRUE(w.target.open);
+      w.target.agent().work();
+      EXPECT_FALSE(w.target.open);
+    } else {
+      w.target.power_off(Millis(0));
+      w.settle(Millis(4000));
+      EXPECT_TRUE(w.source.open);
+      EXPECT_FALSE(w.target.open);
+    }
+    w.link = true;
+    w.settle();
+    expect_served(w, AgentSide::source, "it is back");
+    EXPECT_TRUE(w.try_switch(AgentSide::source));
+  }
 }
 
 TEST(Attempt, ForcedReopenAfterTheTargetIsGone) {

@@ -68,6 +68,8 @@ Millis Attempt::work() {
     returning_until_ = 0;
     tell_gate(lock, Millis(0));
   }
+  // A person may have opened the other site meanwhile: no store opens, and no service is started, before that is known.
+  if (returning_until_ != 0) return Millis(20);
   if (Ticks now = p_.clock.now(); now < not_before_) return Millis((not_before_ - now) / 1'000'000 + 1);
   return one_duty(lock);
 }

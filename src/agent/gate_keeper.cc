@@ -127,10 +127,15 @@ Json GateKeeper::ask(const Json& request, Deadline deadline) {
   if (!exists()) throw Error(Code::state, "this site has no gate", "send gate.set first");
   std::unique_lock talking(talking_, std::defer_lock);
   if (!talking.try_lock_for(deadline.left(Millis(5000)))) throw Error(Code::timeout, "the gate is busy", "", true);
-  bool hold = get_string(request, "op") == "hold";
-  if (hold) {
+  const std::string op = get_string(request, "op");
+  if ((op == "hold" || op == "cut") && request.contains("attempt")) {
     std::lock_guard lock(mutex_);
-    hold_ = request;
+    // It may have waited behind another request, and its attempt be undone by now: nobody would release the gate again.
+    const std::int64_t n = get_int(request, "attempt");
+    const bool yields = (wish_ == GateWish::hold || wish_ == GateWish::sealed) && attempt_ == n;
+    if (!yields && !(op == "hold" && wish_ == GateWish::peer && attempt_ < n))
+      throw Error(Code::state, "attempt " + std::to_string(n) + " ended while the gate was busy", "try again");
+    if (op == "hold") hold_ = request;
   }
   return say(request, deadline);
 }

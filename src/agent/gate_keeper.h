@@ -27,7 +27,8 @@ class GateKeeper : public AttemptGate {
   void wish(GateWish wish, std::int64_t attempt, Millis wait) override;
   void seal(std::int64_t attempt, Deadline deadline) override;
   bool told() const override;
-  // A controller's request. A `hold` of the yielding side is repeated to a gate that restarts.
+  // A controller's request. A `hold` of the yielding side is repeated to a gate that restarts. Throws Error(state) for a hold or
+  // cut whose attempt was over when its turn came.
   Json ask(const Json& request, Deadline deadline);
   // The other side's attempt is over: a hold that a controller asked for here, where the other side serves, ends. Also by a
   // controller's `release`, which must be what the record says anyway: Error(state) otherwise.

@@ -1,11 +1,13 @@
 #include "agent/supervisor.h"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <sys/file.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -39,13 +41,9 @@ std::string own_program() {
   return std::string(buf, static_cast<std::size_t>(n));
 }
 
-bool answers(const std::string& socket) {
-  try {
-    connect_to({.path = socket}, Deadline::in(Millis(200)));
-    return true;
-  } catch (const Error&) {
-    return false;
-  }
+std::string real_path(const std::string& path) {
+  char buf[PATH_MAX];
+  return ::realpath(path.c_str(), buf) ? buf : path;
 }
 
 // The agent answers, and does not wait for the other one after a reboot any more.
@@ -94,8 +92,8 @@ class Supervisor {
       }
       if (gate_ == 0 && now >= gate_next_ && ms_between(gate_looked, now) > 100) {
         gate_looked = now;
-        // A gate that a killed supervisor left behind goes on; there is one as long as its socket answers.
-        if (exists(state_ + "/gate.json") && !answers(state_ + "/run/gate.sock")) start_gate();
+        if (adopted_gone()) adopted_.reset();
+        if (!adopted_ && exists(state_ + "/gate.json") && !find_gate()) start_gate();
       }
       sigset_t child;
       sigemptyset(&child);
@@ -187,6 +185,36 @@ class Supervisor {
     return newest.empty() ? parent_path(program_) + "/rehome-gate" : newest;
   }
 
+  // A gate that a killed supervisor left behind goes on, and is ended with the run like one of our own. True: somebody answers there.
+  bool find_gate() {
+    try {
+      Fd fd = connect_to({.path = state_ + "/run/gate.sock"}, Deadline::in(Millis(200)));
+      ucred who{};
+      socklen_t size = sizeof who;
+      if (::getsockopt(fd.get(), SOL_SOCKET, SO_PEERCRED, &who, &size) != 0 || who.pid <= 0) return true;
+      Fd process(static_cast<int>(::syscall(SYS_pidfd_open, who.pid, 0)));
+      char buf[PATH_MAX];
+      ssize_t n = ::readlink(("/proc/" + std::to_string(who.pid) + "/exe").c_str(), buf, sizeof buf);
+      std::string program(buf, static_cast<std::size_t>(std::max<ssize_t>(n, 0)));
+      // What an update has replaced reads "... (deleted)".
+      if (!process || (!program.starts_with(real_path(state_ + "/bin") + "/rehome-gate") && program != real_path(gate_program()))) return true;
+      adopted_ = std::move(process);
+      log("gate " + program + " was there, pid " + std::to_string(who.pid));
+      return true;
+    } catch (const Error&) {
+      return false;
+    }
+  }
+
+  bool adopted_gone() const {
+    pollfd p{adopted_.get(), POLLIN, 0};
+    return adopted_ && ::poll(&p, 1, 0) > 0;
+  }
+
+  void signal_adopted(int signal) {
+    if (adopted_) ::syscall(SYS_pidfd_send_signal, adopted_.get(), signal, nullptr, 0);
+  }
+
   void start_gate() {
     gate_next_ = after(system_clock(), kRestart);
     try {
@@ -256,23 +284,26 @@ class Supervisor {
   }
 
   void end(bool gate_too) {
-    if (!gate_too && gate_ > 0) log("the gate goes on without a supervisor");
+    if (!gate_too && (gate_ > 0 || adopted_)) log("the gate goes on without a supervisor");
     std::vector<pid_t*> all{&agent_};
     if (gate_too) all.push_back(&gate_);
     for (pid_t* p : all)
       if (*p > 0) ::kill(*p, SIGTERM);
+    if (gate_too) signal_adopted(SIGTERM);
     Deadline deadline = Deadline::in(Millis(5000));
-    auto any = [&] { return std::any_of(all.begin(), all.end(), [](pid_t* p) { return *p > 0; }); };
+    auto any = [&] { return (gate_too && adopted_ && !adopted_gone()) || std::any_of(all.begin(), all.end(), [](pid_t* p) { return *p > 0; }); };
     while (any() && !deadline.passed()) {
       reap();
       system_clock().sleep(Millis(5));
     }
     for (pid_t* p : all)
       if (*p > 0) ::kill(*p, SIGKILL), ::waitpid(*p, nullptr, 0);
+    if (gate_too) signal_adopted(SIGKILL);
   }
 
   std::string state_, program_, gate_error_;
   pid_t agent_ = 0, gate_ = 0;
+  Fd adopted_;                       // the process of a gate that we have not started
   Ticks agent_next_ = 0, gate_next_ = 0;
   bool ended_ = false;
   std::map<std::string, Fd> sockets_;

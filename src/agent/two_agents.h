@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "agent/client.h"
+#include "agent/gate_keeper.h"
 #include "agent/record.h"
 #include "agent/threads.h"
 #include "sys/fs.h"
@@ -70,6 +71,7 @@ class FakeGate {
   }
   void act(const Json& r) {
     std::string op = get_string(r, "op"), now = state();
+    system_clock().sleep(Millis(get_int(r, "slow_ms", 0)));
     std::lock_guard lock(mutex_);
     alive_ = system_clock().now();
     if (op == "hold") {

@@ -62,6 +62,35 @@ Switch switched(TwoAgents& w, const std::string& from) {
   }
 }
 
+// Requests wait for each other: a hold whose attempt was undone meanwhile would be taken back by nobody.
+TEST(GateKeeper, AHoldWhoseAttemptEndedBeforeItsTurnIsRefused) {
+  TempDir dir;
+  make_directories(dir.path() + "/run");
+  write_durably(dir.path() + "/gate.json", "{\"routes\": []}");
+  testing::FakeGate gate(dir.path() + "/run/gate.sock");
+  GateKeeper keeper(dir.path(), [](const std::string&) {});
+  auto ask = [&](const char* op) { keeper.ask({{"op", op}, {"attempt", 1}, {"timer_ms", 5000}, {"slow_ms", 300}}, Deadline::in(Millis(3000))); };
+  keeper.wish(GateWish::local, 0, Millis(1000));  // a gate starts SEALED
+  for (auto side : {GateWish::local, GateWish::peer})
+    for (auto op : {"hold", "cut"}) {
+      keeper.wish(GateWish::hold, 1, Millis(500));
+      ask("hold");
+      EXPECT_EQ(gate.state(), "HELD");
+      std::thread before([&] { ask("status"); });
+      system_clock().sleep(Millis(100));
+      std::thread late([&] { EXPECT_THROW(ask(op), Error); });
+      system_clock().sleep(Millis(100));
+      keeper.wish(side, 1, Millis(1000));
+      before.join();
+      late.join();
+      EXPECT_EQ(gate.state(), side == GateWish::local ? "OPEN_LOCAL" : "OPEN_PEER");
+    }
+  // The side that takes over holds before its record knows of the attempt.
+  keeper.wish(GateWish::peer, 0, Millis(1000));
+  ask("hold");
+  EXPECT_EQ(gate.state(), "HELD");
+}
+
 void link_by_socket(TwoAgents& w) {
   w.call("target", "link.set", {{"socket", w.state("source") + "/run/agent.sock"}});
   w.wait_link();

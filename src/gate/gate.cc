@@ -24,12 +24,13 @@
 namespace rehome {
 namespace {
 
-// Waiting connections are connected at this rate, and so many at a time, so that an application that has just been given
+// Waiting connections are connected at this rate, and so many of a route at a time, so that an application that has just been given
 // its clients is not run over by all that have gathered.
 constexpr double kStartsPerMs = 20;
 constexpr std::size_t kConnectingAtOnce = 128;
 constexpr Ticks kMs = 1'000'000;
 constexpr Ticks kLinger = 2000 * kMs;
+constexpr int kLingerRounds = 16;
 constexpr Ticks kSpent = 5000 * kMs;
 
 constexpr std::string_view kSorry =
@@ -177,7 +178,7 @@ void Gate::accept_all(Route& route, bool marked) {
     wait(conn, 0);
     if (route.waiting > route.config.max_waiting) {
       refuse(conn);
-    } else if (waiting_.size() == 1 && !marked) {
+    } else if (route.waiting == 1 && !marked) {
       start(conn);  // nobody is in front of it
     }
   }
@@ -218,10 +219,10 @@ void Gate::serve_waiting() {
     pace_at_ = now_;
   }
   if (at_ == GateState::held || at_ == GateState::sealed) return;
-  for (auto it = waiting_.begin(); it != waiting_.end() && pace_ >= 1 && connecting_ < kConnectingAtOnce;) {
+  for (auto it = waiting_.begin(); it != waiting_.end() && pace_ >= 1;) {
     Conn& conn = *it->second;
     ++it;  // start() may take it out
-    if (conn.phase != Conn::Phase::waiting || conn.retry_at > now_ || !conn.prelude_done) continue;
+    if (conn.phase != Conn::Phase::waiting || conn.retry_at > now_ || !conn.prelude_done || conn.route->connecting >= kConnectingAtOnce) continue;
     pace_ -= 1;
     start(conn);
   }
@@ -250,13 +251,13 @@ void Gate::start(Conn& conn) {
   }
   conn.to_peer = peer;
   conn.phase = Conn::Phase::connecting;
-  connecting_++;
+  conn.route->connecting++;
   if (error == 0) connected(conn);
 }
 
 // The connection behind it stands.
 void Gate::connected(Conn& conn) {
-  connecting_--;
+  conn.route->connecting--;
   conn.server_writable = true;
   int one = 1;
   ::setsockopt(conn.server.get(), SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
@@ -274,10 +275,15 @@ void Gate::connected(Conn& conn) {
 }
 
 void Gate::try_later(Conn& conn) {
-  if (conn.phase == Conn::Phase::connecting) connecting_--;
-  if (conn.phase == Conn::Phase::attached && now_ - conn.attached_at > 1000 * kMs) {
-    conn.tries = 0;
-    conn.wait_since = now_;
+  if (conn.phase == Conn::Phase::connecting) conn.route->connecting--;
+  if (conn.phase == Conn::Phase::attached) {
+    // A client waits since it asked. What is kept was held up by the other gate; one that has said nothing was waiting for nobody.
+    if (!conn.kept.empty()) {
+      conn.wait_since = std::max(conn.wait_since, conn.last_move);
+    } else if (now_ - conn.attached_at > 1000 * kMs) {
+      conn.tries = 0;
+      conn.wait_since = now_;
+    }
   }
   conn.detach();
   conn.tries++;
@@ -285,7 +291,7 @@ void Gate::try_later(Conn& conn) {
 }
 
 void Gate::refuse(Conn& conn) {
-  if (conn.phase == Conn::Phase::connecting) connecting_--;
+  if (conn.phase == Conn::Phase::connecting) conn.route->connecting--;
   unqueue(conn);
   conn.server.reset();
   if (conn.marked) {
@@ -309,7 +315,7 @@ void Gate::end_gently(Conn& conn, std::string_view last) {
 }
 
 void Gate::drop(Conn& conn) {
-  if (conn.phase == Conn::Phase::connecting) connecting_--;
+  if (conn.phase == Conn::Phase::connecting) conn.route->connecting--;
   unqueue(conn);
   busy_.erase(&conn);
   lingering_.erase(&conn);
@@ -325,7 +331,7 @@ void Gate::drop(Conn& conn) {
 
 // On hold: a connection of which neither side has seen a byte of the other goes back to the queue.
 void Gate::pull_back(Conn& conn) {
-  if (conn.phase == Conn::Phase::connecting) connecting_--;
+  if (conn.phase == Conn::Phase::connecting) conn.route->connecting--;
   busy_.erase(&conn);
   conn.detach();
   conn.tries = 0;
@@ -340,12 +346,16 @@ void Gate::on_client(Conn& conn, std::uint32_t events) {
       return work(conn);
     case Conn::Phase::lingering: {
       char buf[16384];
-      while (true) {
+      // Not all that comes: who sends as fast as this reads would have the thread for itself.
+      for (int round = 0; round < kLingerRounds; round++) {
         ssize_t n = ::recv(conn.client.get(), buf, sizeof buf, MSG_DONTWAIT);
         if (n > 0 || (n < 0 && errno == EINTR)) continue;
-        if (n < 0 && errno == EAGAIN) return;
-        return drop(conn);
+        if (n == 0 || errno != EAGAIN) return drop(conn);
+        busy_.erase(&conn);
+        return;
       }
+      busy_.insert(&conn);
+      return;
     }
     case Conn::Phase::waiting:
     case Conn::Phase::connecting:
@@ -358,7 +368,7 @@ void Gate::on_client(Conn& conn, std::uint32_t events) {
           if (!conn.marked) note_often("route " + conn.route->config.name + ": a connection began without a PROXY header");
           return drop(conn);
         }
-        if (ready && waiting_.size() == 1) start(conn);
+        if (ready && conn.route->waiting == 1) start(conn);
       }
       return;
     case Conn::Phase::dead:
@@ -521,8 +531,10 @@ void Gate::run() {
       }
     }
     std::vector<Conn*> again(busy_.begin(), busy_.end());
-    for (Conn* conn : again)
+    for (Conn* conn : again) {
       if (conn->phase == Conn::Phase::attached) work(*conn);
+      else if (conn->phase == Conn::Phase::lingering) on_client(*conn, 0);
+    }
   }
 }
 

@@ -26,7 +26,7 @@ struct Route {
   Slot listen_slot, marked_slot;
   Fd listen, marked;
   std::string trouble;  // why it does not listen; tried again every second
-  std::size_t waiting = 0;
+  std::size_t waiting = 0, connecting = 0;
   std::int64_t accepted = 0, from_peer = 0, to_peer = 0, refused = 0, resets = 0;
   bool removed = false;
   // Connections sent to the peer, a cell a second: what still comes to the old address.
@@ -110,7 +110,6 @@ class Gate {
   std::map<std::uint64_t, Conn*> waiting_;  // without a connection behind them, or on the way to one; oldest first
   std::set<Conn*> busy_, lingering_, spent_;
   std::uint64_t next_key_ = 1;
-  std::size_t connecting_ = 0;
 
   GateState at_ = GateState::sealed, before_hold_ = GateState::sealed;
   std::int64_t attempt_ = 0;   // of the hold or seal; 0: sealed since the start

@@ -53,6 +53,96 @@ TEST(GateLimits, TheHeldAreAnsweredOnceTheyWaitedTooLongAndTheHoldGoesOn) {
   EXPECT_EQ(app.connections, 1);
 }
 
+// Whose application takes no connections any more waits for itself alone.
+TEST(GateLimits, ARouteWhoseApplicationHangsHoldsUpNoOther) {
+  Running g;
+  const std::uint16_t port = free_port();
+  Fd deaf = listen_on(loopback(port), 0600, 1);
+  const std::string in = g.dir.path() + "/deaf.sock";
+  Json j = parse_json(read_file(g.dir.path() + "/gate.json"), "gate.json");
+  j["routes"].push_back({{"name", "deaf"}, {"listen", "unix:" + in}, {"local", loopback(port).text()}});
+  write_durably(g.dir.path() + "/gate.json", j.dump());
+  EXPECT_EQ(g.ask("reload")["ok"], true);
+  App app(g.app(), answering("local"));
+  g.release("local");
+  std::vector<Fd> stuck;
+  for (int i = 0; i < 200; i++) {
+    stuck.push_back(connect_to(unix_at(in), soon()));
+    send_all(stuck.back(), "x\n");
+  }
+  EXPECT_TRUE(eventually([&] { return g.count("waiting") > 150; }));
+  Ticks t = system_clock().now();
+  EXPECT_EQ(ask_line(g.client(), "x"), "local:x");
+  // Those who waited at a hold too, which are not started by their arrival.
+  g.hold(1);
+  Fd held = g.client();
+  send_all(held, "y\n");
+  EXPECT_TRUE(eventually([&] { return g.ask("status")["routes"][0]["waiting"] == 1; }));
+  g.release("local");
+  Reader reader(held);
+  EXPECT_EQ(reader.line(soon()).value(), "local:y");
+  EXPECT_LT(ms_between(t, system_clock().now()), 2000);
+}
+
+// Forwarded to a gate that is held, it is handed back when it has waited too long there, and must not go round for ever.
+TEST(GateLimits, AClientHeldByTheOtherGateIsAnsweredToo) {
+  Pair p;
+  for (Running* g : {&p.a, &p.b}) {
+    Json j = parse_json(read_file(g->dir.path() + "/gate.json"), "gate.json");
+    j["routes"][0]["max_wait_ms"] = 1500;
+    write_durably(g->dir.path() + "/gate.json", j.dump());
+    g->ask("reload");
+  }
+  App app(p.b.app(), answering("b"));
+  p.b.release("local");
+  p.a.release("peer");
+  // One that has said nothing yet waits for nothing: it is not refused for the time that it was open.
+  Fd quiet = p.a.client();
+  EXPECT_TRUE(eventually([&] { return p.b.count("in_flight") == 1; }));
+  p.b.hold(1);
+  Ticks t = system_clock().now();
+  Fd c = p.a.client();
+  send_all(c, "x\n");
+  EXPECT_TRUE(read_to_end(c).starts_with("HTTP/1.1 503 "));
+  EXPECT_GT(ms_between(t, system_clock().now()), 1400);
+  EXPECT_LT(ms_between(t, system_clock().now()), 3500);
+  system_clock().sleep(Millis(300));
+  p.b.release("local");
+  EXPECT_EQ(ask_line(quiet, "y"), "b:y");
+  EXPECT_EQ(p.a.ask("status")["ledger"]["dropped"], 1);
+}
+
+// Those that were refused and go on sending are read for a while, and hold up nobody meanwhile.
+TEST(GateLimits, ARefusedClientThatGoesOnSendingHoldsUpNobody) {
+  Running g(Json{{"max_waiting", 1}});
+  Fd first = g.client();
+  EXPECT_TRUE(eventually([&] { return g.count("waiting") == 1; }));
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> senders;
+  Fd refused = g.client();
+  EXPECT_TRUE(eventually([&] { return g.ask("status")["ledger"]["dropped"] == 1; }));
+  // Together they are faster than who reads, with a buffer that is never empty.
+  int buffer = 64 << 20;
+  ASSERT_EQ(::setsockopt(refused.get(), SOL_SOCKET, SO_SNDBUFFORCE, &buffer, sizeof buffer), 0);
+  for (int i = 0; i < 4; i++)
+    senders.emplace_back([&] {
+      const std::string much(1 << 20, 'x');
+      while (!stop && ::send(refused.get(), much.data(), much.size(), MSG_NOSIGNAL) > 0) {
+      }
+    });
+  double slowest = 0;
+  Ticks from = system_clock().now();
+  while (ms_between(from, system_clock().now()) < 1500) {
+    Ticks t = system_clock().now();
+    g.ask("status");
+    slowest = std::max(slowest, ms_between(t, system_clock().now()));
+  }
+  EXPECT_LT(slowest, 300);
+  // And not for longer than anybody who lingers.
+  for (auto& s : senders) s.join();
+  EXPECT_LT(ms_between(from, system_clock().now()), 4000);
+}
+
 TEST(GateLedger, AWaitCountsAsLongAsItLastsAlsoWhenTheApplicationIsLate) {
   Running g(Json{{"local", "127.0.0.1:" + std::to_string(free_port())}});
   g.release("local");

@@ -42,6 +42,16 @@ void raise_link(Run& run) {
 
 }  // namespace
 
+std::vector<std::string> astray(Run& run, Traffic& traffic) {
+  std::vector<std::string> all;
+  for (Side side : {Side::source, Side::target}) {
+    if (!run.has(side)) continue;
+    auto more = traffic.astray(run.traffic_context(), side);
+    all.insert(all.end(), more.begin(), more.end());
+  }
+  return all;
+}
+
 std::vector<Step> begin_steps(Run& run) {
   std::vector<Step> steps;
   auto add = [&](Step s) { steps.push_back(std::move(s)); };
@@ -85,7 +95,8 @@ std::vector<Step> begin_steps(Run& run) {
   for (auto& traffic : run.traffic())
     add({.id = "traffic " + traffic->name(), .title = "lead " + traffic->name() + " through the gates",
          .run = [&run, &traffic] { traffic->prepare(run.traffic_context()); },
-         .undo = [&run, &traffic] { traffic->withdraw(run.traffic_context()); }});
+         .undo = [&run, &traffic] { traffic->withdraw(run.traffic_context()); },
+         .still_done = [&run, &traffic] { return astray(run, *traffic).empty(); }});
   add({.id = "actions", .title = "store with both agents what they must be able to do alone", .run = [&run] { Switchover(run, {Side::source}).store_actions(); }});
   add({.id = "following", .title = "everything follows", .run = [&run] { run.set_phase("following"); }});
   return steps;

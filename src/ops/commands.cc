@@ -622,6 +622,9 @@ int resume(const ResumeOptions& o) {
     run_steps(begin_steps(run), run.journal(), cancel_flag());
     // A database that was taken in is opened and closed by the agents too.
     if (recopied) Switchover(run, {Side::source}).store_actions();
+  } else {
+    for (auto& traffic : run.traffic())
+      if (!astray(run, *traffic).empty()) traffic->prepare(run.traffic_context());
   }
   o.emit({{"kind", "result"}, {"what", "resume"}, {"text", std::string(side_name(serving)) + " serves; the run is '" + run.phase() + "'" + left_of_migrate(run)}});
   if (canary) throw *canary;

@@ -7,6 +7,7 @@
 #include <map>
 
 #include "base/text.h"
+#include "ops/life.h"
 
 namespace rehome::ops {
 
@@ -149,6 +150,9 @@ void Switchover::require_services() {
 
 void Switchover::prepare(Deadline deadline, bool when_ready) {
   for (auto& store : run_.stores()) require_copied(*store, run_.stores_context(), direction_.yields, "a switch");
+  // Clients who pass the gate by would not wait, and find nobody after the decision.
+  for (auto& traffic : run_.traffic())
+    if (auto all = astray(run_, *traffic); !all.empty()) throw Error(Code::state, join(all, "; "), "rehome resume leads it through the gate again");
   // Before anything is prepared: a slot for the way back keeps WAL from then on.
   await_following(deadline, when_ready);
   for (auto& store : run_.stores()) store->prepare_reverse(run_.stores_context(), direction_);
@@ -175,6 +179,9 @@ Prediction Switchover::predict(MicroFences* measure) {
     ms = std::max(ms, catch_up);
     if (catch_up >= 1) p.reasons.push_back(store->name() + ": behind by " + human_duration(status.lag));
   }
+  if (measure)
+    for (auto& traffic : run_.traffic())
+      for (auto& what : astray(run_, *traffic)) p.obstacles.push_back(what + "; rehome resume leads it through the gate again");
   if (measure && p.obstacles.empty()) {
     // Before anything can throw: a switch that waits is not to lock once a second.
     bool counted = false;

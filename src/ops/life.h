@@ -16,6 +16,8 @@ void require_clean(const std::vector<Finding>& findings, bool shown = false);
 
 // begin: link, guards, stores prepared, copied and following, traffic through the gates, services warm.
 std::vector<Step> begin_steps(Run& run);
+// What of an entry somebody has led past its gates since begin, at either side.
+std::vector<std::string> astray(Run& run, Traffic& traffic);
 // complete and cancel: everything of ours gone. `committed`: the old side keeps its fence. Returns what was left.
 std::vector<std::string> take_down(Run& run, Side serves, bool cancel);
 // What of ours is still there on either site. The side `fenced` may keep the start conditions of its services.

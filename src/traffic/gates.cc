@@ -10,6 +10,11 @@ namespace {
 std::string marked_address(const Site& site, const std::string& name) { return "unix:" + site.state() + "/run/gate-" + name + ".marked"; }
 std::string peer_address(const Site& site, const std::string& name) { return "unix:" + site.state() + "/run/l/gate-" + name; }
 
+Json routes_at(Site& site) {
+  std::string path = site.state() + "/gate.json";
+  return there(site, path) ? parse_json(get_text(site, path), path).at("routes") : Json::array();
+}
+
 void set_route(Site& site, const TrafficConfig& t, const GateSide& side) {
   Json route{{"name", t.name},
              {"listen", side.listen},
@@ -24,11 +29,8 @@ void set_route(Site& site, const TrafficConfig& t, const GateSide& side) {
              {"mark", side.mark},
              {"transparent", side.transparent}};
   Json routes = Json::array();
-  if (std::string path = site.state() + "/gate.json"; there(site, path)) {
-    Json now = parse_json(get_text(site, path), path);
-    for (const auto& r : now.at("routes"))
-      if (get_string(r, "name") != t.name) routes.push_back(r);
-  }
+  for (const auto& r : routes_at(site))
+    if (get_string(r, "name") != t.name) routes.push_back(r);
   routes.push_back(route);
   site.call("gate.set", {{"routes", routes}});
 }
@@ -85,7 +87,9 @@ void require_application(Site& site, const TrafficConfig& traffic, Millis patien
 
 void raise_gates(TrafficContext& ctx, const TrafficConfig& traffic, const BySide<GateSide>& sides) {
   // Behind a gate that leads nowhere all clients would wait.
-  require_application(ctx.at(Side::source), traffic, Millis(1000));
+  const Json raised = routes_at(ctx.at(Side::source));
+  if (std::none_of(raised.begin(), raised.end(), [&](const Json& r) { return get_string(r, "name") == traffic.name; }))
+    require_application(ctx.at(Side::source), traffic, Millis(1000));
   for (Side s : {Side::source, Side::target}) {
     Site& site = ctx.at(s);
     ctx.note("gate for " + traffic.name, {{"where", site.label()}, {"listens", sides[s].listen}, {"undone_by", "the end of the agents"}});
@@ -106,6 +110,12 @@ Json gate_route(const Json& status, const std::string& name, const Site& site) {
   for (const auto& r : routes)
     if (get_string(r, "name") == name) return r;
   throw Error(Code::state, "the gate has no route " + name, "its gate.json names it? rehome resume sends it again").in(site.label());
+}
+
+bool comes_back(const std::function<bool()>& right) {
+  for (Deadline deadline = Deadline::in(Millis(4000)); !right(); system_clock().sleep(Millis(200)))
+    if (deadline.passed()) return false;
+  return true;
 }
 
 std::int64_t clients_at(TrafficContext& ctx, Side side, const std::string& name, Millis watch) {

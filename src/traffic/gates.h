@@ -18,7 +18,8 @@ struct GateSide {
 // Makes both gates and the way between them: each gate's route `traffic.name`, and a service and a listener of the
 // link, so that a gate whose side does not serve reaches the other one. Returns when both gates are open, whichever
 // way. Other routes stay. Idempotent. Throws Error(timeout) naming the gate that does not open, with what it says, and
-// Error(state) before anything is made where require_application() does of the source.
+// Error(state) before anything is made where require_application() does of the source, unless its gate has the route already: the
+// other side may serve by now.
 void raise_gates(TrafficContext&, const TrafficConfig& traffic, const BySide<GateSide>& sides);
 
 // A finding where nobody answers at the application's address of that site.
@@ -33,6 +34,9 @@ Json gate_route(const Json& status, const std::string& name, const Site&);
 // open. A client that asks once in 20 s must not be missed, so 0 is answered only after the gate has led to the other side
 // for `watch`; until then this waits, and says so in the log. Throws Error(interrupted), and what the gate's agent answers.
 std::int64_t clients_at(TrafficContext&, Side, const std::string& route, Millis watch = Millis(60000));
+
+// Asks again for a few seconds: what a kept program of the agent puts back by itself.
+bool comes_back(const std::function<bool()>& right);
 
 // After nobody new comes: waits until nobody is served through this side's gate any more, or is about to be, at most
 // drain_deadline. Who is left then is logged, and is cut when the gate ends; so is a gate that does not answer.

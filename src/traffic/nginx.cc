@@ -92,6 +92,30 @@ class NginxTraffic : public Traffic {
     }
   }
 
+  std::vector<std::string> astray(TrafficContext& ctx, Side s) override {
+    Site& site = ctx.at(s);
+    std::vector<std::string> all;
+    Json m = manifest_of(site, t_.name);
+    if (!get_bool(m, "reloaded", false)) all.push_back(site.label() + ": nginx was never led through the gate to the end");
+    std::set<std::string> kept;
+    for (const auto& f : m.at("files")) {
+      kept.insert(get_string(f, "path"));
+      if (!leads(site, f)) all.push_back(site.label() + ": " + get_string(f, "path") + " was changed since begin led it through the gate");
+    }
+    if (!all.empty()) return all;
+    try {
+      Look look = look_at(site, s);
+      for (const auto& [path, text] : look.plan.edited)
+        if (!kept.contains(look.real.at(path))) all.push_back(site.label() + ": " + path + " leads past the gate");
+      for (const auto& p : look.plan.problems)
+        if (p.id == "nginx.other_file" || p.id == "nginx.no_way" || p.id == "nginx.not_read") all.push_back(site.label() + ": " + p.where + ": " + p.message + " (" + p.mend + ")");
+    } catch (const Error& e) {
+      if (e.code != Code::config) throw;
+      all.push_back(e.what());
+    }
+    return all;
+  }
+
   void withdraw(TrafficContext& ctx) override {
     at_both(ctx, [&](Side s) { put_back(ctx, s); });
   }
@@ -142,10 +166,9 @@ class NginxTraffic : public Traffic {
       throw Error(Code::config, "one of nginx's files cannot be found: " + join(t_.on[s].files, ", "), "correct `files`").in(site.label());
     // A file that leads through the gate already is planned as what it was.
     std::map<std::string, std::string> originals;
-    if (std::string path = manifest_path(site, t_.name); there(site, path)) {
-      Json m = parse_json(get_text(site, path), path);
-      for (const auto& f : m.at("files")) originals[get_string(f, "path")] = get_string(f, "original");
-    }
+    const Json m = manifest_of(site, t_.name);
+    for (const auto& f : m.at("files"))
+      if (leads(site, f)) originals[get_string(f, "path")] = get_string(f, "original");
     std::map<std::string, std::string> by_real;
     for (std::size_t i = 0; i < look.files.text.size(); i++) {
       look.real[names[i]] = lines[i];
@@ -260,24 +283,56 @@ class NginxTraffic : public Traffic {
     return o.ok();
   }
 
+  static Json manifest_of(Site& site, const std::string& name) {
+    std::string path = manifest_path(site, name);
+    return there(site, path) ? parse_json(get_text(site, path), path) : Json{{"files", Json::array()}};
+  }
+
+  // The file is as it was edited; or as another entry, which came after this one, has edited that again.
+  bool leads(Site& site, const Json& f) {
+    if (same(site, get_string(f, "path"), get_string(f, "edited"))) return true;
+    for (const auto& t : deployment_.traffic) {
+      if (t.kind != TrafficConfig::Kind::nginx || t.name == t_.name) continue;
+      const Json m = manifest_of(site, t.name);
+      for (const auto& over : m.at("files"))
+        if (over.at("path") == f.at("path") && same(site, get_string(over, "original"), get_string(f, "edited"))) return leads(site, over);
+    }
+    return false;
+  }
+
+  static Error changed(Site& site, const Json& f, const std::string& after) {
+    const std::string path = get_string(f, "path"), original = get_string(f, "original");
+    return Error(Code::state, path + " was changed, renamed or removed by somebody else since it leads through the gate",
+                 "bring that change into " + original + ", copy it over " + path + ", and repeat the command" + after)
+        .in(site.label());
+  }
+
   void lead_through(TrafficContext& ctx, Side s) {
     Site& site = ctx.at(s);
     std::string manifest = manifest_path(site, t_.name);
-    if (there(site, manifest)) {
-      Json m = parse_json(get_text(site, manifest), manifest);
-      bool all = get_bool(m, "reloaded", false);
-      for (const auto& f : m.at("files")) all = all && same(site, get_string(f, "path"), get_string(f, "edited"));
-      if (all) return;
-      // Half of an earlier try: from the originals again.
-      put_back(ctx, s);
-    }
+    const Json before = manifest_of(site, t_.name);
+    // Changed in place: what it was like without us, and is to be again, is then a person's to say.
+    for (const auto& f : before.at("files"))
+      if (std::string path = get_string(f, "path"); !leads(site, f) && !same(site, path, get_string(f, "original")) &&
+                                                    (!there(site, path) || get_text(site, path).find(Address::parse(t_.on[s].listen).text()) != std::string::npos))
+        throw changed(site, f, "");
     Look look = look_at(site, s);
     for (const auto& p : look.plan.problems)
       if (p.fatal) throw Error(Code::config, p.where + ": " + p.message, p.mend).in(site.label());
+    bool all = get_bool(before, "reloaded", false);
+    std::set<std::string> kept;
+    for (const auto& f : before.at("files")) all = kept.insert(get_string(f, "path")).second && leads(site, f) && all;
+    for (const auto& [path, text] : look.plan.edited) all = all && kept.contains(look.real.at(path));
+    if (all) return;
     master(site, s, look.plan.pid_file);
+    // Half of an earlier try, or what somebody has changed since: from the originals again, of which a changed file is one now. What was
+    // kept stays until the new manifest names all of it.
+    for (const auto& f : before.at("files"))
+      if (leads(site, f)) replace(site, get_string(f, "original"), get_string(f, "path"), get_string(f, "original"));
+    auto next = get_int(before, "next", static_cast<std::int64_t>(kept.size()));
     Json m{{"files", Json::array()}, {"pid_file", look.plan.pid_file}, {"reloaded", false}};
     for (const auto& [path, text] : look.plan.edited) {
-      std::string base = parent_path(manifest) + "/" + std::to_string(m["files"].size());
+      std::string base = parent_path(manifest) + "/" + std::to_string(next++);
       std::string real = look.real.at(path);
       site.exec_ok({.argv = {"sh", "-c", "mkdir -p -m 700 \"$(dirname \"$2\")\" && cp --preserve=all -- \"$1\" \"$2\" && sync \"$2\"", "sh", real, base + ".original"}},
                    Deadline::in(Millis(20000)), ("keeping " + real).c_str());
@@ -287,6 +342,7 @@ class NginxTraffic : public Traffic {
     for (const auto& f : m["files"])
       ctx.note("nginx's " + get_string(f, "path") + " leads through the gate",
                {{"where", site.label()}, {"undone_by", "putting " + get_string(f, "original") + " back and reloading nginx"}, {"changes", look.plan.changes}});
+    m["next"] = next;
     put_text(site, manifest, m.dump(1) + "\n");
     for (const auto& c : look.plan.changes) ctx.log(site.label() + ": " + c);
     try {
@@ -315,10 +371,7 @@ class NginxTraffic : public Traffic {
     for (const auto& f : m.at("files")) {
       std::string path = get_string(f, "path"), original = get_string(f, "original");
       if (same(site, path, original)) continue;
-      if (!same(site, path, get_string(f, "edited")))
-        throw Error(Code::state, path + " was changed, renamed or removed by somebody else since it leads through the gate",
-                    "bring that change into " + original + ", copy it over " + path + ", and repeat the command; rename or remove it after that")
-            .in(site.label());
+      if (!same(site, path, get_string(f, "edited"))) throw changed(site, f, "; rename or remove it after that");
       replace(site, original, path, original);
     }
     // Also where nothing was put back now: an earlier try may have come as far as that and not to its reload.

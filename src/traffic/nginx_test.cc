@@ -223,6 +223,54 @@ TEST(NginxTraffic, AFileThatSomebodyElseChangedIsNotOverwritten) {
   EXPECT_EQ(t.traffic->leftovers(t.world->context()).size(), 1u);  // the target's is back all the same
 }
 
+// What a tool that installs configurations does, in the days of a run that follows: its own file again, as it was or as it is now.
+TEST(NginxTraffic, WhatWasLedPastTheGateIsToldAndLedThroughItAgain) {
+  TwoSites t;
+  const std::string original = read_file(t.nginx.source->site());
+  auto astray = [&](Side s) { return t.traffic->astray(t.world->context(), s); };
+  auto asked_through = [&] {
+    std::int64_t before = get_int(t.world->source.gate({{"op", "status"}}).at("routes")[0], "accepted");
+    EXPECT_EQ(ask_once(t.front(Side::source)).status, 200);
+    return get_int(t.world->source.gate({{"op", "status"}}).at("routes")[0], "accepted") > before;
+  };
+  EXPECT_EQ(astray(Side::source).size(), 1u);
+  t.traffic->prepare(t.world->context());
+  for (const std::string& theirs : {original, original + "# theirs\n"}) {
+    for (Side s : {Side::source, Side::target}) EXPECT_TRUE(astray(s).empty()) << astray(s)[0];
+    write_durably(t.nginx.source->site(), theirs);
+    run_ok({.argv = {"nginx", "-c", t.nginx.source->conf(), "-s", "reload"}});
+    Deadline reloaded = Deadline::in(Millis(5000));
+    while (asked_through() && !reloaded.passed()) system_clock().sleep(Millis(20));
+    ASSERT_EQ(astray(Side::source).size(), 1u);
+    EXPECT_NE(astray(Side::source)[0].find(t.nginx.source->site() + " was changed since begin"), std::string::npos) << astray(Side::source)[0];
+    EXPECT_TRUE(astray(Side::target).empty());
+    t.traffic->prepare(t.world->context());
+    EXPECT_TRUE(asked_through());
+  }
+  // Another way to the application, in a file that is not ours.
+  const std::string conf = read_file(t.nginx.source->conf());
+  write_durably(t.nginx.source->conf(), conf.substr(0, conf.rfind('}')) + "  server { listen " + text(free_port()) + "; location / { proxy_pass http://" + text(t.ports.source.application) + "; } }\n}\n");
+  ASSERT_EQ(astray(Side::source).size(), 1u);
+  EXPECT_NE(astray(Side::source)[0].find("past the gate"), std::string::npos) << astray(Side::source)[0];
+  EXPECT_THROW(t.traffic->prepare(t.world->context()), Error);
+  write_durably(t.nginx.source->conf(), conf);
+  EXPECT_TRUE(astray(Side::source).empty());
+  // Changed where it leads through the gate: what it was without that is for a person to say.
+  const std::string edited = read_file(t.nginx.source->site());
+  write_durably(t.nginx.source->site(), edited + "upstream direct { server " + text(t.ports.source.application) + "; }\n");
+  try {
+    t.traffic->prepare(t.world->context());
+    ADD_FAILURE();
+  } catch (const Error& e) {
+    EXPECT_NE(e.hint.find("bring that change into"), std::string::npos) << e.hint;
+  }
+  write_durably(t.nginx.source->site(), original + "# theirs\n# more\n");
+  t.traffic->prepare(t.world->context());
+  t.traffic->withdraw(t.world->context());
+  EXPECT_EQ(read_file(t.nginx.source->site()), original + "# theirs\n# more\n");
+  EXPECT_TRUE(t.traffic->leftovers(t.world->context()).empty());
+}
+
 TEST(NginxTraffic, AFileThatSomebodyRemovedIsToldLikeOneThatWasChanged) {
   TwoSites t;
   t.traffic->prepare(t.world->context());
@@ -282,9 +330,20 @@ TEST(NginxTraffic, TwoEntriesInOneFileAreTakenBackTheOtherWayRound) {
   for (Side s : {Side::source, Side::target}) more.on[s].application = text(second), more.on[s].listen = text(free_port());
   t.world->deployment.traffic.push_back(more);
   auto all = make_traffic(t.world->deployment);
-  for (auto& traffic : all) traffic->prepare(t.world->context());
+  auto lead = [&] {
+    for (auto& traffic : all) traffic->prepare(t.world->context());
+    const std::string led = read_file(t.nginx.source->site());
+    for (auto& traffic : all) traffic->prepare(t.world->context());
+    EXPECT_EQ(read_file(t.nginx.source->site()), led);
+    for (auto& traffic : all)
+      for (Side s : {Side::source, Side::target}) EXPECT_TRUE(traffic->astray(t.world->context(), s).empty());
+  };
+  lead();
+  write_durably(t.nginx.source->site(), original + "# theirs\n");
+  for (auto& traffic : all) EXPECT_EQ(traffic->astray(t.world->context(), Side::source).size(), 1u);
+  lead();
   withdraw_all(all, t.world->context());
-  EXPECT_EQ(read_file(t.nginx.source->site()), original);
+  EXPECT_EQ(read_file(t.nginx.source->site()), original + "# theirs\n");
   for (auto& traffic : all) EXPECT_TRUE(traffic->leftovers(t.world->context()).empty());
 }
 

@@ -83,6 +83,12 @@ class RedirectTraffic : public Traffic {
     }
   }
 
+  std::vector<std::string> astray(TrafficContext& ctx, Side s) override {
+    Site& site = ctx.at(s);
+    if (comes_back([&] { return site.exec({.argv = {"sh", "-ec", script(s, Put::look)}}, Deadline::in(Millis(20000))).ok(); })) return {};
+    return {site.label() + ": packet filter: the rule that leads port " + std::to_string(Address::parse(t_.on[s].application).port) + " to the gate is gone, and does not come back by itself"};
+  }
+
   void withdraw(TrafficContext& ctx) override {
     at_both(ctx, [&](Side s) {
       Site& site = ctx.at(s);
@@ -106,7 +112,7 @@ class RedirectTraffic : public Traffic {
   }
 
  private:
-  enum class Put { add, remove };
+  enum class Put { add, remove, look };
   // SO_MARK of the gate's own connections: "rhm".
   static constexpr std::uint32_t kMark = 0x72686d;
 
@@ -114,7 +120,7 @@ class RedirectTraffic : public Traffic {
   static bool is_ipv6(const Address& a) { return a.host.find(':') != std::string::npos; }
   std::string tag() const { return "rehome:" + deployment_.name + ":" + t_.name; }
 
-  // Puts the rules in once, or takes them out however often they are there; both safe to repeat. At the end of the chain,
+  // Puts the rules in once, or takes them out however often they are there; both safe to repeat. Or fails where one is missing. At the end of the chain,
   // since a rule with this target is the last one that a packet meets: others may want to mark it before.
   std::string script(Side s, Put put) const {
     Address app = Address::parse(t_.on[s].application), gate = Address::parse(t_.on[s].listen);
@@ -125,8 +131,9 @@ class RedirectTraffic : public Traffic {
       std::string what = " PREROUTING -p tcp --dport " + std::to_string(app.port) + " --syn " + to_whom + " -m mark ! --mark " + std::to_string(kMark) +
                          " -m comment --comment " + shell_quote(tag()) + " -j TPROXY --on-ip " + on_ip + " --on-port " + std::to_string(gate.port);
       std::string table = program + " -w 5 -t mangle ";
-      all += put == Put::add ? table + "-C" + what + " 2>/dev/null || " + table + "-A" + what + "\n"
-                             : "for i in 1 2 3 4 5 6; do " + table + "-C" + what + " 2>/dev/null || break; " + table + "-D" + what + "; done\n";
+      all += put == Put::look  ? table + "-C" + what + "\n"
+             : put == Put::add ? table + "-C" + what + " 2>/dev/null || " + table + "-A" + what + "\n"
+                               : "for i in 1 2 3 4 5 6; do " + table + "-C" + what + " 2>/dev/null || break; " + table + "-D" + what + "; done\n";
     };
     // A listener of any local address is found at the loopback's; no packet travels there.
     if (!is_ipv6(app) || everywhere(app)) rule("iptables", everywhere(gate) || is_ipv6(gate) ? "127.0.0.1" : gate.host == "localhost" ? "127.0.0.1" : gate.host);

@@ -418,13 +418,17 @@ TEST(RedirectTraffic, ARuleThatARebootTookAwayComesBack) {
   Namespaces().run([](const Outside&) {
     Redirected r;
     r.traffic->prepare(r.world.context());
+    for (Side s : {Side::source, Side::target}) EXPECT_TRUE(r.traffic->astray(r.world.context(), s).empty());
     run_ok({.argv = {"iptables", "-t", "mangle", "-F"}});
+    // That is waited for.
+    EXPECT_TRUE(r.traffic->astray(r.world.context(), Side::source).empty());
     Deadline deadline = Deadline::in(Millis(8000));
     while (count_rules() < 2 && !deadline.passed()) system_clock().sleep(Millis(50));
     std::int64_t before = r.accepted();
     EXPECT_EQ(ask_once(r.here).status, 200);
     EXPECT_EQ(r.accepted(), before + 1);
     r.traffic->withdraw(r.world.context());
+    EXPECT_EQ(r.traffic->astray(r.world.context(), Side::source).size(), 1u);
     // And not after it was taken out on purpose.
     system_clock().sleep(Millis(2500));
     EXPECT_TRUE(r.traffic->leftovers(r.world.context()).empty());

@@ -50,6 +50,9 @@ class Traffic {
   // either as before or has its gate in the way and open to its own application: clients are served either way, and
   // calling it again, or withdraw(), goes on from there.
   virtual void prepare(TrafficContext&) = 0;
+  // What prepare() made at that side and somebody has undone since, so that clients there pass the gate by: a sentence each; empty:
+  // nothing. prepare() leads it through again. Changes nothing; a second or so, not for inside a pause.
+  virtual std::vector<std::string> astray(TrafficContext&, Side) { return {}; }
   // The gates are out of the way and the originals are back, byte for byte; idempotent, also after half a prepare().
   // The gates themselves go on until their agents are shut down, so that connections in flight end in peace.
   virtual void withdraw(TrafficContext&) = 0;

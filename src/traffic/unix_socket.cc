@@ -137,6 +137,14 @@ class UnixSocketTraffic : public Traffic {
     }
   }
 
+  // Where no socket has the name, the application is not up, and the kept program waits for it.
+  std::vector<std::string> astray(TrafficContext& ctx, Side s) override {
+    Site& site = ctx.at(s);
+    Paths p = paths(s);
+    if (comes_back([&] { return site.exec({.argv = {"sh", "-c", "! [ -S \"$1\" ] || [ \"$1\" -ef \"$2\" ]", "sh", p.application, p.gate}}).ok(); })) return {};
+    return {site.label() + ": " + p.application + " is not the gate's socket any more, and does not become it by itself"};
+  }
+
   void withdraw(TrafficContext& ctx) override {
     at_both(ctx, [&](Side s) {
       Site& site = ctx.at(s);

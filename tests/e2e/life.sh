@@ -39,6 +39,16 @@ reloaded() { # TIMES: nginx at each host, so far
     [ "$n" = "$1" ] || fail "nginx of $h was reloaded $n times and not $1"
   done
 }
+# As a tool does that installs configurations: its own file again, and a reload.
+past_the_gate() { # HOST COMMAND, which is refused until resume has led it through again
+  cp "$world/shared/proxy.$1" "$(proxy_of $1)"
+  on $1 nginx -s reload
+  rehome -q "$2" >"$world/shared/astray" 2>&1 && fail "$2 went ahead with a proxy that leads past the gate"
+  grep -q "sites-enabled/shop was changed since begin" "$world/shared/astray" || { cat "$world/shared/astray"; fail "$2 was refused for another reason"; }
+  rehome -q resume
+  cmp -s "$world/shared/proxy.$1" "$(proxy_of $1)" && fail "resume did not lead the proxy of $1 through its gate again"
+  true
+}
 make_world
 both_sites -- --tables 40 --rows 5000 --large-objects 2 --unlogged --keyless
 write_yaml
@@ -84,8 +94,10 @@ P
   finish "$1"
   judge "$1" "$2" all -- cancelled
 }
+past_the_gate old switch
 moves there old:new switch
 say "reverse"
+past_the_gate new reverse
 moves back new:old reverse
 say "and switched once more"
 moves again old:new switch
@@ -97,9 +109,9 @@ sleep 1
 rehome -q verify
 same_files new old
 same_schema --exclude-table-data=public.sessions
-reloaded 3
+reloaded 5
 rehome -q complete --anyway
-reloaded 4
+reloaded 6
 for h in old new; do as_before $h new; done
 nothing_left new
 nothing_left old fenced
