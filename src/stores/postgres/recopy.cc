@@ -416,7 +416,11 @@ void PostgresStore::recopy(StoreContext& c) {
     auto s = session(c, Side::source, database);
     const Side serving = follows(*s, flow(database, Side::target)) ? Side::target : Side::source;
     // As before the run: one that came since would go with the schema, and act there.
-    for (const auto& t : triggers_on_replicated_rows(*session(c, serving, database))) throw Error(Code::state, std::string(side_name(serving)) + ": database " + database + ": " + t.what, t.mend);
+    auto there = session(c, serving, database);
+    const std::string where = std::string(side_name(serving)) + ": database " + database + ": ";
+    for (const auto& t : triggers_on_replicated_rows(*there)) throw Error(Code::state, where + t.what, t.mend);
+    if (std::string told = told_by_generated(*there, tables(*there), session(c, other(serving), database)->major()); !told.empty())
+      throw Error(Code::state, where + "replication does not send generated columns, and these tables' rows are told apart by some: " + told, kMendGenerated);
     if (serving == Side::target) {
       window = true;
       accept_schema(c, database);
