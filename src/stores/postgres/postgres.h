@@ -146,7 +146,7 @@ class PostgresStore : public Store {
   std::vector<std::string> published(PgSession&, const PgFlow&);
   void open_path(StoreContext&, const std::string& database, const PgFlow&);
   void subscribe(StoreContext&, const std::string& database, const PgFlow&, bool enabled);
-  std::string connection_string(StoreContext&, const std::string& database, const PgFlow&);
+  std::string connection_string(StoreContext&, const std::string& database, const PgFlow&, int subscriber_major);
   // Brings roles, their memberships and settings, and settings of all roles, as they are now. Those that the target had before the run
   // stay as they are.
   void restore_roles(StoreContext&);

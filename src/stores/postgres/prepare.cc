@@ -305,12 +305,15 @@ if [ "$me" = 0 ]; then chown "$2" "$1" && chmod 700 "$1"; elif [ "$me" = "$2" ];
   }
 }
 
-std::string PostgresStore::connection_string(StoreContext& c, const std::string& database, const PgFlow& flow) {
+std::string PostgresStore::connection_string(StoreContext& c, const std::string& database, const PgFlow& flow, int subscriber_major) {
   const PostgresServer& publisher = server(flow.publisher);
   std::string dir = socket_directory(c, flow.subscriber());
   std::string text = "host=" + pg_conninfo_value(dir) + " port=5432 user=" + pg_conninfo_value(publisher.user) + " dbname=" + pg_conninfo_value(database) +
                      " keepalives=0 application_name=" + pg_conninfo_value(flow.subscription);
   if (publisher.password.from != SecretRef::From::none) text += " passfile=" + pg_conninfo_value(dir + "/pgpass");
+  // Rows are text on their way. A subscriber from 15 on says so itself: else the publisher writes as its server, database and role are set, and
+  // the subscriber reads other dates, intervals and floats.
+  if (subscriber_major < 15) text += " options=" + pg_conninfo_value("-c datestyle=ISO -c intervalstyle=postgres -c extra_float_digits=3");
   return text;
 }
 
@@ -328,7 +331,7 @@ void PostgresStore::subscribe(StoreContext& c, const std::string& database, cons
   }
   if (there.empty()) {
     c.note("subscription " + flow.subscription, {{"where", s->address().label}, {"undo", "DROP SUBSCRIPTION"}});
-    s->exec("CREATE SUBSCRIPTION " + name + " CONNECTION " + pg_literal(connection_string(c, database, flow)) + " PUBLICATION " +
+    s->exec("CREATE SUBSCRIPTION " + name + " CONNECTION " + pg_literal(connection_string(c, database, flow, s->major())) + " PUBLICATION " +
             pg_identifier(flow.publication) + " WITH (copy_data = false, create_slot = false, enabled = false, slot_name = " + pg_literal(flow.slot) +
             // As before 16: else rows are written as their table's owner, whom row security and revoked rights may refuse them.
             (s->major() >= 16 ? ", run_as_owner = true)" : ")"));

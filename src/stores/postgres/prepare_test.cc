@@ -266,31 +266,37 @@ TEST(PostgresSettings, BytesStayWhatTheyAreWhateverEncodingARoleAsksFor) {
 
 // Two servers are compared by their rows' text: what each writes by itself must not tell.
 TEST(PostgresSettings, RowsLookTheSameWhateverTheServersSay) {
-  PgServer source(15, {"timezone = 'Europe/Berlin'", "datestyle = 'German'"}), target(17, {"timezone = 'UTC'", "bytea_output = escape", "extra_float_digits = -3"});
-  source.session("postgres")->exec("CREATE DATABASE shop");
-  source.session("postgres")->exec("ALTER DATABASE shop SET default_transaction_read_only = on; ALTER DATABASE shop SET lock_timeout = '1ms'; ALTER DATABASE shop SET idle_session_timeout = '100ms'; "
-                                   "ALTER DATABASE shop SET idle_in_transaction_session_timeout = '100ms'; ALTER DATABASE shop SET search_path = app, public; ALTER DATABASE shop SET TimeZone = 'Asia/Tokyo'");
-  auto s = source.session("shop");
-  s->exec("CREATE SCHEMA app; CREATE TABLE app.item(id int PRIMARY KEY, at timestamptz, b bytea, f float8, r tstzrange, d date); "
-          "INSERT INTO app.item SELECT i, '2026-03-29 00:59:00+00'::timestamptz + i * interval '1 hour', decode(md5(i::text), 'hex'), 1.0 / i, tstzrange(now(), now() + interval '1 day'), '2026-02-01' FROM generate_series(1, 50) i");
-  // A check's query meets what the application's do.
-  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
-  PostgresStore store(w.deployment.stores[0], w.deployment);
-  EXPECT_EQ(store.ask(w.context(), Side::source, "shop", "SELECT count(*) || ' ' || current_setting('TimeZone') FROM item", Millis(30000), false), "50 Asia/Tokyo");
-  EXPECT_THROW(store.ask(w.context(), Side::source, "shop", "DELETE FROM item RETURNING 1", Millis(30000), false), PgError);
-  begin(w, store);
-  s->exec("UPDATE app.item SET at = at + interval '1 minute'");
-  Verdict verdict = store.verify(w.context());
-  EXPECT_TRUE(verdict.equal) << (verdict.differences.empty() ? "" : verdict.differences[0].object + " " + verdict.differences[0].what);
-  EXPECT_EQ(verdict.compared, 50);
-  // The snapshot's connection stands idle, in a transaction, for as long as a copy takes.
-  PgSession walsender(store.address(w.context(), Side::source, "shop"), "test", true);
-  walsender.query("CREATE_REPLICATION_SLOT test TEMPORARY LOGICAL pgoutput EXPORT_SNAPSHOT");
-  system_clock().sleep(Millis(300));
-  EXPECT_EQ(walsender.value("SELECT 1"), "1");
-  switch_over(w, store, {Side::source});
-  target.session("shop")->exec("UPDATE app.item SET at = at + interval '1 minute'");
-  quiesced_equal(source, target);
+  // Before 15 a subscriber leaves it to the publisher how it writes.
+  for (auto [from, to] : {std::pair{15, 17}, std::pair{15, 13}, std::pair{13, 15}}) {
+    PgServer source(from, {"timezone = 'Europe/Berlin'", "datestyle = 'SQL, DMY'", "intervalstyle = sql_standard"}), target(to, {"timezone = 'UTC'", "bytea_output = escape", "extra_float_digits = -3"});
+    source.session("postgres")->exec("CREATE DATABASE shop");
+    source.session("postgres")->exec("ALTER DATABASE shop SET default_transaction_read_only = on; ALTER DATABASE shop SET lock_timeout = '1ms'; " + std::string(std::min(from, to) >= 14 ? "ALTER DATABASE shop SET idle_session_timeout = '100ms'; " : "") +
+                                     "ALTER DATABASE shop SET idle_in_transaction_session_timeout = '100ms'; ALTER DATABASE shop SET search_path = app, public; ALTER DATABASE shop SET TimeZone = 'Asia/Tokyo'");
+    auto s = source.session("shop");
+    s->exec("CREATE SCHEMA app; CREATE TABLE app.item(id int PRIMARY KEY, at timestamptz, b bytea, f float8, r tstzrange, d date, i interval); "
+            "INSERT INTO app.item SELECT i, '2026-03-29 00:59:00+00'::timestamptz + i * interval '1 hour', decode(md5(i::text), 'hex'), 1.0 / i, tstzrange(now(), now() + interval '1 day'), '2026-02-01', '-1 day +2 hours' FROM generate_series(1, 50) i");
+    // A check's query meets what the application's do.
+    World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+    PostgresStore store(w.deployment.stores[0], w.deployment);
+    EXPECT_EQ(store.ask(w.context(), Side::source, "shop", "SELECT count(*) || ' ' || current_setting('TimeZone') FROM item", Millis(30000), false), "50 Asia/Tokyo");
+    EXPECT_THROW(store.ask(w.context(), Side::source, "shop", "DELETE FROM item RETURNING 1", Millis(30000), false), PgError);
+    begin(w, store);
+    s->exec("UPDATE app.item SET at = at + interval '1 minute', d = d + 1, f = f / 3, i = i - interval '1 day'");
+    Verdict verdict = store.verify(w.context());
+    EXPECT_TRUE(verdict.equal) << (verdict.differences.empty() ? "" : verdict.differences[0].object + " " + verdict.differences[0].what);
+    EXPECT_EQ(verdict.compared, 50);
+    // The snapshot's connection stands idle, in a transaction, for as long as a copy takes.
+    PgSession walsender(store.address(w.context(), Side::source, "shop"), "test", true);
+    walsender.query("CREATE_REPLICATION_SLOT test TEMPORARY LOGICAL pgoutput EXPORT_SNAPSHOT");
+    system_clock().sleep(Millis(300));
+    EXPECT_EQ(walsender.value("SELECT 1"), "1");
+    switch_over(w, store, {Side::source});
+    target.session("shop")->exec("UPDATE app.item SET at = at + interval '1 minute', d = d + 1, f = f / 3, i = i - interval '1 day'");
+    const char* rows = "SELECT md5(string_agg(t::text, ' ' ORDER BY id)) FROM app.item t";
+    const std::string wanted = target.session("shop")->value(rows);
+    for (Deadline deadline = Deadline::in(Millis(20000)); source.session("shop")->value(rows) != wanted && !deadline.passed();) system_clock().sleep(Millis(50));
+    EXPECT_EQ(source.session("shop")->value(rows), wanted) << from << " to " << to;
+  }
 }
 
 // A whole life under names that a connection string, SQL and a shell each read in their own way.
