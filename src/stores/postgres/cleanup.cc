@@ -61,7 +61,8 @@ void PostgresStore::remove_objects(StoreContext& c, Side side, const std::string
   auto bounded = [&](const std::string& sql) {
     pg_retry_locks(Deadline::in(Millis(120000)), [&] {
       try {
-        s->exec("BEGIN; SET LOCAL lock_timeout = '100ms'; " + sql + "; COMMIT");
+        // An autovacuum yields only to who has waited for the deadlock's timeout.
+        s->exec("BEGIN; SET LOCAL lock_timeout = '100ms'; SET LOCAL deadlock_timeout = '10ms'; " + sql + "; COMMIT");
       } catch (const Error&) {
         if (!s->broken()) s->exec("ROLLBACK");
         throw;

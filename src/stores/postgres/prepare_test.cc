@@ -205,6 +205,23 @@ TEST(PostgresPublish, RowsAreNotToldApartByGeneratedColumns) {
   }
 }
 
+// An autovacuum that works for hours on a large table yields to who waits for its lock, if he waits long enough.
+TEST(PostgresFinish, AnAutovacuumYields) {
+  PgServer source(15, {"autovacuum_naptime = 1", "autovacuum_vacuum_cost_delay = 100", "autovacuum_vacuum_cost_limit = 1"}), target(15);
+  auto s = shop_with(source, "CREATE TABLE public.large(id int PRIMARY KEY, t text) WITH (autovacuum_vacuum_threshold = 100, autovacuum_vacuum_scale_factor = 0); INSERT INTO public.large SELECT i, repeat('x', 500) FROM generate_series(1, 50000) i");
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  begin(w, store);
+  s->exec("DELETE FROM public.large WHERE id % 2 = 0");
+  Deadline deadline = Deadline::in(Millis(60000));
+  while (s->number("SELECT count(*) FROM pg_stat_progress_vacuum") == 0 && !deadline.passed()) system_clock().sleep(Millis(50));
+  ASSERT_FALSE(deadline.passed());
+  const Ticks from = system_clock().now();
+  store.abandon(w.context());
+  EXPECT_LT(ms_between(from, system_clock().now()), 30000);
+  EXPECT_EQ(store.leftovers(w.context()), std::vector<std::string>{});
+}
+
 // ddl: block refuses changes of the schema, and nothing that an application does without changing it.
 TEST(PostgresDdl, BlockLetsThroughWhatChangesNoSchema) {
   PgServer source(15), target(15);

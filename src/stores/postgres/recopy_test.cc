@@ -515,7 +515,7 @@ TEST_P(PostgresLost, FinishedTablesStay) {
   auto s = source.session("shop");
   s->exec("SET search_path = public; " + Load::schema(3) + "; " + variety("storeman"));
   s->exec("SET search_path = public; CREATE TABLE large(id int PRIMARY KEY, account bigint, t text); INSERT INTO large SELECT i, NULL, repeat(md5(i::text), 5) FROM generate_series(1, 60000) i; "
-          "CREATE TABLE pointing(id int PRIMARY KEY, large int REFERENCES large); INSERT INTO pointing SELECT i, i FROM generate_series(1, 100) i");
+          "CREATE TABLE pointing(id int PRIMARY KEY, large int REFERENCES large); INSERT INTO pointing SELECT i, i FROM generate_series(1, 100) i; COMMENT ON CONSTRAINT pointing_large_fkey ON pointing IS 'what for'");
   World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
   w.deployment.limits.bandwidth = 1 << 20;
   PostgresStore store(w.deployment.stores[0], w.deployment);
