@@ -78,6 +78,9 @@ void check_server(PgSession& s, Side side, std::size_t databases, std::int64_t w
   std::string here(side_name(side));
   if (s.value("SELECT rolsuper FROM pg_roles WHERE rolname = current_user") != "t")
     f.error("superuser", here, s.address().user + " is not a superuser", "connect as one: fences, event triggers and origins need it (ALTER ROLE ... SUPERUSER)");
+  if (s.value("SELECT pg_is_in_recovery()") == "t") f.error("standby", here, "that server is a standby, and takes no writes", "name its primary, or make it one: SELECT pg_promote()");
+  if (s.major() >= 17 && s.value("SHOW allow_alter_system") != "on")
+    f.error("allow_alter_system", here, "allow_alter_system is off, and the run lowers wal_retrieve_retry_interval by ALTER SYSTEM, or a follower would wait for it after each blip of the link", "set allow_alter_system = on for the run where that server's configuration is kept, and reload it");
   if (s.value("SHOW wal_level") != "logical")
     f.error("wal_level", here, "wal_level is " + s.value("SHOW wal_level"), "ALTER SYSTEM SET wal_level = logical, then restart that server", true);
   auto limit = [&](const char* setting, std::int64_t used, std::int64_t needed) {

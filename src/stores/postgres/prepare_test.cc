@@ -205,6 +205,18 @@ TEST(PostgresPublish, RowsAreNotToldApartByGeneratedColumns) {
   }
 }
 
+TEST(PostgresPreflight, AServerThatTakesNoWritesOrNoSettings) {
+  PgServer source(15), target(17, {"allow_alter_system = off"});
+  source.session("postgres")->exec("CREATE DATABASE shop");
+  World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+  PostgresStore store(w.deployment.stores[0], w.deployment);
+  EXPECT_EQ(join(errors_of(w, store), "\n").substr(0, 28), "postgres.allow_alter_system:");
+  source.stop();
+  write_durably(source.data() + "/standby.signal", "", 0644);
+  source.start();
+  EXPECT_NE(join(errors_of(w, store), "\n").find("postgres.standby: that server is a standby"), std::string::npos) << join(errors_of(w, store), "\n");
+}
+
 // An autovacuum that works for hours on a large table yields to who waits for its lock, if he waits long enough.
 TEST(PostgresFinish, AnAutovacuumYields) {
   PgServer source(15, {"autovacuum_naptime = 1", "autovacuum_vacuum_cost_delay = 100", "autovacuum_vacuum_cost_limit = 1"}), target(15);
