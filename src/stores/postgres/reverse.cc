@@ -1,4 +1,6 @@
 // The way back, and what the agents must be able to do without a controller: stored psql scripts.
+#include <algorithm>
+#include <map>
 #include <set>
 
 #include "base/text.h"
@@ -27,6 +29,17 @@ std::string advance_sequences(const std::string& subscription) {
          "most := CASE WHEN r.step > 0 THEN greatest(most, at) ELSE least(most, at) END + 32 * r.step; END IF; "
          "IF r.attname IS NULL OR most NOT BETWEEN r.seqmin AND r.seqmax THEN most := at + 1000 * r.step; END IF; "
          "IF most BETWEEN r.seqmin AND r.seqmax THEN PERFORM setval(r.seq, most::bigint); END IF; END LOOP; END $rehome$;\n";
+}
+
+// Name -> columns, as replication sends them.
+std::map<std::string, std::set<std::string>> columns_sent(PgSession& s) {
+  std::map<std::string, std::set<std::string>> all;
+  for (auto& r : s.query("SELECT n.nspname, c.relname, a.attname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '' "
+                         "WHERE c.relkind = 'r' AND n.nspname NOT IN ('pg_catalog', 'information_schema')")) {
+    auto& columns = all[pg_identifier(*r[0]) + "." + pg_identifier(*r[1])];
+    if (r[2]) columns.insert(*r[2]);
+  }
+  return all;
 }
 
 // Of an hour's wait for the moment the views' content is that old at most, when their side takes over.
@@ -91,7 +104,21 @@ void PostgresStore::prepare_reverse(StoreContext& c, Direction d) {
     PgFlow r = flow(database, d.takes());
     open_path(c, database, r);
     auto publisher = session(c, r.publisher, database);
-    publish(c, *publisher, r, tables(*publisher));
+    auto list = tables(*publisher);
+    // What was dropped on the target since the switch, with a person's consent (accept_schema), has no place there: its rows stay here.
+    if (d.yields == Side::target) {
+      std::vector<std::string> behind;
+      const auto here = columns_sent(*publisher), there = columns_sent(*session(c, d.yields, database));
+      std::erase_if(list, [&](const PgTable& t) {
+        if (t.partitioned || t.unlogged) return false;
+        auto from = here.find(t.full()), to = there.find(t.full());
+        const bool fits = from != here.end() && to != there.end() && std::includes(to->second.begin(), to->second.end(), from->second.begin(), from->second.end());
+        if (!fits) behind.push_back(t.full());
+        return !fits;
+      });
+      if (!behind.empty()) c.log(config_.name + ": " + database + ": the target has not these tables, or not all of their columns, and nothing brings their rows there when the source serves again: " + first_few(behind) + "; rehome resume --recopy does then");
+    }
+    publish(c, *publisher, r, list);
     make_reverse_slot(c, *publisher, r);
     subscribe(c, database, r, false);
     // What the target's schema is when it begins to serve: the way back is for that one.
