@@ -268,11 +268,14 @@ std::string fence_function_while_copying(const std::string& where) {
   return refusing_body("IF current_setting('application_name') = 'rehome copy' AND (SELECT rolsuper FROM pg_roles WHERE rolname = session_user) THEN RETURN NULL; END IF; ", where);
 }
 
-// Recorded or refused: what was changed, and by whom. Our own work, temporary objects and what changes no schema are not meant.
+// Recorded or refused: what was changed, and by whom. Our own work, temporary objects and what changes no schema are not meant. What waits for
+// the log while it is locked has the recording body already: after it the log's own trigger refuses.
 std::string ddl_function(bool refusing) {
   const std::string refuse = "RAISE EXCEPTION USING ERRCODE = 'read_only_sql_transaction', MESSAGE = 'this database is being moved: no change of its schema', "
                              "HINT = 'rehome status says when it is over'; ";
-  return "CREATE OR REPLACE FUNCTION rehome.ddl() RETURNS event_trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog AS "
+  return "CREATE OR REPLACE FUNCTION rehome.ddl_logged() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog AS $rehome$ BEGIN " +
+         (refusing ? "IF current_setting('application_name') LIKE 'rehome%' THEN RETURN NULL; END IF; " + refuse : std::string("RETURN NULL; ")) + "END $rehome$; "
+         "CREATE OR REPLACE FUNCTION rehome.ddl() RETURNS event_trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog AS "
          "$rehome$ DECLARE r record; BEGIN IF current_setting('application_name') LIKE 'rehome%' THEN RETURN; END IF; "
          "IF TG_EVENT = 'sql_drop' THEN FOR r IN SELECT * FROM pg_event_trigger_dropped_objects() LOOP "
          "IF NOT r.is_temporary AND r.original THEN " + (refusing ? refuse : "INSERT INTO rehome.ddl_log(tag, object) VALUES (TG_TAG, r.object_identity); ") + "END IF; END LOOP; "

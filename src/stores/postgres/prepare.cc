@@ -113,6 +113,8 @@ void PostgresStore::install_fence(StoreContext& c, PgSession& s, Side side, cons
   if (s.number("SELECT count(*) FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace WHERE n.nspname = 'rehome' AND p.proname = 'fence'") == 0)
     s.exec(pgsql::fence_function(refusing, where));
   s.exec(pgsql::ddl_function(config_.postgres.ddl == PostgresConfig::Ddl::block && side == Side::source));
+  if (s.number("SELECT count(*) FROM pg_trigger WHERE tgname = 'rehome_log'") == 0)
+    s.exec("CREATE TRIGGER rehome_log BEFORE INSERT ON rehome.ddl_log FOR EACH STATEMENT EXECUTE FUNCTION rehome.ddl_logged(); ALTER TABLE rehome.ddl_log ENABLE ALWAYS TRIGGER rehome_log");
   if (s.number("SELECT count(*) FROM pg_event_trigger WHERE evtname = 'rehome_ddl'") == 0)
     s.exec("CREATE EVENT TRIGGER rehome_ddl ON ddl_command_end EXECUTE FUNCTION rehome.ddl(); ALTER EVENT TRIGGER rehome_ddl ENABLE ALWAYS");
   if (s.number("SELECT count(*) FROM pg_event_trigger WHERE evtname = 'rehome_drop'") == 0)

@@ -234,6 +234,49 @@ TEST(PostgresFinish, AnAutovacuumYields) {
   EXPECT_EQ(store.leftovers(w.context()), std::vector<std::string>{});
 }
 
+// A change that locks no relation waits in the pause for the log alone, and the other side would lack it.
+TEST(PostgresDdl, WhatWaitsForTheLogIsRefused) {
+  for (int from : {13, 15}) {
+    Shop shop("CREATE SCHEMA app; CREATE TABLE app.item(id int PRIMARY KEY)", from, 15);
+    auto& [source, target, s, w, store] = shop;
+    begin(w, store);
+    for (bool through : {false, true}) {
+      store.prepare_reverse(w.context(), {Side::source});
+      auto cut = store.open_cut(w.context(), {Side::source});
+      Deadline deadline = Deadline::in(Millis(20000));
+      cut->soft_fence(deadline);
+      std::string refused;
+      std::jthread client([&, waits = source.session("shop")] {
+        try {
+          waits->exec("COMMENT ON SCHEMA app IS 'late'");
+        } catch (const PgError& e) {
+          refused = e.message;
+        }
+      });
+      while (source.session("postgres")->number("SELECT count(*) FROM pg_locks WHERE NOT granted") == 0 && !deadline.passed()) system_clock().sleep(Millis(10));
+      if (through) {
+        cut->marker(deadline);
+        cut->catch_up(deadline);
+        cut->compare(deadline);
+        cut->arm_reverse(deadline);
+        cut->hard_fence(deadline);
+      } else {
+        cut->release();
+      }
+      cut.reset();
+      client.join();
+      EXPECT_EQ(refused.find("no change of its schema") != std::string::npos, through) << refused;
+      EXPECT_EQ(s->value("SELECT coalesce(obj_description('app'::regnamespace), '')"), through ? "" : "late");
+      if (!through) {
+        store.recopy(w.context());
+        s->exec("COMMENT ON SCHEMA app IS NULL");
+        store.recopy(w.context());
+        wait_until_following(w, store);
+      }
+    }
+  }
+}
+
 // ddl: block refuses changes of the schema, and nothing that an application does without changing it.
 TEST(PostgresDdl, BlockLetsThroughWhatChangesNoSchema) {
   PgServer source(15), target(15);
