@@ -34,6 +34,7 @@ for n in $(seq 130); do echo "CREATE TABLE t$n(id int PRIMARY KEY);"; done | pg 
 sql old bad "
   CREATE TABLE keyless(a int);
   CREATE TABLE keyless_json(a json);
+  CREATE TABLE derived(doc jsonb, id text GENERATED ALWAYS AS (doc->>'id') STORED PRIMARY KEY);
   CREATE UNLOGGED TABLE sessions(id int PRIMARY KEY);
   CREATE TABLE big(id int PRIMARY KEY, t text);
   INSERT INTO big SELECT g, repeat('x', 100) FROM generate_series(1, 450000) g;
@@ -160,6 +161,7 @@ warning${T}postgres.wraparound${T}source: an anti-wraparound autovacuum runs${T}
 warning${T}postgres.wraparound${T}source: database bad.*due.*public.big${T}VACUUM .FREEZE.
 note${T}postgres.keyless${T}database bad.*tables without a usable replica identity${T}
 error${T}postgres.identity_full${T}database bad.*keyless_json.*json${T}primary key
+error${T}postgres.generated_identity${T}database bad.*public.derived .id.${T}key of plain columns
 warning${T}postgres.unlogged${T}database bad.*1 unlogged${T}logged
 warning${T}postgres.large_objects${T}database bad.*1 large object${T}plan
 error${T}postgres.always_triggers${T}database bad.*public.t3: same${T}ALTER TABLE public.t3 ENABLE TRIGGER same

@@ -61,7 +61,8 @@ void PostgresStore::remove_objects(StoreContext& c, Side side, const std::string
   auto bounded = [&](const std::string& sql) {
     pg_retry_locks(Deadline::in(Millis(120000)), [&] {
       try {
-        s->exec("BEGIN; SET LOCAL lock_timeout = '100ms'; " + sql + "; COMMIT");
+        // An autovacuum yields only to who has waited for the deadlock's timeout.
+        s->exec("BEGIN; SET LOCAL lock_timeout = '100ms'; SET LOCAL deadlock_timeout = '10ms'; " + sql + "; COMMIT");
       } catch (const Error&) {
         if (!s->broken()) s->exec("ROLLBACK");
         throw;
@@ -76,7 +77,7 @@ void PostgresStore::remove_objects(StoreContext& c, Side side, const std::string
   }
   if (keep_fence) {
     // What refuses must not depend on what goes.
-    s->exec("DROP FUNCTION IF EXISTS rehome.ddl(); DROP FUNCTION IF EXISTS rehome.rewritten(); DROP TABLE IF EXISTS rehome.ddl_log; DROP TABLE IF EXISTS rehome.marker");
+    s->exec("DROP FUNCTION IF EXISTS rehome.ddl(); DROP FUNCTION IF EXISTS rehome.rewritten(); DROP TABLE IF EXISTS rehome.ddl_log; DROP FUNCTION IF EXISTS rehome.ddl_logged(); DROP TABLE IF EXISTS rehome.marker");
     // A database without a table and a large object has no fence.
     if (s->number("SELECT count(*) FROM pg_trigger WHERE tgname IN ('rehome_fence', 'rehome_fence_t')") + s->number("SELECT count(*) FROM pg_largeobject_metadata") == 0) s->exec(pgsql::open_large_objects() + "; DROP SCHEMA IF EXISTS rehome CASCADE");
     return;

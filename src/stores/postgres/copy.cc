@@ -72,6 +72,16 @@ class Throttle {
   std::atomic<std::int64_t> spent_{0};
 };
 
+// Foreign keys, and what is said of them.
+std::set<int> of_foreign_keys(const std::vector<SchemaEntry>& entries) {
+  std::set<int> keys, all;
+  for (const auto& e : entries)
+    if (e.kind == "FK CONSTRAINT") keys.insert(e.id);
+  for (const auto& e : entries)
+    if (keys.contains(e.id) || std::any_of(e.needs.begin(), e.needs.end(), [&](int n) { return keys.contains(n); })) all.insert(e.id);
+  return all;
+}
+
 std::vector<std::pair<std::string, std::string>> client_environment(const PgAddress& a) {
   std::vector<std::pair<std::string, std::string>> env{{"PGHOST", a.host}, {"PGPORT", std::to_string(a.port)}, {"PGUSER", a.user},
                                                        {"PGDATABASE", a.database}, {"PGAPPNAME", "rehome copy"}};
@@ -209,9 +219,10 @@ void PostgresStore::restore_section(StoreContext& c, const std::string& database
   if (!done.is_array()) done = Json::array();
   auto target = session(c, Side::target, database, "rehome copy");
   std::set<int> wanted;
+  const std::set<int> later = foreign_keys ? std::set<int>() : of_foreign_keys(dump.entries());
   for (const auto& e : dump.entries())
     // A materialized view's rows are data that need all tables.
-    if (foreign_keys || (e.kind != "FK CONSTRAINT" && e.kind != "MATERIALIZED VIEW DATA")) wanted.insert(e.id);
+    if (!later.contains(e.id) && (foreign_keys || e.kind != "MATERIALIZED VIEW DATA")) wanted.insert(e.id);
   if (section == "pre-data") {
     // A resumed or repeated run may meet a schema of ours. A database that this run made is made anew: dropping its
     // schemas one by one would lose what template0 gave schema public (owner, rights, comment).
@@ -496,7 +507,7 @@ void PostgresStore::copy_database(StoreContext& c, const std::string& database) 
   // Keys would find their rows missing where a table is to be copied again, and come with that.
   const bool all_there = rewritten_since(c, database, Side::source).empty();
   restore_section(c, database, "post-data", post_data.get(), all_there);
-  if (!all_there) std::erase_if(copied_schema, [](const SchemaEntry& e) { return e.kind == "FK CONSTRAINT"; });
+  if (!all_there) std::erase_if(copied_schema, [later = of_foreign_keys(copied_schema)](const SchemaEntry& e) { return later.contains(e.id); });
   auto target = session(c, Side::target, database);
   c.progress({.store = config_.name, .phase = "analyze", .detail = database, .done = total, .total = total});
   analyze(c, database);

@@ -415,7 +415,8 @@ class PostgresCut : public Cut {
       // Of one that was only positioned nobody holds a number: the other side gives the very same next.
       std::int64_t wanted = q.called ? with_margin(q) : q.last;
       if (at == there.end() || at->name != q.name)
-        throw Error(Code::verify, db.name + ": sequence " + q.name + " is missing on the " + std::string(side_name(d_.takes())), "copy again");
+        throw Error(Code::verify, db.name + ": sequence " + q.name + " is missing on the " + std::string(side_name(d_.takes())),
+                    d_.yields == Side::source ? "rehome resume --recopy, then switch" : "make it on the source, where SET application_name = 'rehome by hand' lets a superuser do so; then reverse again");
       bool enough = !q.called ? !at->called && at->last == wanted : at->called && (q.increment > 0 ? at->last >= q.last + 1 && at->last <= wanted : at->last <= q.last - 1 && at->last >= wanted);
       if (enough) continue;
       values += (changed++ ? ", (" : "(") + pg_literal(q.name) + "::regclass, " + std::to_string(wanted) + "::bigint, " + (q.called ? "true)" : "false)");

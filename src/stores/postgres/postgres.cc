@@ -160,6 +160,26 @@ std::vector<PgTable> PostgresStore::tables(PgSession& s) {
   return found;
 }
 
+const char* const PostgresStore::kMendGenerated = "give each a key of plain columns: a primary key, or a unique index and ALTER TABLE ... REPLICA IDENTITY USING INDEX ...";
+
+// Generated columns are not sent, and where 18 is told to send them, the same column of the other side refuses them. A follower finds a row
+// by the identity's index, and for want of one by the primary key; with FULL, 18 refuses to publish a change that lacks a column.
+std::string PostgresStore::told_by_generated(PgSession& s, const std::vector<PgTable>& tables, int other_major) {
+  std::string all = "0", full = "0";
+  for (const auto& t : tables) {
+    if (t.partitioned || t.unlogged) continue;
+    all += "," + std::to_string(t.oid);
+    if (!t.identity.empty() || !t.condition.empty()) full += "," + std::to_string(t.oid);   // they get it (publish)
+  }
+  std::vector<std::string> names;
+  for (auto& r : s.query("SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) || ' (' || string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) || ')' FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
+                         "JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated <> '' WHERE c.oid IN (" + all + ") AND (EXISTS (SELECT 1 FROM pg_index i WHERE i.indrelid = c.oid "
+                         "AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]) AND CASE WHEN c.relreplident = 'i' AND c.oid NOT IN (" + full + ") THEN i.indisreplident ELSE i.indisprimary END)" +
+                         (std::max(s.major(), other_major) >= 18 ? " OR c.relreplident = 'f' OR c.oid IN (" + full + ")" : std::string()) + ") GROUP BY n.nspname, c.relname ORDER BY 1"))
+    names.push_back(*r[0]);
+  return first_few(std::move(names));
+}
+
 bool PostgresStore::slot_stands(PgSession& publisher, const PgFlow& f) {
   return publisher.number("SELECT count(*) FROM pg_replication_slots WHERE slot_name = " + pg_literal(f.slot) + " AND wal_status IS DISTINCT FROM 'lost'") > 0;
 }
@@ -248,11 +268,14 @@ std::string fence_function_while_copying(const std::string& where) {
   return refusing_body("IF current_setting('application_name') = 'rehome copy' AND (SELECT rolsuper FROM pg_roles WHERE rolname = session_user) THEN RETURN NULL; END IF; ", where);
 }
 
-// Recorded or refused: what was changed, and by whom. Our own work, temporary objects and what changes no schema are not meant.
+// Recorded or refused: what was changed, and by whom. Our own work, temporary objects and what changes no schema are not meant. What waits for
+// the log while it is locked has the recording body already: after it the log's own trigger refuses.
 std::string ddl_function(bool refusing) {
   const std::string refuse = "RAISE EXCEPTION USING ERRCODE = 'read_only_sql_transaction', MESSAGE = 'this database is being moved: no change of its schema', "
                              "HINT = 'rehome status says when it is over'; ";
-  return "CREATE OR REPLACE FUNCTION rehome.ddl() RETURNS event_trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog AS "
+  return "CREATE OR REPLACE FUNCTION rehome.ddl_logged() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog AS $rehome$ BEGIN " +
+         (refusing ? "IF current_setting('application_name') LIKE 'rehome%' THEN RETURN NULL; END IF; " + refuse : std::string("RETURN NULL; ")) + "END $rehome$; "
+         "CREATE OR REPLACE FUNCTION rehome.ddl() RETURNS event_trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog AS "
          "$rehome$ DECLARE r record; BEGIN IF current_setting('application_name') LIKE 'rehome%' THEN RETURN; END IF; "
          "IF TG_EVENT = 'sql_drop' THEN FOR r IN SELECT * FROM pg_event_trigger_dropped_objects() LOOP "
          "IF NOT r.is_temporary AND r.original THEN " + (refusing ? refuse : "INSERT INTO rehome.ddl_log(tag, object) VALUES (TG_TAG, r.object_identity); ") + "END IF; END LOOP; "

@@ -99,6 +99,10 @@ class PostgresStore : public Store {
   // Which of the publisher's `tables` its publication or its fence lacks, as this session's snapshot has it: their rows would be copied
   // once, and no later write would come over or be refused. Empty: none.
   std::string not_followed(PgSession& publisher, const PgFlow&, const std::vector<PgTable>& tables);
+  // Of these tables, which are to be followed between this server and one of `other_major`: those whose rows would be told apart by generated
+  // columns, "public.a (b), ...". Their UPDATEs and DELETEs fail. Empty: none.
+  static std::string told_by_generated(PgSession&, const std::vector<PgTable>&, int other_major);
+  static const char* const kMendGenerated;
   // The flow's slot is there, and the server still has the WAL that it asks for.
   static bool slot_stands(PgSession& publisher, const PgFlow&);
   // The timeouts that server, database and role set for a follower of the session's user, "statement_timeout = 60000 ms, ...". Empty: none.
@@ -142,7 +146,7 @@ class PostgresStore : public Store {
   std::vector<std::string> published(PgSession&, const PgFlow&);
   void open_path(StoreContext&, const std::string& database, const PgFlow&);
   void subscribe(StoreContext&, const std::string& database, const PgFlow&, bool enabled);
-  std::string connection_string(StoreContext&, const std::string& database, const PgFlow&);
+  std::string connection_string(StoreContext&, const std::string& database, const PgFlow&, int subscriber_major);
   // Brings roles, their memberships and settings, and settings of all roles, as they are now. Those that the target had before the run
   // stay as they are.
   void restore_roles(StoreContext&);

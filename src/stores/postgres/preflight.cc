@@ -78,6 +78,9 @@ void check_server(PgSession& s, Side side, std::size_t databases, std::int64_t w
   std::string here(side_name(side));
   if (s.value("SELECT rolsuper FROM pg_roles WHERE rolname = current_user") != "t")
     f.error("superuser", here, s.address().user + " is not a superuser", "connect as one: fences, event triggers and origins need it (ALTER ROLE ... SUPERUSER)");
+  if (s.value("SELECT pg_is_in_recovery()") == "t") f.error("standby", here, "that server is a standby, and takes no writes", "name its primary, or make it one: SELECT pg_promote()");
+  if (s.major() >= 17 && s.value("SHOW allow_alter_system") != "on")
+    f.error("allow_alter_system", here, "allow_alter_system is off, and the run lowers wal_retrieve_retry_interval by ALTER SYSTEM, or a follower would wait for it after each blip of the link", "set allow_alter_system = on for the run where that server's configuration is kept, and reload it");
   if (s.value("SHOW wal_level") != "logical")
     f.error("wal_level", here, "wal_level is " + s.value("SHOW wal_level"), "ALTER SYSTEM SET wal_level = logical, then restart that server", true);
   auto limit = [&](const char* setting, std::int64_t used, std::int64_t needed) {
@@ -116,7 +119,7 @@ void check_locks(PgSession& s, Side side, std::int64_t needed, const char* why, 
           "ALTER SYSTEM SET max_locks_per_transaction = " + std::to_string(each * needed / std::max<std::int64_t>(1, have) + each + 1) + ", then restart that server", true);
 }
 
-void check_database(PgSession& s, const std::vector<PgTable>& tables, Findings& f) {
+void check_database(PgSession& s, const std::vector<PgTable>& tables, int target_major, Findings& f) {
   std::string where = "source: database " + s.address().database;
   std::string ids;
   std::int64_t unidentified = 0;
@@ -137,6 +140,8 @@ void check_database(PgSession& s, const std::vector<PgTable>& tables, Findings& 
       f.error("identity_full", where, "without a key, and with a column that has no equality operator, so that a changed row cannot be found: " + names(bad),
               "add a primary key to these tables");
   }
+  if (std::string told = PostgresStore::told_by_generated(s, tables, target_major); !told.empty())
+    f.error("generated_identity", where, "replication does not send generated columns, and what tells these tables' rows apart holds some, so that their UPDATEs and DELETEs would fail here or stop the follower: " + told, PostgresStore::kMendGenerated);
   // The server starts one by itself when the age is reached; what is small is done before anybody waits.
   auto aged = s.query("SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind IN ('r', 'm') AND c.relpersistence <> 't' "
                       "AND n.nspname NOT IN ('pg_catalog', 'information_schema') AND pg_relation_size(c.oid) > 8000000 AND (age(c.relfrozenxid) > 0.95 * current_setting('autovacuum_freeze_max_age')::bigint OR "
@@ -351,7 +356,7 @@ std::vector<Finding> PostgresStore::preflight(StoreContext& c) {
     }
     auto s = session(c, Side::source, database);
     auto all = tables(*s);
-    check_database(*s, all, f);
+    check_database(*s, all, admin.target->major(), f);
     // What lies in it is neither dumped nor copied, and goes with the end of a run. Another run's fences would be taken for this one's.
     auto require_own_schema = [&](Side side, PgSession& there) {
       if (!begun && there.number("SELECT count(*) FROM pg_namespace WHERE nspname = 'rehome'") > 0)

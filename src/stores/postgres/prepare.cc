@@ -113,6 +113,8 @@ void PostgresStore::install_fence(StoreContext& c, PgSession& s, Side side, cons
   if (s.number("SELECT count(*) FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace WHERE n.nspname = 'rehome' AND p.proname = 'fence'") == 0)
     s.exec(pgsql::fence_function(refusing, where));
   s.exec(pgsql::ddl_function(config_.postgres.ddl == PostgresConfig::Ddl::block && side == Side::source));
+  if (s.number("SELECT count(*) FROM pg_trigger WHERE tgname = 'rehome_log'") == 0)
+    s.exec("CREATE TRIGGER rehome_log BEFORE INSERT ON rehome.ddl_log FOR EACH STATEMENT EXECUTE FUNCTION rehome.ddl_logged(); ALTER TABLE rehome.ddl_log ENABLE ALWAYS TRIGGER rehome_log");
   if (s.number("SELECT count(*) FROM pg_event_trigger WHERE evtname = 'rehome_ddl'") == 0)
     s.exec("CREATE EVENT TRIGGER rehome_ddl ON ddl_command_end EXECUTE FUNCTION rehome.ddl(); ALTER EVENT TRIGGER rehome_ddl ENABLE ALWAYS");
   if (s.number("SELECT count(*) FROM pg_event_trigger WHERE evtname = 'rehome_drop'") == 0)
@@ -305,12 +307,15 @@ if [ "$me" = 0 ]; then chown "$2" "$1" && chmod 700 "$1"; elif [ "$me" = "$2" ];
   }
 }
 
-std::string PostgresStore::connection_string(StoreContext& c, const std::string& database, const PgFlow& flow) {
+std::string PostgresStore::connection_string(StoreContext& c, const std::string& database, const PgFlow& flow, int subscriber_major) {
   const PostgresServer& publisher = server(flow.publisher);
   std::string dir = socket_directory(c, flow.subscriber());
   std::string text = "host=" + pg_conninfo_value(dir) + " port=5432 user=" + pg_conninfo_value(publisher.user) + " dbname=" + pg_conninfo_value(database) +
                      " keepalives=0 application_name=" + pg_conninfo_value(flow.subscription);
   if (publisher.password.from != SecretRef::From::none) text += " passfile=" + pg_conninfo_value(dir + "/pgpass");
+  // Rows are text on their way. A subscriber from 15 on says so itself: else the publisher writes as its server, database and role are set, and
+  // the subscriber reads other dates, intervals and floats.
+  if (subscriber_major < 15) text += " options=" + pg_conninfo_value("-c datestyle=ISO -c intervalstyle=postgres -c extra_float_digits=3");
   return text;
 }
 
@@ -328,7 +333,7 @@ void PostgresStore::subscribe(StoreContext& c, const std::string& database, cons
   }
   if (there.empty()) {
     c.note("subscription " + flow.subscription, {{"where", s->address().label}, {"undo", "DROP SUBSCRIPTION"}});
-    s->exec("CREATE SUBSCRIPTION " + name + " CONNECTION " + pg_literal(connection_string(c, database, flow)) + " PUBLICATION " +
+    s->exec("CREATE SUBSCRIPTION " + name + " CONNECTION " + pg_literal(connection_string(c, database, flow, s->major())) + " PUBLICATION " +
             pg_identifier(flow.publication) + " WITH (copy_data = false, create_slot = false, enabled = false, slot_name = " + pg_literal(flow.slot) +
             // As before 16: else rows are written as their table's owner, whom row security and revoked rights may refuse them.
             (s->major() >= 16 ? ", run_as_owner = true)" : ")"));

@@ -1,6 +1,7 @@
 // What must be copied again, and how: only the tables concerned, by the server's own synchronisation of single tables on the
 // running subscription. The same brings the rest of a first copy whose snapshot was lost.
 #include <algorithm>
+#include <iterator>
 #include <set>
 
 #include "base/text.h"
@@ -150,15 +151,18 @@ std::string PostgresStore::copy_changed(StoreContext& c, const std::string& data
   restore_roles(c);
   carry_database(c, database);
   // After the schema was read: one more is met again.
-  const auto rewritten = rewritten_since(c, database, Side::source);
+  auto rewritten = rewritten_since(c, database, Side::source);
+  auto at_source = tables(*s);
+  std::set<std::string> published_now;
+  for (const auto& p : published(*s, f)) published_now.insert(p);
+  // A table that nothing follows, as one that a reverse left behind, has other rows there, and maybe other columns.
+  for (const auto& x : at_source)
+    if (!x.partitioned && !x.unlogged && !published_now.contains(x.full())) rewritten.insert(x.oid);
   SchemaChange change(*t, now.entries, rewritten);
   if (!change.known()) return "there is no record of what was copied";
   if (!change.obstacle().empty()) return change.obstacle();
   if (!slot_stands(*s, f)) return "its slot is gone";
   if (!follows(*t, f)) return "its follower is gone";
-  auto at_source = tables(*s);
-  std::set<std::string> published_now;
-  for (const auto& p : published(*s, f)) published_now.insert(p);
   const Json extensions = extension_versions(*s);
   const auto updates = extension_updates(c, database, *s, *t);
   const std::string where = pgsql::who_serves(Side::source);
@@ -286,8 +290,11 @@ std::vector<std::string> PostgresStore::needs_recopy(StoreContext& c) {
     }
     if (!window && !slot_stands(*s, f))
       all.push_back(database + ": everything: slot " + f.slot + " is gone (it passed the limit of WAL kept, or somebody dropped it)");
-    for (const auto& line : split(schema_change(c, database, window ? Side::target : Side::source), '\n'))
+    const std::string changed = schema_change(c, database, window ? Side::target : Side::source);
+    for (const auto& line : split(changed, '\n'))
       if (!line.empty()) all.push_back(database + ": " + line);
+    if (!window && changed.empty())
+      if (std::string bare = not_followed(*s, f, tables(*s)); !bare.empty()) all.push_back(database + ": nothing follows these tables, or they have no fence: " + bare);
   }
   return all;
 }
@@ -342,21 +349,25 @@ void PostgresStore::accept_schema(StoreContext& c, const std::string& database) 
   const std::string seen = t->value("SELECT pg_current_snapshot()");
   const Json fingerprint = catalogue_fingerprint(*t, config_.postgres.roles);
   auto columns = [&](PgSession& at) {
-    std::set<std::string> all;
+    std::set<std::string> all;   // by raw names: what quote_ident quotes depends on the major
+    for (auto& r : at.query("SELECT schemaname, sequencename FROM pg_sequences WHERE schemaname <> 'rehome'")) all.insert("sequence " + pg_identifier(*r[0]) + "." + pg_identifier(*r[1]));
     for (const auto& x : tables(at)) {
       all.insert("table " + x.full());
-      for (auto& r : at.query("SELECT quote_ident(attname) || ' ' || format_type(atttypid, atttypmod) FROM pg_attribute WHERE attnum > 0 AND NOT attisdropped AND attgenerated = '' AND attrelid = " + std::to_string(x.oid)))
+      for (auto& r : at.query("SELECT attname || ' ' || format_type(atttypid, atttypmod) FROM pg_attribute WHERE attnum > 0 AND NOT attisdropped AND attgenerated = '' AND attrelid = " + std::to_string(x.oid)))
         all.insert(x.full() + "." + *r[0]);
     }
     return all;
   };
-  std::vector<std::string> missing;
-  for (const auto there = columns(*s); const auto& x : columns(*t))
-    if (!there.contains(x)) missing.push_back(x);
+  std::vector<std::string> missing, extra;
+  const auto there = columns(*s), here = columns(*t);
+  std::set_difference(here.begin(), here.end(), there.begin(), there.end(), std::back_inserter(missing));
+  std::set_difference(there.begin(), there.end(), here.begin(), here.end(), std::back_inserter(extra));
   if (!missing.empty())
     throw Error(Code::state, database + ": the source has no place for rows of the target: " + first_few(missing) + " (changed on the target: " + join(split(changed, '\n'), "; ") + ")",
                 "make the same change on the source, where SET application_name = 'rehome by hand' lets a superuser do so, or undo it on the target; then rehome resume --recopy");
   c.log(config_.name + ": " + database + ": changed on the target since the switch, and the source's own business from here on: " + join(split(changed, '\n'), "; "));
+  if (!extra.empty())
+    c.log(config_.name + ": " + database + ": the source alone has, and keeps: " + first_few(extra) + "; drop by hand what the application is not to have after rehome reverse, which leaves the rest of their tables' rows on the source");
   const std::string where = pgsql::who_serves(Side::target);
   // A table that was made there by hand is closed like the others.
   install_fence(c, *s, Side::source, tables(*s), true);
@@ -416,14 +427,19 @@ void PostgresStore::recopy(StoreContext& c) {
     auto s = session(c, Side::source, database);
     const Side serving = follows(*s, flow(database, Side::target)) ? Side::target : Side::source;
     // As before the run: one that came since would go with the schema, and act there.
-    for (const auto& t : triggers_on_replicated_rows(*session(c, serving, database))) throw Error(Code::state, std::string(side_name(serving)) + ": database " + database + ": " + t.what, t.mend);
+    auto there = session(c, serving, database);
+    const std::string where = std::string(side_name(serving)) + ": database " + database + ": ";
+    for (const auto& t : triggers_on_replicated_rows(*there)) throw Error(Code::state, where + t.what, t.mend);
+    if (std::string told = told_by_generated(*there, tables(*there), session(c, other(serving), database)->major()); !told.empty())
+      throw Error(Code::state, where + "replication does not send generated columns, and these tables' rows are told apart by some: " + told, kMendGenerated);
     if (serving == Side::target) {
       window = true;
       accept_schema(c, database);
       continue;
     }
     bool slot = slot_stands(*s, f);
-    if (slot && schema_change(c, database, Side::source).empty()) continue;
+    // A table that a reverse left behind has changed nothing.
+    if (slot && schema_change(c, database, Side::source).empty() && not_followed(*s, f, tables(*s)).empty()) continue;
     std::string why = slot ? copy_changed(c, database) : "its slot is gone (it passed the limit of WAL kept, or somebody dropped it)";
     if (!why.empty()) copy_whole(c, database, why);
   }

@@ -506,6 +506,41 @@ TEST(PostgresChange, LoggedWhileASwitchWaits) {
   switch_over(w, store, {Side::source});
 }
 
+// What the target has dropped since the switch hinders no way back, and comes again with the copy that a person asks for.
+TEST(PostgresWindow, WhatTheTargetDroppedStaysBehind) {
+  Shop shop("SET search_path = public; CREATE TABLE kept(id int PRIMARY KEY); CREATE TABLE dropped(id int PRIMARY KEY); CREATE TABLE fewer(id int PRIMARY KEY, a int, b int); INSERT INTO dropped VALUES (1); INSERT INTO fewer VALUES (1, 1, 1)");
+  auto& [source, target, s, w, store] = shop;
+  begin(w, store);
+  switch_over(w, store, {Side::source});
+  auto t = target.session("shop");
+  t->exec("SET search_path = public; DROP TABLE dropped; ALTER TABLE fewer DROP COLUMN b; CREATE SEQUENCE more; INSERT INTO fewer VALUES (2, 2)");
+  try {
+    store.recopy(w.context());
+    ADD_FAILURE() << "the source has no sequence more";
+  } catch (const Error& e) {
+    EXPECT_NE(e.message.find("sequence \"public\".\"more\""), std::string::npos) << e.message;
+  }
+  t->exec("DROP SEQUENCE public.more");
+  store.recopy(w.context());
+  EXPECT_TRUE(w.said("the source alone has, and keeps: \"public\".\"dropped\".id integer, \"public\".\"fewer\".b integer, table \"public\".\"dropped\"")) << join(w.lines, "\n");
+  switch_over(w, store, {Side::target});
+  EXPECT_TRUE(w.said("has not these tables, or not all of their columns")) << join(w.lines, "\n");
+  s = source.session("shop");
+  t = target.session("shop");   // the old one ended with the switch
+  EXPECT_EQ(s->value("SELECT string_agg(concat_ws(' ', id, a, b), ', ' ORDER BY id) FROM public.fewer"), "1 1 1, 2 2");
+  s->exec("INSERT INTO public.kept VALUES (1); INSERT INTO public.dropped VALUES (2); INSERT INTO public.fewer VALUES (3, 3, 3)");
+  wait_until_following(w, store);
+  for (Deadline deadline = Deadline::in(Millis(10000)); t->value("SELECT count(*) FROM public.kept") != "1" && !deadline.passed();) system_clock().sleep(Millis(50));
+  EXPECT_EQ(t->value("SELECT count(*) FROM public.kept"), "1");
+  EXPECT_NE(join(store.needs_recopy(w.context()), "\n").find("nothing follows these tables, or they have no fence: \"public\".\"dropped\", \"public\".\"fewer\""), std::string::npos) << join(store.needs_recopy(w.context()), "\n");
+  store.recopy(w.context());
+  EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
+  wait_until_following(w, store);
+  switch_over(w, store, {Side::source});
+  quiesced_equal(source, target);
+  EXPECT_EQ(target.session("shop")->value("SELECT count(*) FROM public.dropped"), "2");
+}
+
 // A source that restarts, or a keeper that dies, in the middle of the first copy: the finished tables stay.
 class PostgresLost : public ::testing::TestWithParam<const char*> {};
 
@@ -515,7 +550,7 @@ TEST_P(PostgresLost, FinishedTablesStay) {
   auto s = source.session("shop");
   s->exec("SET search_path = public; " + Load::schema(3) + "; " + variety("storeman"));
   s->exec("SET search_path = public; CREATE TABLE large(id int PRIMARY KEY, account bigint, t text); INSERT INTO large SELECT i, NULL, repeat(md5(i::text), 5) FROM generate_series(1, 60000) i; "
-          "CREATE TABLE pointing(id int PRIMARY KEY, large int REFERENCES large); INSERT INTO pointing SELECT i, i FROM generate_series(1, 100) i");
+          "CREATE TABLE pointing(id int PRIMARY KEY, large int REFERENCES large); INSERT INTO pointing SELECT i, i FROM generate_series(1, 100) i; COMMENT ON CONSTRAINT pointing_large_fkey ON pointing IS 'what for'");
   World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
   w.deployment.limits.bandwidth = 1 << 20;
   PostgresStore store(w.deployment.stores[0], w.deployment);

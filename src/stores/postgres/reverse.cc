@@ -1,4 +1,6 @@
 // The way back, and what the agents must be able to do without a controller: stored psql scripts.
+#include <algorithm>
+#include <map>
 #include <set>
 
 #include "base/text.h"
@@ -10,23 +12,37 @@ namespace rehome {
 namespace {
 
 // Replication carries no sequence, and a cut does; a side that followed and is opened without one starts where its rows end, or it would
-// give numbers again. A sequence that belongs to no column of numbers is moved by what an application is unlikely to have used. Nothing where
-// the follower was never on: the undo of an attempt costs no time for it.
+// give numbers again. A sequence that belongs to no column of numbers is moved by what an application is unlikely to have used, and one whose
+// column only a look at every row would tell, which takes longer than anybody waits here, by twice the rows that ever came too. Nothing
+// where the follower was never on: the undo of an attempt costs no time for it.
 std::string advance_sequences(const std::string& subscription) {
-  return "DO $rehome$ DECLARE r record; at numeric; most numeric; BEGIN "
+  return "DO $rehome$ DECLARE r record; at numeric; most numeric; far numeric; BEGIN "
          "IF NOT EXISTS (SELECT 1 FROM pg_subscription WHERE subname = " + pg_literal(subscription) +
          " AND subenabled AND subdbid = (SELECT oid FROM pg_database WHERE datname = current_database())) THEN RETURN; END IF; "
-         "FOR r IN SELECT s.seqrelid::regclass AS seq, s.seqincrement AS step, s.seqmax, s.seqmin, d.refobjid::regclass AS tab, a.attname FROM pg_sequence s "
+         "FOR r IN SELECT s.seqrelid::regclass AS seq, s.seqincrement AS step, s.seqmax, s.seqmin, d.refobjid::regclass AS tab, a.attname, EXISTS (SELECT 1 FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid JOIN pg_am m ON m.oid = x.relam "
+         "WHERE i.indrelid = d.refobjid AND i.indkey[0] = d.refobjsubid AND i.indisvalid AND i.indpred IS NULL AND m.amname = 'btree') AS led FROM pg_sequence s "
          "JOIN pg_class c ON c.oid = s.seqrelid AND c.relpersistence <> 't' JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname <> 'rehome' "
          "LEFT JOIN pg_depend d ON d.classid = 'pg_class'::regclass AND d.objid = s.seqrelid AND d.refclassid = 'pg_class'::regclass AND d.deptype IN ('a', 'i') AND d.refobjsubid > 0 "
          "LEFT JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid "
          // A text made of the number and other words tells no number.
          "AND (SELECT coalesce(nullif(y.typbasetype, 0), y.oid) FROM pg_type y WHERE y.oid = a.atttypid) IN ('int2'::regtype, 'int4'::regtype, 'int8'::regtype, 'numeric'::regtype) LOOP "
-         "EXECUTE format('SELECT last_value FROM %s', r.seq) INTO at; most := at; "
-         "IF r.attname IS NOT NULL THEN EXECUTE format('SELECT coalesce(CASE WHEN $2 > 0 THEN max(%1$I) ELSE min(%1$I) END, $1) FROM %2$s', r.attname, r.tab) INTO most USING at, r.step; "
+         "EXECUTE format('SELECT last_value FROM %s', r.seq) INTO at; most := at; far := 1000; "
+         "IF r.attname IS NOT NULL AND NOT r.led THEN far := far + 2 * (SELECT coalesce(sum(greatest(pg_stat_get_tuples_inserted(c.oid), c.reltuples, 0)), 0)::bigint FROM pg_class c WHERE c.oid = r.tab OR c.oid IN (SELECT relid FROM pg_partition_tree(r.tab))); END IF; "
+         "IF r.led AND r.attname IS NOT NULL THEN EXECUTE format('SELECT coalesce(CASE WHEN $2 > 0 THEN max(%1$I) ELSE min(%1$I) END, $1) FROM %2$s', r.attname, r.tab) INTO most USING at, r.step; "
          "most := CASE WHEN r.step > 0 THEN greatest(most, at) ELSE least(most, at) END + 32 * r.step; END IF; "
-         "IF r.attname IS NULL OR most NOT BETWEEN r.seqmin AND r.seqmax THEN most := at + 1000 * r.step; END IF; "
+         "IF r.attname IS NULL OR NOT r.led OR most NOT BETWEEN r.seqmin AND r.seqmax THEN most := at + far * r.step; END IF; "
          "IF most BETWEEN r.seqmin AND r.seqmax THEN PERFORM setval(r.seq, most::bigint); END IF; END LOOP; END $rehome$;\n";
+}
+
+// Name -> columns, as replication sends them.
+std::map<std::string, std::set<std::string>> columns_sent(PgSession& s) {
+  std::map<std::string, std::set<std::string>> all;
+  for (auto& r : s.query("SELECT n.nspname, c.relname, a.attname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '' "
+                         "WHERE c.relkind = 'r' AND n.nspname NOT IN ('pg_catalog', 'information_schema')")) {
+    auto& columns = all[pg_identifier(*r[0]) + "." + pg_identifier(*r[1])];
+    if (r[2]) columns.insert(*r[2]);
+  }
+  return all;
 }
 
 // Of an hour's wait for the moment the views' content is that old at most, when their side takes over.
@@ -91,7 +107,21 @@ void PostgresStore::prepare_reverse(StoreContext& c, Direction d) {
     PgFlow r = flow(database, d.takes());
     open_path(c, database, r);
     auto publisher = session(c, r.publisher, database);
-    publish(c, *publisher, r, tables(*publisher));
+    auto list = tables(*publisher);
+    // What was dropped on the target since the switch, with a person's consent (accept_schema), has no place there: its rows stay here.
+    if (d.yields == Side::target) {
+      std::vector<std::string> behind;
+      const auto here = columns_sent(*publisher), there = columns_sent(*session(c, d.yields, database));
+      std::erase_if(list, [&](const PgTable& t) {
+        if (t.partitioned || t.unlogged) return false;
+        auto from = here.find(t.full()), to = there.find(t.full());
+        const bool fits = from != here.end() && to != there.end() && std::includes(to->second.begin(), to->second.end(), from->second.begin(), from->second.end());
+        if (!fits) behind.push_back(t.full());
+        return !fits;
+      });
+      if (!behind.empty()) c.log(config_.name + ": " + database + ": the target has not these tables, or not all of their columns, and nothing brings their rows there when the source serves again: " + first_few(behind) + "; rehome resume --recopy does then");
+    }
+    publish(c, *publisher, r, list);
     make_reverse_slot(c, *publisher, r);
     subscribe(c, database, r, false);
     // What the target's schema is when it begins to serve: the way back is for that one.
@@ -131,7 +161,8 @@ ActionSets PostgresStore::actions(StoreContext& c, Direction d) {
     }
     a.argv = {program.empty() ? "psql" : program, "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-d", info};
     a.user = pg.os_user;
-    a.input = "SET client_min_messages = 'error'\\; SET search_path = pg_catalog\\; SET statement_timeout = 0\\; SET lock_timeout = 0\\; SET default_transaction_read_only = off\\; SET session_replication_role = replica\\; " + pg_durable() + ";\n" + input + "\n";
+    a.input = "SET client_min_messages = 'error'\\; SET search_path = pg_catalog\\; SET statement_timeout = 0\\; SET lock_timeout = 0\\; SET idle_in_transaction_session_timeout = 0\\; "
+              "SELECT set_config('transaction_timeout', '0', false) WHERE current_setting('transaction_timeout', true) IS NOT NULL\\; SET default_transaction_read_only = off\\; SET session_replication_role = replica\\; " + pg_durable() + ";\n" + input + "\n";
     a.try_input = "SELECT 1;\n";
     a.warm = warm;
     a.timeout = Millis(30000);
@@ -149,8 +180,10 @@ ActionSets PostgresStore::actions(StoreContext& c, Direction d) {
                                    // What was opened after a switch takes changes of its schema, and goes on to.
                                    pgsql::ddl_function(config_.postgres.ddl == PostgresConfig::Ddl::block && d.yields == Side::source) + ";\nCOMMIT;",
                                true));
+    const std::string sub = pg_literal(forward.subscription), this_database = " AND subdbid = (SELECT oid FROM pg_database WHERE datname = current_database())";
+    // So also here, where the epoch says that a person decided (its upper half): after a cut the tails take that follower away.
     sets.open.push_back(action(d.takes(), "open", database,
-                               pgsql::end_fence_sessions() + ";\nBEGIN;\n" + pgsql::fence_function(false, "") + ";\n" + pgsql::ddl_function(false) + ";\nCOMMIT;", true));
+                               "SELECT format('ALTER SUBSCRIPTION %I DISABLE', subname) FROM pg_subscription WHERE @rehome_epoch@ >= 4294967296 AND subname = " + sub + this_database + " AND subenabled \\gexec\n" + pgsql::end_fence_sessions() + ";\nBEGIN;\n" + pgsql::fence_function(false, "") + ";\n" + pgsql::ddl_function(false) + ";\nCOMMIT;", true));
     for (Side side : {Side::source, Side::target})
       // What was written before is stopped in its sessions, and what comes later meets the trigger.
       sets.close[side].push_back(action(side, "close", database,
@@ -159,8 +192,6 @@ ActionSets PostgresStore::actions(StoreContext& c, Direction d) {
                                             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend' "
                                             "AND application_name NOT LIKE 'rehome%';",
                                         false));
-    std::string sub = pg_literal(forward.subscription);
-    std::string this_database = " AND subdbid = (SELECT oid FROM pg_database WHERE datname = current_database())";
     sets.tail_takes.push_back(action(d.takes(), "forward follower off", database,
                                      "SELECT format('ALTER SUBSCRIPTION %I DISABLE', subname) FROM pg_subscription WHERE subname = " + sub + this_database + " \\gexec\n" +
                                          "SELECT format('ALTER SUBSCRIPTION %I SET (slot_name = NONE)', subname) FROM pg_subscription WHERE subname = " + sub + this_database + " \\gexec\n" +

@@ -60,7 +60,7 @@ void PostgresStore::synchronise(StoreContext& c, const std::string& database, Si
 }
 
 std::string PostgresStore::missing_columns(PgSession& publisher, PgSession& subscriber, const std::string& table) {
-  const std::string columns = "SELECT quote_ident(attname) FROM pg_attribute WHERE attrelid = to_regclass(" + pg_literal(table) + ") AND attnum > 0 AND NOT attisdropped AND attgenerated = '' ORDER BY attnum";
+  const std::string columns = "SELECT attname FROM pg_attribute WHERE attrelid = to_regclass(" + pg_literal(table) + ") AND attnum > 0 AND NOT attisdropped AND attgenerated = '' ORDER BY attnum";
   std::vector<std::string> missing;
   auto there = subscriber.query(columns);
   for (auto& r : publisher.query(columns))

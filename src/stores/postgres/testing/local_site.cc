@@ -168,13 +168,15 @@ Json LocalSite::call(const std::string& op, Json args, Deadline deadline) {
   throw Error(Code::internal, "LocalSite knows no " + op);
 }
 
-void LocalSite::run_actions(const std::vector<Action>& actions) {
+void LocalSite::run_actions(const std::vector<Action>& actions, std::int64_t epoch) {
   for (const auto& a : actions) {
+    std::string input = a.input;
+    for (std::size_t at; (at = input.find("@rehome_epoch@")) != std::string::npos;) input.replace(at, 14, std::to_string(epoch));
     for (const auto& [file, content] : a.credentials)
       static_cast<Site&>(*this).call("put", {{"path", state() + "/credentials/" + file}, {"content", content}, {"mode", 0600}});
     Deadline deadline = Deadline::in(Millis(5000));
     while (true) {
-      Outcome o = run({.argv = a.argv, .env = a.env, .input = a.input, .user = a.user}, Deadline::in(a.timeout));
+      Outcome o = run({.argv = a.argv, .env = a.env, .input = input, .user = a.user}, Deadline::in(a.timeout));
       if (o.ok()) break;
       if (deadline.passed()) throw Error(Code::store, a.name + ": " + o.err);
       system_clock().sleep(Millis(100));

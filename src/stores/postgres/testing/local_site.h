@@ -29,7 +29,7 @@ class LocalSite : public Site {
   std::string local_socket_for(const std::string& address, const std::string& as_user, const std::string& keep) override;
 
   // Runs a stored set as an agent does: in order, each one tried again until it succeeds (5 s).
-  void run_actions(const std::vector<Action>& actions);
+  void run_actions(const std::vector<Action>& actions, std::int64_t epoch = 1);
   // Ends every connection made through local_socket_for, as an agent does with a controller's sessions.
   void cut();
   // Sessions to a socket directory go straight to it, without a relay in this process.
