@@ -81,6 +81,21 @@ TEST_P(PostgresRecopy, OnlyTheTablesConcerned) {
 INSTANTIATE_TEST_SUITE_P(Majors, PostgresRecopy, ::testing::Values(std::pair{15, 15}, std::pair{13, 15}, std::pair{15, 17}, std::pair{13, 13}),
                          [](const auto& p) { return std::to_string(p.param.first) + "to" + std::to_string(p.param.second); });
 
+// Who may make tables there is the server's major's to say, where nobody has said it.
+TEST(PostgresPublicSchema, HasTheSourcesOwnerAndRights) {
+  for (auto [from, to] : {std::pair{13, 15}, std::pair{15, 13}, std::pair{15, 17}}) {
+    PgServer source(from), target(to);
+    auto s = shop_with(source, "CREATE ROLE worker; CREATE TABLE public.item(id int PRIMARY KEY)");
+    if (to == 17) s->exec("CREATE ROLE keeper; ALTER SCHEMA public OWNER TO keeper; GRANT CREATE ON SCHEMA public TO worker WITH GRANT OPTION; REVOKE ALL ON SCHEMA public FROM PUBLIC");
+    World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+    PostgresStore store(w.deployment.stores[0], w.deployment);
+    begin(w, store);
+    const std::string rights = "SELECT string_agg(concat_ws(' ', CASE WHEN grantee = 0 THEN 'PUBLIC' ELSE replace(pg_get_userbyid(grantee), 'pg_database_owner', 'postgres') END, privilege_type, is_grantable), ', ' ORDER BY grantee <> 0, pg_get_userbyid(grantee), privilege_type) || "
+                               "replace(pg_get_userbyid(nspowner), 'pg_database_owner', 'postgres') FROM pg_namespace n, aclexplode(coalesce(nspacl, acldefault('n', nspowner))) WHERE nspname = 'public' GROUP BY nspowner";
+    EXPECT_EQ(target.session("shop")->value(rights), s->value(rights)) << from << " to " << to;
+  }
+}
+
 class PostgresRights : public ::testing::TestWithParam<std::pair<int, int>> {};
 
 // Default rights are carried as statements: no table is copied for them, and what is made afterwards has the same rights on both sides.
