@@ -206,11 +206,12 @@ TEST(PostgresPublish, RowsAreNotToldApartByGeneratedColumns) {
 }
 
 TEST(PostgresPreflight, AServerThatTakesNoWritesOrNoSettings) {
-  PgServer source(15), target(17, {"allow_alter_system = off"});
+  PgServer source(15), target(17, {"allow_alter_system = off", "synchronous_standby_names = 'ANY 1 (\"a*b\", *)'"});
   source.session("postgres")->exec("CREATE DATABASE shop");
   World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
   PostgresStore store(w.deployment.stores[0], w.deployment);
   EXPECT_EQ(join(errors_of(w, store), "\n").substr(0, 28), "postgres.allow_alter_system:");
+  EXPECT_NE(join(errors_of(w, store), "\n").find("postgres.synchronous_standby_names: synchronous_standby_names is ANY 1"), std::string::npos);
   source.stop();
   write_durably(source.data() + "/standby.signal", "", 0644);
   source.start();
