@@ -770,6 +770,16 @@ TEST(PostgresCopy, RangesRightsAndNamedRows) {
   s->exec("SET search_path = public; CREATE ROLE reader; CREATE ROLE owner_of_objects; CREATE TABLE plain(id bigint PRIMARY KEY, t text); INSERT INTO plain SELECT i * 3 - 10000, md5(i::text) FROM generate_series(1, 20000) i; "
           "CREATE TABLE words(w text, n int, PRIMARY KEY (w, n)); INSERT INTO words SELECT md5((i % 700)::text) || E'\\'', i FROM generate_series(1, 20000) i; CREATE TABLE bare(t text); INSERT INTO bare SELECT md5(i::text) FROM generate_series(1, 20000) i; "
           "CREATE UNLOGGED TABLE fleeting(k int PRIMARY KEY); CREATE TABLE same(k int PRIMARY KEY); INSERT INTO same SELECT generate_series(1, 5000); SELECT lo_from_bytea(1001, repeat('a', 10000)::bytea), lo_from_bytea(1002, 'two'), lo_from_bytea(1003, 'three')");
+  // Keys of types that somebody made; an enum's operators are the server's own.
+  s->exec("SET search_path = public; CREATE TYPE code; CREATE FUNCTION code_in(cstring) RETURNS code LANGUAGE internal IMMUTABLE STRICT AS 'byteain'; CREATE FUNCTION code_out(code) RETURNS cstring LANGUAGE internal IMMUTABLE STRICT AS 'byteaout'; "
+          "CREATE TYPE code (INPUT = code_in, OUTPUT = code_out, LIKE = bytea); CREATE FUNCTION code_cmp(code, code) RETURNS int LANGUAGE internal IMMUTABLE STRICT AS 'byteacmp'");
+  std::string operators;
+  for (auto [name, sign] : {std::pair{"lt", "<"}, std::pair{"le", "<="}, std::pair{"eq", "="}, std::pair{"ge", ">="}, std::pair{"gt", ">"}}) {
+    s->exec(std::string("CREATE FUNCTION code_") + name + "(code, code) RETURNS boolean LANGUAGE internal IMMUTABLE STRICT AS 'bytea" + name + "'; CREATE OPERATOR " + sign + " (LEFTARG = code, RIGHTARG = code, FUNCTION = code_" + name + ")");
+    operators += std::string("OPERATOR ") + std::to_string(std::count(operators.begin(), operators.end(), ',') + 1) + " " + sign + ", ";
+  }
+  s->exec("CREATE OPERATOR CLASS code_ops DEFAULT FOR TYPE code USING btree AS " + operators + "FUNCTION 1 code_cmp(code, code); CREATE TABLE coded(c code PRIMARY KEY, t text); INSERT INTO coded SELECT md5(i::text)::code, 'x' FROM generate_series(1, 20000) i; "
+          "CREATE TYPE mood AS ENUM ('good', 'so so', 'bad'); CREATE TABLE moods(m mood, n int, PRIMARY KEY (m, n)); INSERT INTO moods SELECT (enum_range(NULL::mood))[1 + i % 3], i FROM generate_series(1, 20000) i; ANALYZE coded, moods");
   s->exec("ANALYZE public.words");
   World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
   PostgresStore store(w.deployment.stores[0], w.deployment);
@@ -777,7 +787,7 @@ TEST(PostgresCopy, RangesRightsAndNamedRows) {
   store.split_share = 0;
   begin(w, store);
   auto t = target.session("shop");
-  for (const char* table : {"plain", "words", "bare"}) {
+  for (const char* table : {"plain", "words", "bare", "coded", "moods"}) {
     std::string sum = std::string("SELECT count(*) || ' ' || sum(hashtextextended(x::text, 0)) FROM public.") + table + " x";
     EXPECT_EQ(s->value(sum), t->value(sum)) << table;
   }
