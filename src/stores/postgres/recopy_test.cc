@@ -556,6 +556,18 @@ TEST(PostgresWindow, WhatTheTargetDroppedStaysBehind) {
   EXPECT_EQ(target.session("shop")->value("SELECT count(*) FROM public.dropped"), "2");
 }
 
+// What is a reserved word, and so quoted by quote_ident, is the major's to say.
+TEST(PostgresWindow, AColumnNamedByAWordThatOneMajorReserves) {
+  Shop shop("CREATE TABLE public.tenant(\"system_user\" int PRIMARY KEY)", 15, 17);
+  auto& [source, target, s, w, store] = shop;
+  begin(w, store);
+  switch_over(w, store, {Side::source});
+  target.session("shop")->exec("COMMENT ON TABLE public.tenant IS 'changed'");
+  EXPECT_FALSE(store.needs_recopy(w.context()).empty());
+  store.recopy(w.context());
+  EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
+}
+
 // A source that restarts, or a keeper that dies, in the middle of the first copy: the finished tables stay.
 class PostgresLost : public ::testing::TestWithParam<const char*> {};
 
