@@ -29,12 +29,14 @@ struct Piece {
 };
 
 // WHERE clauses that together hold each row of the table once: quantiles of the first column of a primary key, as ANALYZE
-// saw them (wrong ones cost evenness only), or equal steps of an integer's range. Empty: no key, or nothing known.
+// saw them (wrong ones cost evenness only), or equal steps of an integer's range. Empty: no key, or nothing known, or a key of a type that
+// somebody made: its operators lie in another schema than ours are looked for in, if it has any.
 std::vector<std::string> key_ranges(PgSession& s, const PgTable& t, std::int64_t parts) {
   auto key = s.query("SELECT quote_ident(a.attname), a.attname, format_type(a.atttypid, a.atttypmod), a.atttypid IN (20, 21, 23), "
-                     "EXISTS (SELECT 1 FROM pg_collation l WHERE l.oid = a.attcollation AND NOT l.collisdeterministic) FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid "
+                     "EXISTS (SELECT 1 FROM pg_collation l WHERE l.oid = a.attcollation AND NOT l.collisdeterministic), "
+                     "EXISTS (SELECT 1 FROM pg_type y WHERE y.oid = a.atttypid AND (y.typtype = 'e' OR coalesce(nullif(y.typbasetype, 0), y.oid) < 16384)) FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid "
                      "AND a.attnum = i.indkey[0] WHERE i.indisprimary AND i.indrelid = " + std::to_string(t.oid));
-  if (key.empty() || *key[0][4] == "t") return {};
+  if (key.empty() || *key[0][4] == "t" || *key[0][5] != "t") return {};
   std::vector<std::string> bounds;
   auto seen = s.query("SELECT unnest(histogram_bounds::text::text[]) FROM pg_stats WHERE NOT inherited AND schemaname = " + pg_literal(t.schema) + " AND tablename = " + pg_literal(t.name) + " AND attname = " + pg_literal(*key[0][1]));
   if (static_cast<std::int64_t>(seen.size()) > parts) {
@@ -71,16 +73,6 @@ class Throttle {
   Ticks from_;
   std::atomic<std::int64_t> spent_{0};
 };
-
-// Foreign keys, and what is said of them.
-std::set<int> of_foreign_keys(const std::vector<SchemaEntry>& entries) {
-  std::set<int> keys, all;
-  for (const auto& e : entries)
-    if (e.kind == "FK CONSTRAINT") keys.insert(e.id);
-  for (const auto& e : entries)
-    if (keys.contains(e.id) || std::any_of(e.needs.begin(), e.needs.end(), [&](int n) { return keys.contains(n); })) all.insert(e.id);
-  return all;
-}
 
 std::vector<std::pair<std::string, std::string>> client_environment(const PgAddress& a) {
   std::vector<std::pair<std::string, std::string>> env{{"PGHOST", a.host}, {"PGPORT", std::to_string(a.port)}, {"PGUSER", a.user},
@@ -283,6 +275,7 @@ void PostgresStore::restore_section(StoreContext& c, const std::string& database
     if (failed.size() > 1200) failed.resize(1200);
     throw Error(Code::store, "target: restoring " + section + " into " + database + ": " + failed, "mend what it names on the target, then resume");
   }
+  if (section == "pre-data") carry_public(c, database);
   done.push_back(section);
   c.remember(key("sections", database), done);
 }

@@ -47,6 +47,15 @@ bool is_ours(const SchemaEntry& e) {
 
 }  // namespace
 
+std::set<int> of_foreign_keys(const std::vector<SchemaEntry>& entries) {
+  std::set<int> keys, all;
+  for (const auto& e : entries)
+    if (e.kind == "FK CONSTRAINT") keys.insert(e.id);
+  for (const auto& e : entries)
+    if (keys.contains(e.id) || std::any_of(e.needs.begin(), e.needs.end(), [&](int n) { return keys.contains(n); })) all.insert(e.id);
+  return all;
+}
+
 std::string PgPrograms::says() const {
   return "pg_dump " + std::to_string(major) + (directory.empty() ? "" : " in " + directory) + " on " + (site ? "the " + std::string(side_name(*site)) : "this machine");
 }

@@ -35,6 +35,9 @@ struct SchemaEntry {
   std::string type, names, arguments;         // pg_identify_object_as_address; empty for what is no object of its own
 };
 
+// The ids of foreign keys, and of what is said of them.
+std::set<int> of_foreign_keys(const std::vector<SchemaEntry>&);
+
 // A dump without data, kept in a private directory (here or at the site where the programs run) until destroyed.
 class SchemaDump {
  public:

@@ -417,7 +417,9 @@ class PostgresCut : public Cut {
       if (at == there.end() || at->name != q.name)
         throw Error(Code::verify, db.name + ": sequence " + q.name + " is missing on the " + std::string(side_name(d_.takes())),
                     d_.yields == Side::source ? "rehome resume --recopy, then switch" : "make it on the source, where SET application_name = 'rehome by hand' lets a superuser do so; then reverse again");
-      bool enough = !q.called ? !at->called && at->last == wanted : at->called && (q.increment > 0 ? at->last >= q.last + 1 && at->last <= wanted : at->last <= q.last - 1 && at->last >= wanted);
+      // Half of the margin must be left of what was carried before.
+      const std::int64_t least = wanted == q.last ? q.last + (q.increment > 0 ? 1 : -1) : q.last + q.increment * (kSequenceMargin / 2);
+      bool enough = !q.called ? !at->called && at->last == wanted : at->called && (q.increment > 0 ? at->last >= least && at->last <= wanted : at->last <= least && at->last >= wanted);
       if (enough) continue;
       values += (changed++ ? ", (" : "(") + pg_literal(q.name) + "::regclass, " + std::to_string(wanted) + "::bigint, " + (q.called ? "true)" : "false)");
     }

@@ -154,6 +154,8 @@ class PostgresStore : public Store {
   // Owner, settings, rights and comment of the database, which are in no dump, as they are now. One that was there before the run only gets
   // more of them.
   void carry_database(StoreContext&, const std::string& database);
+  // The same of schema public: what its own major's dump leaves out.
+  void carry_public(StoreContext&, const std::string& database);
   // Whether this run made the target's database.
   bool is_made(StoreContext&, const std::string& database);
   // How many may connect to the target's database as it was before the run, which closes it for a while; null where this run made it.

@@ -83,6 +83,9 @@ void check_server(PgSession& s, Side side, std::size_t databases, std::int64_t w
     f.error("allow_alter_system", here, "allow_alter_system is off, and the run lowers wal_retrieve_retry_interval by ALTER SYSTEM, or a follower would wait for it after each blip of the link", "set allow_alter_system = on for the run where that server's configuration is kept, and reload it");
   if (s.value("SHOW wal_level") != "logical")
     f.error("wal_level", here, "wal_level is " + s.value("SHOW wal_level"), "ALTER SYSTEM SET wal_level = logical, then restart that server", true);
+  if (s.value("SELECT '*' = ANY (regexp_split_to_array(current_setting('synchronous_standby_names'), '[[:space:],()\"]+'))") == "t")
+    f.error("synchronous_standby_names", here, "synchronous_standby_names is " + s.value("SHOW synchronous_standby_names") + ": a name that fits everybody makes the run's follower a synchronous standby, which commits wait for, or take for one of yours",
+            "name the standbys in it, SELECT pg_reload_conf()");
   auto limit = [&](const char* setting, std::int64_t used, std::int64_t needed) {
     std::int64_t have = s.number(std::string("SELECT current_setting('") + setting + "')::bigint");
     if (have - used < needed)

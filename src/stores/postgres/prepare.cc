@@ -497,6 +497,30 @@ void PostgresStore::carry_database(StoreContext& c, const std::string& database)
     to->exec("COMMENT ON DATABASE " + name + " IS " + (comment.at(0)[0] ? pg_literal(*comment[0][0]) : "NULL"));
 }
 
+// Owner and rights of schema public, which its own dump leaves out where they are as initdb of its major makes them: 15 makes other ones. A
+// role that is not there is left out: before 14 there is none for whoever owns the database, who takes its place.
+void PostgresStore::carry_public(StoreContext& c, const std::string& database) {
+  auto from = session(c, Side::source, database), to = session(c, Side::target, database);
+  std::set<std::string> roles{"PUBLIC"};
+  for (auto& r : to->query("SELECT rolname FROM pg_roles")) roles.insert(*r[0]);
+  const std::string owner = to->value("SELECT pg_get_userbyid(datdba) FROM pg_database WHERE datname = current_database()");
+  auto role = [&](const std::optional<std::string>& r) { return *r == "pg_database_owner" && !roles.contains(*r) ? owner : *r; };
+  auto rights = [&](PgSession& at) {
+    auto rows = at.query("SELECT CASE WHEN x.grantee = 0 THEN 'PUBLIC' ELSE pg_get_userbyid(x.grantee) END, x.privilege_type, x.is_grantable, pg_get_userbyid(n.nspowner) FROM pg_namespace n, aclexplode(coalesce(n.nspacl, acldefault('n', n.nspowner))) x WHERE n.nspname = 'public'");
+    for (auto& r : rows) r[0] = role(r[0]), r[3] = role(r[3]);
+    std::erase_if(rows, [&](const PgRow& r) { return !roles.contains(*r[0]); });
+    std::sort(rows.begin(), rows.end());
+    return rows;
+  };
+  auto name = [](const std::string& r) { return r == "PUBLIC" ? r : pg_identifier(r); };
+  const auto wanted = rights(*from);
+  auto have = rights(*to);
+  if (wanted.empty() || have.empty() || wanted == have) return;
+  if (wanted[0][3] != have[0][3] && roles.contains(*wanted[0][3])) to->exec("ALTER SCHEMA public OWNER TO " + pg_identifier(*wanted[0][3]));
+  for (auto& r : rights(*to)) to->exec("REVOKE ALL ON SCHEMA public FROM " + name(*r[0]) + " CASCADE");
+  for (auto& r : wanted) to->exec("GRANT " + *r[1] + " ON SCHEMA public TO " + name(*r[0]) + (*r[2] == "t" ? " WITH GRANT OPTION" : ""));
+}
+
 void PostgresStore::prepare_source(StoreContext& c, const std::string& database) {
   auto s = session(c, Side::source, database);
   auto list = tables(*s);

@@ -81,6 +81,21 @@ TEST_P(PostgresRecopy, OnlyTheTablesConcerned) {
 INSTANTIATE_TEST_SUITE_P(Majors, PostgresRecopy, ::testing::Values(std::pair{15, 15}, std::pair{13, 15}, std::pair{15, 17}, std::pair{13, 13}),
                          [](const auto& p) { return std::to_string(p.param.first) + "to" + std::to_string(p.param.second); });
 
+// Who may make tables there is the server's major's to say, where nobody has said it.
+TEST(PostgresPublicSchema, HasTheSourcesOwnerAndRights) {
+  for (auto [from, to] : {std::pair{13, 15}, std::pair{15, 13}, std::pair{15, 17}}) {
+    PgServer source(from), target(to);
+    auto s = shop_with(source, "CREATE ROLE worker; CREATE TABLE public.item(id int PRIMARY KEY)");
+    if (to == 17) s->exec("CREATE ROLE keeper; ALTER SCHEMA public OWNER TO keeper; GRANT CREATE ON SCHEMA public TO worker WITH GRANT OPTION; REVOKE ALL ON SCHEMA public FROM PUBLIC");
+    World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
+    PostgresStore store(w.deployment.stores[0], w.deployment);
+    begin(w, store);
+    const std::string rights = "SELECT string_agg(concat_ws(' ', CASE WHEN grantee = 0 THEN 'PUBLIC' ELSE replace(pg_get_userbyid(grantee), 'pg_database_owner', 'postgres') END, privilege_type, is_grantable), ', ' ORDER BY grantee <> 0, pg_get_userbyid(grantee), privilege_type) || "
+                               "replace(pg_get_userbyid(nspowner), 'pg_database_owner', 'postgres') FROM pg_namespace n, aclexplode(coalesce(nspacl, acldefault('n', nspowner))) WHERE nspname = 'public' GROUP BY nspowner";
+    EXPECT_EQ(target.session("shop")->value(rights), s->value(rights)) << from << " to " << to;
+  }
+}
+
 class PostgresRights : public ::testing::TestWithParam<std::pair<int, int>> {};
 
 // Default rights are carried as statements: no table is copied for them, and what is made afterwards has the same rights on both sides.
@@ -541,6 +556,18 @@ TEST(PostgresWindow, WhatTheTargetDroppedStaysBehind) {
   EXPECT_EQ(target.session("shop")->value("SELECT count(*) FROM public.dropped"), "2");
 }
 
+// What is a reserved word, and so quoted by quote_ident, is the major's to say.
+TEST(PostgresWindow, AColumnNamedByAWordThatOneMajorReserves) {
+  Shop shop("CREATE TABLE public.tenant(\"system_user\" int PRIMARY KEY)", 15, 17);
+  auto& [source, target, s, w, store] = shop;
+  begin(w, store);
+  switch_over(w, store, {Side::source});
+  target.session("shop")->exec("COMMENT ON TABLE public.tenant IS 'changed'");
+  EXPECT_FALSE(store.needs_recopy(w.context()).empty());
+  store.recopy(w.context());
+  EXPECT_EQ(store.needs_recopy(w.context()), std::vector<std::string>{});
+}
+
 // A source that restarts, or a keeper that dies, in the middle of the first copy: the finished tables stay.
 class PostgresLost : public ::testing::TestWithParam<const char*> {};
 
@@ -755,6 +782,16 @@ TEST(PostgresCopy, RangesRightsAndNamedRows) {
   s->exec("SET search_path = public; CREATE ROLE reader; CREATE ROLE owner_of_objects; CREATE TABLE plain(id bigint PRIMARY KEY, t text); INSERT INTO plain SELECT i * 3 - 10000, md5(i::text) FROM generate_series(1, 20000) i; "
           "CREATE TABLE words(w text, n int, PRIMARY KEY (w, n)); INSERT INTO words SELECT md5((i % 700)::text) || E'\\'', i FROM generate_series(1, 20000) i; CREATE TABLE bare(t text); INSERT INTO bare SELECT md5(i::text) FROM generate_series(1, 20000) i; "
           "CREATE UNLOGGED TABLE fleeting(k int PRIMARY KEY); CREATE TABLE same(k int PRIMARY KEY); INSERT INTO same SELECT generate_series(1, 5000); SELECT lo_from_bytea(1001, repeat('a', 10000)::bytea), lo_from_bytea(1002, 'two'), lo_from_bytea(1003, 'three')");
+  // Keys of types that somebody made; an enum's operators are the server's own.
+  s->exec("SET search_path = public; CREATE TYPE code; CREATE FUNCTION code_in(cstring) RETURNS code LANGUAGE internal IMMUTABLE STRICT AS 'byteain'; CREATE FUNCTION code_out(code) RETURNS cstring LANGUAGE internal IMMUTABLE STRICT AS 'byteaout'; "
+          "CREATE TYPE code (INPUT = code_in, OUTPUT = code_out, LIKE = bytea); CREATE FUNCTION code_cmp(code, code) RETURNS int LANGUAGE internal IMMUTABLE STRICT AS 'byteacmp'");
+  std::string operators;
+  for (auto [name, sign] : {std::pair{"lt", "<"}, std::pair{"le", "<="}, std::pair{"eq", "="}, std::pair{"ge", ">="}, std::pair{"gt", ">"}}) {
+    s->exec(std::string("CREATE FUNCTION code_") + name + "(code, code) RETURNS boolean LANGUAGE internal IMMUTABLE STRICT AS 'bytea" + name + "'; CREATE OPERATOR " + sign + " (LEFTARG = code, RIGHTARG = code, FUNCTION = code_" + name + ")");
+    operators += std::string("OPERATOR ") + std::to_string(std::count(operators.begin(), operators.end(), ',') + 1) + " " + sign + ", ";
+  }
+  s->exec("CREATE OPERATOR CLASS code_ops DEFAULT FOR TYPE code USING btree AS " + operators + "FUNCTION 1 code_cmp(code, code); CREATE TABLE coded(c code PRIMARY KEY, t text); INSERT INTO coded SELECT md5(i::text)::code, 'x' FROM generate_series(1, 20000) i; "
+          "CREATE TYPE mood AS ENUM ('good', 'so so', 'bad'); CREATE TABLE moods(m mood, n int, PRIMARY KEY (m, n)); INSERT INTO moods SELECT (enum_range(NULL::mood))[1 + i % 3], i FROM generate_series(1, 20000) i; ANALYZE coded, moods");
   s->exec("ANALYZE public.words");
   World w(deployment_between(source.socket_directory(), target.socket_directory(), {"shop"}));
   PostgresStore store(w.deployment.stores[0], w.deployment);
@@ -762,7 +799,7 @@ TEST(PostgresCopy, RangesRightsAndNamedRows) {
   store.split_share = 0;
   begin(w, store);
   auto t = target.session("shop");
-  for (const char* table : {"plain", "words", "bare"}) {
+  for (const char* table : {"plain", "words", "bare", "coded", "moods"}) {
     std::string sum = std::string("SELECT count(*) || ' ' || sum(hashtextextended(x::text, 0)) FROM public.") + table + " x";
     EXPECT_EQ(s->value(sum), t->value(sum)) << table;
   }
