@@ -42,6 +42,8 @@ NginxTarget split_nginx_target(std::string_view word);
 // True when nginx, connecting to `address` (as an `upstream` server, or after `scheme`), arrives at `application`:
 // localhost and an application on every address count as 127.0.0.1, a missing port as the scheme's own.
 bool nginx_reaches(std::string_view address, std::string_view scheme, const Address& application);
+// Whether it names the application's port at another address, or by another name, which may be this host's own too.
+bool nginx_may_reach(std::string_view address, const Address& application);
 
 // All that nginx reads: path -> text, and the first file.
 struct NginxFiles {

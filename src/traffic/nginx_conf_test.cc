@@ -163,6 +163,10 @@ TEST(NginxConf, AVariableThatMayLeadPastTheGateIsSaid) {
   EXPECT_EQ(said("location /x { proxy_pass http://$b; }\n location /y { proxy_pass http://$c; } }"), "warning nginx.variable warning nginx.variable ");
   EXPECT_EQ(said("location /x { proxy_pass http://c$request_uri; } }"), "warning nginx.variable ");
   EXPECT_EQ(said("location /x { proxy_pass http://a$request_uri; } location /y { proxy_pass http://$b$uri; } } map $http_x $b { default a; }"), "");
+  // The application's port by another address or name: it may be this host's own.
+  EXPECT_EQ(said("location /x { proxy_pass http://10.0.0.1:8000; } }"), "warning nginx.same_port ");
+  EXPECT_EQ(said("location /x { proxy_pass http://c; } } upstream c { server app.local:8000; server 10.0.0.2:9000; }"), "warning nginx.same_port ");
+  EXPECT_EQ(said("location /x { proxy_pass http://10.0.0.1; } }"), "");
   // Upstreams only: they are edited.
   EXPECT_EQ(said("location /x { proxy_pass http://$b; } } upstream c { server 127.0.0.1:9000; } map $http_x $b { default a; x c; }"), "");
 }

@@ -189,20 +189,34 @@ NginxTarget split_nginx_target(std::string_view word) {
   return t;
 }
 
-bool nginx_reaches(std::string_view address, std::string_view scheme, const Address& application) {
-  if (address.starts_with("unix:")) return application.is_unix() && address.substr(5) == application.path;
-  if (application.is_unix() || address.find('$') != std::string_view::npos) return false;
+namespace {
+std::optional<Address> tcp_address(std::string_view address, std::string_view scheme, bool& has_port) {
+  if (address.starts_with("unix:") || address.find('$') != std::string_view::npos) return {};
   std::string text(address);
   auto colon = text.rfind(':');
-  bool has_port = colon != std::string::npos && (text[0] != '[' || text.find(']') < colon);
+  has_port = colon != std::string::npos && (text[0] != '[' || text.find(']') < colon);
   if (!has_port) text += scheme == "https" || scheme == "grpcs" ? ":443" : ":80";
-  Address a;
   try {
-    a = Address::parse(text);
+    return Address::parse(text);
   } catch (const Error&) {
-    return false;
+    return {};
   }
-  return reach_the_same(a, application);
+}
+}  // namespace
+
+bool nginx_reaches(std::string_view address, std::string_view scheme, const Address& application) {
+  if (address.starts_with("unix:")) return application.is_unix() && address.substr(5) == application.path;
+  if (application.is_unix()) return false;
+  bool has_port;
+  auto a = tcp_address(address, scheme, has_port);
+  return a && reach_the_same(*a, application);
+}
+
+bool nginx_may_reach(std::string_view address, const Address& application) {
+  if (application.is_unix()) return false;
+  bool has_port;
+  auto a = tcp_address(address, "", has_port);
+  return a && has_port && a->port == application.port && !reach_the_same(*a, application);
 }
 
 NginxFiles split_nginx_dump(std::string_view dump) {

@@ -187,6 +187,12 @@ class Planner {
             "set it for the time of the move, or make max_wait shorter");
   }
 
+  void beside(const std::string& address, const NginxDirective& d) {
+    if (!nginx_may_reach(address, application_)) return;
+    problem(false, "nginx.same_port", d.where(), address + " has the port of the application at " + application_.text() + ", by another address: where that is this host's own, what goes there passes the gate by, and fails after a switch",
+            "write it as " + application_.text() + " where it is the same application; leave it where it is another host's");
+  }
+
   void upstream(const NginxDirective& block) {
     if (block.words.size() > 1) upstreams_.insert(block.words[1].text);
     std::vector<const NginxDirective*> servers, ours, inside;
@@ -197,7 +203,10 @@ class Planner {
       if (!down) servers.push_back(d), seen_.insert(d->words[1].text);
       if (nginx_reaches(d->words[1].text, "", application_)) ours.push_back(d);
     }
-    if (ours.empty()) return;
+    if (ours.empty()) {
+      for (const auto* d : servers) beside(d->words[1].text, *d);
+      return;
+    }
     if (block.words.size() > 1) led_upstreams_.insert(block.words[1].text);
     std::string name = block.words.size() > 1 ? block.words[1].text : "";
     if (!may_edit(*ours[0])) return;
@@ -247,6 +256,7 @@ class Planner {
     if (!nginx_reaches(t.address, t.scheme, application_)) {
       // A name without a dot or port is an upstream: its servers say more.
       if (t.address.find_first_of(".:") != std::string::npos && editable_.contains(d.file)) seen_.insert(t.address);
+      beside(t.address, d);
       return;
     }
     if (!may_edit(d)) return;
