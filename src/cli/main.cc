@@ -169,7 +169,7 @@ int main(int argc, char** argv) {
   ops::CompleteOptions complete;
   c = command("complete", "end the run: everything of rehome gone from both sites, but the old side's fence", "  rehome complete\n  rehome complete --unfence-source\n  rehome complete --source-is-gone --confirm old.example.org\nIt first watches the old address for up to 60 s, and refuses while clients arrive there.");
   c->add_flag("--unfence-source", complete.unfence_source, "lift the old side's fence too");
-  c->add_flag("--anyway", complete.anyway, "although clients still arrive at the old address");
+  c->add_flag("--anyway", complete.anyway, "although clients still arrive at the old address, or a write canary failed");
   c->add_flag("--source-is-gone", complete.source_is_gone, "the source is off for good: the target alone is cleaned");
   c->add_option("--confirm", complete.confirm, "the host that you know is off");
   c->callback([&] { action = [&] { return ops::complete(common(complete)); }; });

@@ -46,7 +46,7 @@ struct ReverseOptions : Common {
 };
 struct CompleteOptions : Common {
   bool unfence_source = false;
-  bool anyway = false;           // although clients still arrive at the old address
+  bool anyway = false;           // although clients still arrive at the old address, or a write canary failed
   bool source_is_gone = false;
   std::string confirm;
 };
