@@ -137,7 +137,7 @@ TEST(NginxTraffic, EventStreamsAndUploadsAreInFlightUntilTheyEnd) {
   while (events.in().line(Deadline::in(Millis(2000)))->find("tick") == std::string::npos) {
   }
   std::thread upload([&] {
-    Answer a = ask_once(t.front(Side::source), "/slow?300", "", std::string(3 << 20, 'x'));
+    Answer a = ask_once(t.front(Side::source), "/slow?1000", "", std::string(3 << 20, 'x'));
     EXPECT_EQ(a.status, 200);
     EXPECT_NE(a.body.find("source POST"), std::string::npos) << a.body;
     EXPECT_NE(a.body.find("body=3145728"), std::string::npos) << a.body;
@@ -145,6 +145,8 @@ TEST(NginxTraffic, EventStreamsAndUploadsAreInFlightUntilTheyEnd) {
   // nginx asks the application once it has the whole upload.
   Deadline both = Deadline::in(Millis(3000));
   while (get_int(t.world->source.gate({{"op", "status"}}), "in_flight") < 2 && !both.passed()) system_clock().sleep(Millis(5));
+  // Of which nothing is passed on yet, that waits like a new one.
+  system_clock().sleep(Millis(200));
   t.world->hold();
   EXPECT_EQ(get_int(t.world->source.gate({{"op", "status"}}), "in_flight"), 2);
   upload.join();
